@@ -1,0 +1,1 @@
+"""Generation runs and benchmarks on top of `omni_jax`."""

@@ -1,0 +1,430 @@
+"""Configurations of Qwen2.5-Omni: frozen dataclasses, presets, and reading a published `config.json`.
+
+The defaults of the dataclasses are the values that transformers 4.57.6 gives to absent fields; this is the one table of
+them. Source: `Qwen2_5OmniConfig` and its parts in transformers 4.57.6.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")
+C = TypeVar("C")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the field and the remedy."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower: a windowed ViT at native resolution."""
+
+    depth: int = 32
+    hidden_size: int = 3584
+    hidden_act: str = "silu"
+    intermediate_size: int = 3420
+    num_heads: int = 16
+    in_channels: int = 3
+    patch_size: int = 14
+    spatial_merge_size: int = 2
+    temporal_patch_size: int = 2
+    window_size: int = 112
+    out_hidden_size: int = 3584
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
+    rms_norm_eps: float = 1e-6  # 4.57.6 has no such field: its modules write 1e-6
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of one flattened patch: channels × frames × height × width."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def window_patches(self) -> int:
+        """Patches along one side of an attention window."""
+        return self.window_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """The audio tower: a Whisper-like encoder over chunks of `2 * n_window` mel frames."""
+
+    num_mel_bins: int = 128
+    encoder_layers: int = 32
+    encoder_attention_heads: int = 20
+    encoder_ffn_dim: int = 5120
+    d_model: int = 1280
+    activation_function: str = "gelu"
+    max_source_positions: int = 1500
+    n_window: int = 100
+    output_dim: int = 3584
+    layer_norm_eps: float = 1e-5  # 4.57.6 has no such field: torch's LayerNorm default
+
+    @property
+    def chunk_frames(self) -> int:
+        """Mel frames of one chunk; attention never leaves a chunk."""
+        return 2 * self.n_window
+
+    def token_count(self, mel_frames: int) -> int:
+        """Tokens that a clip of `mel_frames` frames becomes: conv stride 2, then pairwise mean."""
+        return max(0, ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A Qwen2.5 decoder with multimodal rotary positions; Thinker and Talker are both one."""
+
+    vocab_size: int = 152064
+    hidden_size: int = 3584
+    intermediate_size: int = 18944
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28
+    num_key_value_heads: int = 4
+    head_dim: int = 128
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    mrope_section: tuple[int, ...] = (16, 24, 24)
+    tie_word_embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class ThinkerConfig:
+    """Towers, decoder and the ids of the special tokens."""
+
+    text: DecoderConfig = field(default_factory=DecoderConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    audio_token_id: int = 151646
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    audio_start_token_id: int = 151647
+    audio_end_token_id: int = 151648
+    vision_start_token_id: int = 151652  # 4.57.6 has no default for these two; the published files carry them
+    vision_end_token_id: int = 151653
+    user_token_id: int = 872
+    position_id_per_seconds: int = 25
+    seconds_per_chunk: int = 2
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+
+@dataclass(frozen=True)
+class TalkerConfig:
+    """The Talker: a small decoder over codec ids, and the ids that frame its prompt."""
+
+    decoder: DecoderConfig = field(default_factory=lambda: DecoderConfig(vocab_size=8448))
+    embedding_size: int = 3584
+    tts_text_start_token_id: int = 151860
+    tts_text_end_token_id: int = 151861
+    tts_text_pad_token_id: int = 151859
+    tts_codec_start_token_id: int = 8293
+    tts_codec_end_token_id: int = 8294
+    tts_codec_pad_token_id: int = 8292
+    tts_codec_mask_token_id: int = 8296
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The flow-matching DiT of Token2Wav, its ECAPA speaker encoder included."""
+
+    hidden_size: int = 1024
+    num_hidden_layers: int = 22
+    num_attention_heads: int = 16
+    ff_mult: int = 2
+    emb_dim: int = 512
+    head_dim: int = 64
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 32768
+    block_size: int = 24
+    look_ahead_layers: tuple[int, ...] = (10,)
+    look_backward_layers: tuple[int, ...] = (0, 20)
+    repeats: int = 2
+    num_embeds: int = 8193
+    mel_dim: int = 80
+    enc_emb_dim: int = 192
+    enc_dim: int = 128
+    enc_channels: tuple[int, ...] = (256, 256, 256, 256, 768)
+    enc_kernel_sizes: tuple[int, ...] = (5, 3, 3, 3, 1)
+    enc_dilations: tuple[int, ...] = (1, 2, 3, 4, 1)
+    enc_attention_channels: int = 64
+    enc_res2net_scale: int = 2
+    enc_se_channels: int = 64
+    time_freq_dim: int = 256  # 4.57.6 has no such field: `DiTTimestepEmbedding` writes 256
+
+
+@dataclass(frozen=True)
+class BigVGANConfig:
+    """The BigVGAN vocoder: mel frames to samples."""
+
+    mel_dim: int = 80
+    upsample_initial_channel: int = 1536
+    resblock_kernel_sizes: tuple[int, ...] = (3, 7, 11)
+    resblock_dilation_sizes: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
+    upsample_rates: tuple[int, ...] = (5, 3, 2, 2, 2, 2)
+    upsample_kernel_sizes: tuple[int, ...] = (11, 7, 4, 4, 4, 4)
+
+
+@dataclass(frozen=True)
+class Token2WavConfig:
+    """Codes to sound: DiT, then BigVGAN."""
+
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    bigvgan: BigVGANConfig = field(default_factory=BigVGANConfig)
+
+
+@dataclass(frozen=True)
+class OmniConfig:
+    """The whole model. `talker` and `token2wav` are None where a checkpoint carries the Thinker alone."""
+
+    thinker: ThinkerConfig = field(default_factory=ThinkerConfig)
+    talker: TalkerConfig | None = None
+    token2wav: Token2WavConfig | None = None
+
+
+# Published names that differ from ours. The first one present wins.
+_SPELLINGS: dict[type, dict[str, tuple[str, ...]]] = {
+    ThinkerConfig: {
+        "text": ("text_config",),
+        "vision": ("vision_config",),
+        "audio": ("audio_config",),
+        "audio_token_id": ("audio_token_index", "audio_token_id"),
+        "image_token_id": ("image_token_index", "image_token_id"),
+        "video_token_id": ("video_token_index", "video_token_id"),
+    },
+    DiTConfig: {
+        "hidden_size": ("hidden_size", "dim"),
+        "num_hidden_layers": ("num_hidden_layers", "depth"),
+        "num_attention_heads": ("num_attention_heads", "heads"),
+    },
+    Token2WavConfig: {"dit": ("dit_config",), "bigvgan": ("bigvgan_config",)},
+    OmniConfig: {"thinker": ("thinker_config",), "talker": ("talker_config",), "token2wav": ("token2wav_config",)},
+}
+_PARTS: dict[tuple[type, str], type] = {
+    (ThinkerConfig, "text"): DecoderConfig,
+    (ThinkerConfig, "vision"): VisionConfig,
+    (ThinkerConfig, "audio"): AudioConfig,
+    (Token2WavConfig, "dit"): DiTConfig,
+    (Token2WavConfig, "bigvgan"): BigVGANConfig,
+    (OmniConfig, "thinker"): ThinkerConfig,
+    (OmniConfig, "talker"): TalkerConfig,
+    (OmniConfig, "token2wav"): Token2WavConfig,
+}
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(_freeze(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _lookup(cls: type, name: str, raw: Mapping[str, Any]) -> Any:
+    for spelling in _SPELLINGS.get(cls, {}).get(name, (name,)):
+        if raw.get(spelling) is not None:
+            return raw[spelling]
+    return None
+
+
+def _check_number(where: str, name: str, value: Any, default: Any) -> None:
+    wrong = isinstance(value, str) or (isinstance(default, int | float) and not isinstance(value, int | float | bool))
+    if wrong and not isinstance(default, str):
+        raise ConfigError(f"{where}.{name} is {value!r}, where a number is expected; correct it in config.json")
+
+
+def _parse_decoder(raw: Mapping[str, Any], where: str, defaults: DecoderConfig, *, has_head_dim: bool) -> DecoderConfig:
+    """Both decoders. The reference computes the Thinker's head size but reads the Talker's, 128 if absent."""
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(DecoderConfig):
+        value = raw.get(f.name)
+        if value is not None:
+            _check_number(where, f.name, value, getattr(defaults, f.name))
+            values[f.name] = _freeze(value)
+    rope = raw.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "mrope"):
+        raise ConfigError(f"{where}.rope_scaling has type {rope_type!r}; only plain multimodal RoPE is supported")
+    if "mrope_section" in rope:
+        values["mrope_section"] = tuple(rope["mrope_section"])
+    if raw.get("use_sliding_window"):
+        raise ConfigError(f"{where}.use_sliding_window is true; no published Omni uses it and it is not supported")
+    cfg = dataclasses.replace(defaults, **values)
+    if "head_dim" not in values and not has_head_dim:
+        cfg = dataclasses.replace(cfg, head_dim=cfg.hidden_size // cfg.num_attention_heads)
+    # The reference splits 2 × the sections over head_dim, which must come out even.
+    if sum(cfg.mrope_section) * 2 != cfg.head_dim:
+        raise ConfigError(
+            f"{where}: mrope_section {list(cfg.mrope_section)} must sum to head_dim / 2 = {cfg.head_dim // 2}"
+        )
+    if cfg.num_attention_heads % cfg.num_key_value_heads:
+        raise ConfigError(f"{where}: {cfg.num_attention_heads} heads cannot share {cfg.num_key_value_heads} kv heads")
+    return cfg
+
+
+def _parse(cls: type[C], raw: Mapping[str, Any], where: str) -> C:
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{where} must be an object, not {type(raw).__name__}")
+    if cls is DecoderConfig:
+        return _parse_decoder(raw, where, DecoderConfig(), has_head_dim=False)  # type: ignore[return-value]
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if cls is TalkerConfig and f.name == "decoder":
+            values[f.name] = _parse_decoder(raw, where, DecoderConfig(vocab_size=8448), has_head_dim=True)
+            continue
+        value = _lookup(cls, f.name, raw)
+        part = _PARTS.get((cls, f.name))
+        if part is not None:
+            if value is not None or cls is not OmniConfig:
+                values[f.name] = _parse(part, value or {}, f"{where}.{f.name}")
+        elif f.name == "eos_token_id":
+            values[f.name] = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+        elif value is not None:
+            if f.default is not dataclasses.MISSING:
+                _check_number(where, f.name, value, f.default)
+            values[f.name] = _freeze(value)
+    return cls(**values)
+
+
+def from_dict(raw: Mapping[str, Any]) -> OmniConfig:
+    """Reads a published configuration (whole model, or a Thinker alone).
+
+    Args:
+      raw: the parsed `config.json`.
+    Returns:
+      The frozen configuration; absent fields take the dataclass defaults.
+    Raises:
+      ConfigError: unknown model type, or a field of the wrong kind; the message names it.
+    """
+    model_type = raw.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ConfigError(f"model_type {model_type!r} is not Qwen2.5-Omni; known are {', '.join(MODEL_TYPES)}")
+    if model_type == "qwen2_5_omni_thinker":
+        return OmniConfig(thinker=_parse(ThinkerConfig, raw, "config"))
+    cfg = _parse(OmniConfig, raw, "config")
+    if raw.get("enable_audio_output", True) is False:
+        cfg = dataclasses.replace(cfg, talker=None, token2wav=None)
+    return cfg
+
+
+def load_config(path: str | pathlib.Path) -> OmniConfig:
+    """Reads `config.json` from a checkpoint folder. Raises ConfigError with the path when it cannot."""
+    file = pathlib.Path(path) / "config.json"
+    try:
+        raw = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file} does not exist; a checkpoint folder carries a config.json") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ConfigError(f"{file} cannot be read as JSON ({e}); fetch it again") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file} must hold a JSON object")
+    try:
+        return from_dict(raw)
+    except ConfigError as e:
+        raise ConfigError(f"{file}: {e}") from None
+
+
+def to_dict(cfg: OmniConfig) -> dict[str, Any]:
+    """The published spelling of a configuration, as transformers 4.57.6 reads it. Inverse of `from_dict`."""
+
+    def plain(value: Any) -> Any:
+        return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+    def decoder(d: DecoderConfig) -> dict[str, Any]:
+        out = {k: plain(v) for k, v in dataclasses.asdict(d).items() if k != "mrope_section"}
+        return out | {"rope_scaling": {"type": "default", "mrope_section": list(d.mrope_section)}}
+
+    def part(p: Any) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for f in dataclasses.fields(p):
+            value = getattr(p, f.name)
+            if isinstance(p, TalkerConfig) and f.name == "decoder":
+                out |= decoder(value)
+                continue
+            name = _SPELLINGS.get(type(p), {}).get(f.name, (f.name,))[0]
+            if isinstance(value, DecoderConfig):
+                out[name] = decoder(value) | {"model_type": "qwen2_5_omni_text"}
+            elif dataclasses.is_dataclass(value):
+                out[name] = part(value)
+            elif value is not None and not (f.name == "eos_token_id" and not value):
+                out[name] = plain(value)
+        return out
+
+    out = part(cfg)
+    thinker = out["thinker_config"] | {"model_type": "qwen2_5_omni_thinker"}
+    thinker["audio_config"]["model_type"] = "qwen2_5_omni_audio_encoder"
+    thinker["vision_config"]["model_type"] = "qwen2_5_omni_vision_encoder"
+    out |= {"model_type": "qwen2_5_omni", "architectures": ["Qwen2_5OmniModel"], "thinker_config": thinker}
+    if cfg.talker is not None:
+        # The Talker repeats the Thinker's ids in its own part of the file.
+        shared = ("audio_token_index", "image_token_index", "video_token_index", "position_id_per_seconds")
+        shared += ("audio_start_token_id", "audio_end_token_id", "vision_start_token_id", "vision_end_token_id")
+        out["talker_config"] |= {k: thinker[k] for k in (*shared, "seconds_per_chunk")}
+        out["talker_config"] |= {
+            "model_type": "qwen2_5_omni_talker",
+            "spatial_merge_size": cfg.thinker.vision.spatial_merge_size,
+        }
+    out["enable_audio_output"] = cfg.talker is not None
+    return out
+
+
+def _published(text: DecoderConfig, talker: TalkerConfig) -> OmniConfig:
+    vision = VisionConfig(hidden_size=1280, out_hidden_size=text.hidden_size)
+    thinker = ThinkerConfig(text=text, vision=vision, audio=AudioConfig(output_dim=text.hidden_size))
+    return OmniConfig(thinker, talker, Token2WavConfig(dit=DiTConfig()))
+
+
+def _nano() -> OmniConfig:
+    text = DecoderConfig(
+        vocab_size=1280, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, mrope_section=(2, 3, 3), max_position_embeddings=32768,
+    )  # fmt: skip
+    vision = VisionConfig(
+        depth=4, hidden_size=64, intermediate_size=112, num_heads=4, out_hidden_size=64, fullatt_block_indexes=(1, 3)
+    )
+    audio = AudioConfig(encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=128, d_model=64, output_dim=64)
+    talker = TalkerConfig(
+        decoder=dataclasses.replace(
+            text, vocab_size=320, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3,
+            num_key_value_heads=1,
+        ),
+        embedding_size=64, tts_codec_start_token_id=261, tts_codec_end_token_id=262, tts_codec_pad_token_id=260,
+        tts_codec_mask_token_id=264,
+    )  # fmt: skip
+    dit = DiTConfig(
+        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, head_dim=16, emb_dim=32, num_embeds=257,
+        look_ahead_layers=(2,), look_backward_layers=(0, 3), mel_dim=80, enc_emb_dim=192, enc_dim=16,
+        enc_channels=(32, 32, 32, 32, 96), enc_attention_channels=16, enc_se_channels=16,
+    )  # fmt: skip
+    bigvgan = BigVGANConfig(upsample_initial_channel=128)
+    return OmniConfig(ThinkerConfig(text=text, vision=vision, audio=audio), talker, Token2WavConfig(dit, bigvgan))
+
+
+def preset(name: str) -> OmniConfig:
+    """A configuration by name: `3b`, `7b` (the published ones) or `nano` (tests and demos).
+
+    `nano` keeps the published special-token ids out of range on purpose: whoever makes a nano checkpoint replaces
+    them by its tokenizer's (`checkpoint.publish`).
+
+    Raises:
+      ConfigError: unknown name; the message lists the known ones.
+    """
+    text7 = DecoderConfig()
+    if name == "7b":
+        talker = DecoderConfig(vocab_size=8448, hidden_size=896, num_hidden_layers=24, num_attention_heads=12)
+        return _published(text7, TalkerConfig(decoder=talker, embedding_size=3584))
+    if name == "3b":
+        text3 = DecoderConfig(
+            vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+            num_key_value_heads=2,
+        )  # fmt: skip
+        talker = DecoderConfig(
+            vocab_size=8448, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+            num_key_value_heads=2, head_dim=64, mrope_section=(16, 16, 0),
+        )  # fmt: skip
+        return _published(text3, TalkerConfig(decoder=talker, embedding_size=2048))
+    if name == "nano":
+        return _nano()
+    raise ConfigError(f"unknown preset {name!r}; known are 3b, 7b, nano")

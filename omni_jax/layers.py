@@ -1,0 +1,189 @@
+"""Small layers that every part shares, and the one function that applies a stack of them.
+
+Weights are 2-D `(out, in)`, as published: it is what the TPU reads once, what the CPU's dot likes, and it makes
+conversion a copy. The dtype of the activations is the dtype of the computation; sums run in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+Params = Any  # a nested dict of arrays
+
+# The reference initialises every projection with a normal of this deviation (`initializer_range`).
+INIT_STDDEV = 0.02
+
+
+def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
+
+
+def _dot_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """XLA:CPU up-casts the whole weight for a one-row product, and reads it once for two rows: so two rows."""
+    if x.size != x.shape[-1]:
+        return _dot(x, weight)
+    rows = jnp.broadcast_to(x.reshape(1, -1), (2, x.shape[-1]))
+    return _dot(rows, weight)[:1].reshape(*x.shape[:-1], weight.shape[0])
+
+
+def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """`x @ weight.T + bias`.
+
+    Args:
+      x: [..., in].
+      weight: [out, in]; cast to the dtype of `x`.
+      bias: [out] or None; added in float32, before the cast.
+    Returns:
+      [..., out] in the dtype of `x`.
+    """
+    y = lax.platform_dependent(x, weight.astype(x.dtype), cpu=_dot_cpu, default=_dot)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis: float32, cast, then × weight (the order matters in bf16)."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """Layer norm over the last axis in float32, cast to the dtype of `x` at the end."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return (y * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The activation functions that Omni configurations name. Raises ValueError for others."""
+    table = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
+    if name not in table:
+        raise ValueError(f"activation {name!r} is unknown; known are {', '.join(table)}")
+    return table[name]
+
+
+def sharded_init(init: Callable, *axes: str | None) -> Callable:
+    """An initialiser whose parameter carries logical axis names (see `sharding.Rules`)."""
+    return nn.with_partitioning(init, axes)
+
+
+class Linear(nn.Module):
+    """Dense layer with the published names: `weight` (out, in) and `bias` (out).
+
+    Attributes:
+      features: output size.
+      axes: logical names of (out, in).
+      use_bias: whether there is a bias.
+    """
+
+    features: int
+    axes: tuple[str | None, str | None]
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = sharded_init(nn.initializers.normal(INIT_STDDEV), *self.axes)
+        weight = self.param("weight", init, (self.features, x.shape[-1]))
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", sharded_init(nn.initializers.zeros, self.axes[0]), (self.features,))
+        return linear(x, weight, bias)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with its `weight`."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.param("weight", sharded_init(nn.initializers.ones, None), (x.shape[-1],)), self.eps)
+
+
+class LayerNorm(nn.Module):
+    """`layer_norm` with its `weight` and `bias`."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.param("weight", sharded_init(nn.initializers.ones, None), (x.shape[-1],))
+        bias = self.param("bias", sharded_init(nn.initializers.zeros, None), (x.shape[-1],))
+        return layer_norm(x, weight, bias, self.eps)
+
+
+class GatedMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))`, as in Qwen2 and in the vision tower."""
+
+    hidden: int
+    act: str
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = Linear(self.hidden, ("mlp", "embed"), self.use_bias, name="gate_proj")(x)
+        up = Linear(self.hidden, ("mlp", "embed"), self.use_bias, name="up_proj")(x)
+        return Linear(x.shape[-1], ("embed", "mlp"), self.use_bias, name="down_proj")(activation(self.act)(gate) * up)
+
+
+def stacked_param(module: nn.Module, name: str, layer: nn.Module, length: int, *example: Any, **kwargs: Any) -> Params:
+    """Declares (or fetches) the parameters of `length` equal layers under `name`.
+
+    They initialise stacked: every leaf has a leading axis named "layers". Given parameters may instead be a tuple of
+    per-layer trees, the form that `run_layers` loops over.
+
+    Args:
+      example: shape structs or arrays that `layer` is called with.
+    """
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+
+    def init(key: jax.Array) -> Params:
+        boxed = jax.vmap(lambda k: layer.init(k, *example, **kwargs)["params"])(jax.random.split(key, length))
+
+        def add_axis(box: Any) -> Any:
+            return box.add_axis(0, {nn.PARTITION_NAME: "layers"}) if isinstance(box, nn.Partitioned) else box
+
+        return jax.tree.map(add_axis, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+    return nn.meta.unbox(module.param(name, init))
+
+
+def run_layers(
+    body: Callable[[Params, Any, Any], tuple[Any, Any]], layers: Params | Sequence[Params], carry: Any, xs: Any = None
+) -> tuple[Any, Any]:
+    """Applies a stack of equal layers.
+
+    Args:
+      body: `(params of one layer, carry, x) -> (carry, y)`; wrap it in `jax.checkpoint` for training.
+      layers: stacked parameters (leading axis: layers), which are scanned, as TPU and GPU like it; or a sequence of
+        per-layer trees, which is looped over: on CPU a scan would copy each layer's weights at each step.
+      carry: what goes through the layers.
+      xs: one entry per layer: a tree with a leading layers axis or, in the loop form, also a sequence of trees.
+    Returns:
+      The last carry, and the `y`s: stacked by the scan, a list from the loop.
+    """
+    if not isinstance(layers, tuple | list):
+        return lax.scan(lambda c, px: body(px[0], c, px[1]), carry, (layers, xs))
+    traced_once = jax.jit(body)
+    ys = []
+    for i, params in enumerate(layers):
+        x = xs[i] if isinstance(xs, tuple | list) else jax.tree.map(lambda a, i=i: a[i], xs)
+        carry, y = traced_once(params, carry, x)
+        ys.append(y)
+    return carry, ys
+
+
+def unstack(layers: Params) -> tuple[Params, ...]:
+    """Stacked parameters to a tuple of per-layer trees (copies; the loader builds this form directly)."""
+    length = jax.tree.leaves(layers)[0].shape[0]
+    return tuple(jax.tree.map(lambda a, i=i: a[i], layers) for i in range(length))
