@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")
+from omni_jax.errors import InputError
+
 C = TypeVar("C")
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A configuration that cannot be used; the message names the field and the remedy."""
 
 
