@@ -1,6 +1,7 @@
 """Attention as plain functions: scores and sums in float32, bounded memory, no mask over a whole clip.
 
-Letters: B batch, T new tokens (queries), S new tokens (keys), C cache slots, N heads, K kv heads, G = N / K, H head size.
+Letters: B batch, T new tokens (queries), S new tokens (keys), C cache slots, N heads, K kv heads,
+G = N / K, H head size.
 """
 
 from __future__ import annotations
