@@ -52,16 +52,14 @@ _TRANSFORMERS5 = (
 )
 
 
-def _linear(name: str, out: int, in_: int, *, bias: bool = True) -> Shapes:
-    return {f"{name}.weight": (out, in_)} | ({f"{name}.bias": (out,)} if bias else {})
-
-
-def _conv(name: str, out: int, in_: int, *kernel: int, bias: bool = True) -> Shapes:
-    return {f"{name}.weight": (out, in_, *kernel)} | ({f"{name}.bias": (out,)} if bias else {})
+def _linear(name: str, *shape: int, bias: bool = True) -> Shapes:
+    """A weight (out, in) or, for convolutions, (out, in, kernel...); and a bias (out)."""
+    out: Shapes = {f"{name}.weight": shape}
+    return out | {f"{name}.bias": shape[:1]} if bias else out
 
 
 def _norm(name: str, size: int, *, bias: bool = False) -> Shapes:
-    return {f"{name}.weight": (size,)} | ({f"{name}.bias": (size,)} if bias else {})
+    return _linear(name, size, bias=bias)
 
 
 def _repeat(prefix: str, count: int, layer: Shapes) -> Shapes:
@@ -97,7 +95,7 @@ def _vision(prefix: str, c: VisionConfig) -> Shapes:
     block |= _linear("mlp.down_proj", d, c.intermediate_size)
     kernel = (c.temporal_patch_size, c.patch_size, c.patch_size)
     return (
-        _conv(f"{prefix}.patch_embed.proj", d, c.in_channels, *kernel, bias=False)
+        _linear(f"{prefix}.patch_embed.proj", d, c.in_channels, *kernel, bias=False)
         | _repeat(f"{prefix}.blocks", c.depth, block)
         | _norm(f"{prefix}.merger.ln_q", d)
         | _linear(f"{prefix}.merger.mlp.0", merged, merged)
@@ -113,8 +111,8 @@ def _audio(prefix: str, c: AudioConfig) -> Shapes:
     layer |= _norm("self_attn_layer_norm", d, bias=True) | _norm("final_layer_norm", d, bias=True)
     layer |= _linear("fc1", c.encoder_ffn_dim, d) | _linear("fc2", d, c.encoder_ffn_dim)
     return (
-        _conv(f"{prefix}.conv1", d, c.num_mel_bins, 3)
-        | _conv(f"{prefix}.conv2", d, d, 3)
+        _linear(f"{prefix}.conv1", d, c.num_mel_bins, 3)
+        | _linear(f"{prefix}.conv2", d, d, 3)
         | {f"{prefix}.audio_bos_eos_token.weight": (2, c.output_dim)}  # carried, though the reference never reads it
         | _repeat(f"{prefix}.layers", c.encoder_layers, layer)
         | _norm(f"{prefix}.ln_post", d, bias=True)
@@ -141,20 +139,22 @@ def _talker(prefix: str, c: TalkerConfig) -> Shapes:
 
 def _ecapa(prefix: str, c: DiTConfig) -> Shapes:
     channels, kernels, last = c.enc_channels, c.enc_kernel_sizes, c.enc_channels[-1]
-    out = _conv(f"{prefix}.blocks.0.conv", channels[0], c.mel_dim, kernels[0])
+    out = _linear(f"{prefix}.blocks.0.conv", channels[0], c.mel_dim, kernels[0])
     for i in range(1, len(channels) - 1):
         block, width, part = f"{prefix}.blocks.{i}", channels[i], channels[i] // c.enc_res2net_scale
-        out |= _conv(f"{block}.tdnn1.conv", width, channels[i - 1], 1) | _conv(f"{block}.tdnn2.conv", width, width, 1)
+        out |= _linear(f"{block}.tdnn1.conv", width, channels[i - 1], 1) | _linear(
+            f"{block}.tdnn2.conv", width, width, 1
+        )
         for j in range(c.enc_res2net_scale - 1):
-            out |= _conv(f"{block}.res2net_block.blocks.{j}.conv", part, part, kernels[i])
-        out |= _conv(f"{block}.se_block.conv1", c.enc_se_channels, width, 1)
-        out |= _conv(f"{block}.se_block.conv2", width, c.enc_se_channels, 1)
+            out |= _linear(f"{block}.res2net_block.blocks.{j}.conv", part, part, kernels[i])
+        out |= _linear(f"{block}.se_block.conv1", c.enc_se_channels, width, 1)
+        out |= _linear(f"{block}.se_block.conv2", width, c.enc_se_channels, 1)
     return (
         out
-        | _conv(f"{prefix}.mfa.conv", last, last, kernels[-1])
-        | _conv(f"{prefix}.asp.tdnn.conv", c.enc_attention_channels, 3 * last, 1)
-        | _conv(f"{prefix}.asp.conv", last, c.enc_attention_channels, 1)
-        | _conv(f"{prefix}.fc", c.enc_dim, 2 * last, 1)
+        | _linear(f"{prefix}.mfa.conv", last, last, kernels[-1])
+        | _linear(f"{prefix}.asp.tdnn.conv", c.enc_attention_channels, 3 * last, 1)
+        | _linear(f"{prefix}.asp.conv", last, c.enc_attention_channels, 1)
+        | _linear(f"{prefix}.fc", c.enc_dim, 2 * last, 1)
     )
 
 
@@ -180,21 +180,22 @@ def _dit(prefix: str, c: DiTConfig) -> Shapes:
 
 def _bigvgan(prefix: str, c: BigVGANConfig) -> Shapes:
     width = [c.upsample_initial_channel // 2**i for i in range(len(c.upsample_rates) + 1)]
-    out = _conv(f"{prefix}.conv_pre", width[0], c.mel_dim, 7)
+    out = _linear(f"{prefix}.conv_pre", width[0], c.mel_dim, 7)
     for i, kernel in enumerate(c.upsample_kernel_sizes):
         # A transposed convolution: torch stores (in, out, kernel).
-        out |= {f"{prefix}.ups.{i}.0.weight": (width[i], width[i + 1], kernel), f"{prefix}.ups.{i}.0.bias": (width[i + 1],)}
+        out |= {f"{prefix}.ups.{i}.0.weight": (width[i], width[i + 1], kernel)}
+        out |= {f"{prefix}.ups.{i}.0.bias": (width[i + 1],)}
     block = 0
     for w in width[1:]:
         for kernel, dilations in zip(c.resblock_kernel_sizes, c.resblock_dilation_sizes, strict=True):
             name = f"{prefix}.resblocks.{block}"
             for j in range(len(dilations)):
-                out |= _conv(f"{name}.convs1.{j}", w, w, kernel) | _conv(f"{name}.convs2.{j}", w, w, kernel)
+                out |= _linear(f"{name}.convs1.{j}", w, w, kernel) | _linear(f"{name}.convs2.{j}", w, w, kernel)
             for j in range(2 * len(dilations)):
                 out |= {f"{name}.activations.{j}.act.{p}": (w,) for p in ("alpha", "beta")}
             block += 1
     out |= {f"{prefix}.activation_post.act.{p}": (width[-1],) for p in ("alpha", "beta")}
-    return out | _conv(f"{prefix}.conv_post", 1, width[-1], 7, bias=False)
+    return out | _linear(f"{prefix}.conv_post", 1, width[-1], 7, bias=False)
 
 
 def tensor_shapes(cfg: OmniConfig) -> dict[str, tuple[int, ...]]:

@@ -82,7 +82,8 @@ def match_tensors(stored: Mapping[str, Tensor], cfg: OmniConfig) -> dict[str, Te
     missing = [(name, "") for name in shapes if name not in found and name != keys.INV_FREQ]
     problems = [_summary(kind, e) for kind, e in (("missing", missing), ("unknown", unknown), ("wrong", wrong)) if e]
     if problems:
-        raise CheckpointError(f"the tensors do not fit config.json; {'; '.join(problems)}; use the config they came with")
+        listed = "; ".join(problems)
+        raise CheckpointError(f"the tensors do not fit config.json; {listed}; use the config that they came with")
     return {name: found[name] for name in shapes if name in found}
 
 
@@ -100,10 +101,7 @@ def _lookup(tree: Any, path: Sequence[Any]) -> Any:
     for key in path:
         if tree is None or isinstance(tree, jax.sharding.Sharding):
             return tree
-        if isinstance(tree, Mapping):
-            tree = tree.get(key)
-        else:
-            tree = tree[key]
+        tree = tree.get(key) if isinstance(tree, Mapping) else tree[key]
     return tree
 
 

@@ -109,9 +109,7 @@ def _entry(file: pathlib.Path, name: str, entry: Any, start: int, size: int) -> 
     if offsets[0] > offsets[1] or start + offsets[1] > size:
         raise ValueError(f"its bytes {offsets[0]}–{offsets[1]} lie outside the file's {size - start} bytes of data")
     if tensor.nbytes != offsets[1] - offsets[0]:
-        raise ValueError(
-            f"shape {shape} of {code} takes {tensor.nbytes} bytes, but it has {offsets[1] - offsets[0]}"
-        )
+        raise ValueError(f"shape {shape} of {code} takes {tensor.nbytes} bytes, but it has {offsets[1] - offsets[0]}")
     return tensor
 
 
@@ -220,7 +218,7 @@ def read_index(folder: str | pathlib.Path) -> dict[str, Tensor]:
     for shard, found in shards.items():
         for name in found:
             if weight_map.get(name) != shard:
-                raise CheckpointError(f"{folder / shard} holds tensor {name[:200]!r}, which the index does not put there")
+                raise CheckpointError(f"{folder / shard} holds tensor {name[:200]!r}, which is not in the index there")
     return tensors
 
 
@@ -235,7 +233,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 def _read_bytes(fd: int, tensor: Tensor, offset: int, out: np.ndarray) -> None:
     """Fills a contiguous array from a position in the file."""
-    view = memoryview(out.reshape(-1).view(np.uint8))
+    view = out.reshape(-1).view(np.uint8).data
     done = 0
     while done < len(view):
         # Linux transfers at most 2 GiB a call; shorter ones also let Ctrl-C through.
@@ -257,14 +255,12 @@ def read_tensor(tensor: Tensor, out: np.ndarray, index: tuple[slice, ...] = ()) 
     Raises:
       CheckpointError: the file changed or cannot be read.
     """
-    if not tensor.shape:
-        row_shape, rows, columns, target = (), range(1), (), out.reshape(1)
-    else:
-        first, *rest = index or (slice(None),)
-        rows = range(*first.indices(tensor.shape[0]))
-        row_shape, columns, target = tensor.shape[1:], tuple(rest), out
+    shape = tensor.shape or (1,)
+    target = out if tensor.shape else out.reshape(1)
+    first, *columns = index or (slice(None),)
+    rows, row_shape = range(*first.indices(shape[0])), shape[1:]
     row_bytes = math.prod(row_shape) * tensor.dtype.itemsize
-    whole = all(s.indices(n) == (0, n, 1) for s, n in zip(columns, row_shape))
+    whole = all(s.indices(n) == (0, n, 1) for s, n in zip(columns, row_shape, strict=False))
     try:
         fd = os.open(tensor.file, os.O_RDONLY)
         try:
@@ -364,7 +360,7 @@ def write_checkpoint(
     if len(shards) == 1:
         write_file(folder / SINGLE, tensors, blocks)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
         shard = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         write_file(folder / shard, {name: tensors[name] for name in names}, blocks)
