@@ -89,19 +89,21 @@ def _train(pieces: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _tokenizer_json(vocab: dict[str, int], merges: list[tuple[str, str]], special: dict[str, int]) -> str:
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    # The special tokens stand in the model's vocabulary too: this alone lets them have ids with a gap before them.
-    tokenizer = Tokenizer(models.BPE(vocab=vocab | special, merges=merges))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), bytes_only])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    for name in special:
-        token = AddedToken(name, normalized=False, special=SPECIAL[name])
-        (tokenizer.add_special_tokens if SPECIAL[name] else tokenizer.add_tokens)([token])
-    return tokenizer.to_str(pretty=True)
+    raw = json.loads(tokenizer.to_str())
+    # Only tokens that the model's vocabulary holds may have ids with a gap before them; they are put in here, since
+    # the library warns of each missing id when it writes such a vocabulary (it reads them in silence).
+    raw["model"]["vocab"] = vocab | special
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    raw["added_tokens"] = [{"id": i, "content": n, **flags, "special": SPECIAL[n]} for n, i in special.items()]
+    return json.dumps(raw, indent=1, ensure_ascii=False)
 
 
 def _processor_files(cfg: OmniConfig) -> dict[str, dict[str, Any]]:
