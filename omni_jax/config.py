@@ -361,8 +361,8 @@ def to_dict(cfg: OmniConfig) -> dict[str, Any]:
     out |= {"model_type": "qwen2_5_omni", "architectures": ["Qwen2_5OmniModel"], "thinker_config": thinker}
     if cfg.talker is not None:
         # The Talker repeats the Thinker's ids in its own part of the file.
-        shared = ("audio_token_index", "image_token_index", "video_token_index", "position_id_per_seconds")
-        shared += ("audio_start_token_id", "audio_end_token_id", "vision_start_token_id", "vision_end_token_id")
+        shared = ["audio_token_index", "image_token_index", "video_token_index", "position_id_per_seconds"]
+        shared += ["audio_start_token_id", "audio_end_token_id", "vision_start_token_id", "vision_end_token_id"]
         out["talker_config"] |= {k: thinker[k] for k in (*shared, "seconds_per_chunk")}
         out["talker_config"] |= {
             "model_type": "qwen2_5_omni_talker",

@@ -1,0 +1,137 @@
+"""Making a whole random checkpoint in the published layout, for tests, demos and measurements at true sizes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+
+from omni_jax.checkpoint import keys, tokenizer_files
+from omni_jax.checkpoint.load import progress_bar
+from omni_jax.checkpoint.safetensors_io import BLOCK, CheckpointError, write_checkpoint
+from omni_jax.config import OmniConfig, to_dict
+
+HEAD_STD = 3.0  # of the logits: argmax is no tie, and sampling still chooses among several tokens
+
+
+def _deviation(name: str, shape: tuple[int, ...], cfg: OmniConfig) -> tuple[float, float]:
+    """Mean and standard deviation of a random tensor, such that signals keep about unit size through every part."""
+    if name.endswith(".bias"):
+        return 0.0, 0.05
+    if name.endswith((".act.alpha", ".act.beta")):
+        return 0.0, 0.3  # logarithms of the snake's two factors
+    if len(shape) == 1:
+        return 1.0, 0.2
+    if "embed_tokens" in name or "codec_embed" in name or "audio_bos_eos_token" in name:
+        return 0.0, 1.0
+    fan_in = math.prod(shape[1:])
+    if name.endswith(("lm_head.weight", "codec_head.weight")):
+        return 0.0, HEAD_STD / math.sqrt(fan_in)
+    if ".ups." in name and cfg.token2wav is not None:
+        # A transposed convolution, (in, out, kernel): each output sees kernel / rate taps of every input channel.
+        rate = cfg.token2wav.bigvgan.upsample_rates[int(name.split(".ups.")[1].split(".")[0])]
+        return 0.0, 1 / math.sqrt(shape[0] * shape[2] / rate)
+    # The vocoder's residual blocks add up, and its last layer must not clip.
+    gain = 0.3 if ".resblocks." in name else 0.1 if "conv_post" in name else 1.0
+    return 0.0, gain / math.sqrt(fan_in)
+
+
+def random_blocks(
+    name: str, shape: tuple[int, ...], dtype: np.dtype, cfg: OmniConfig, seed: int
+) -> Iterator[np.ndarray]:
+    """The values of one random tensor, in slices of about 32 MiB; they depend on the seed and the name only."""
+    if name == keys.INV_FREQ:
+        assert cfg.token2wav is not None
+        dim = cfg.token2wav.dit.head_dim
+        inv_freq = 1.0 / cfg.token2wav.dit.rope_theta ** (np.arange(0, dim, 2, dtype=np.float32) / dim)
+        yield inv_freq.astype(ml_dtypes.bfloat16).astype(dtype)  # the published files hold it rounded, too
+        return
+    digest = np.frombuffer(hashlib.sha256(name.encode()).digest(), np.uint32)
+    rng = np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed, *digest.tolist()])))
+    mean, std = _deviation(name, shape, cfg)
+    left = math.prod(shape)
+    while left:
+        n = min(left, BLOCK // 4)
+        values = rng.standard_normal(n, np.float32)
+        values *= np.float32(std)
+        values += np.float32(mean)
+        if len(shape) == 1 and mean:  # norms: no outliers, and never through zero
+            np.clip(values, 1 - 2.5 * std, 1 + 2.5 * std, out=values)
+        yield values.astype(dtype, copy=False)
+        left -= n
+
+
+def write_random(
+    path: str | pathlib.Path,
+    cfg: OmniConfig,
+    *,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    max_shard_bytes: int = 5_000_000_000,
+    progress: bool = False,
+) -> OmniConfig:
+    """Makes a complete checkpoint folder in the published layout, with random weights. This is `omni-jax init`.
+
+    It holds the safetensors files (sharded, with an index, beyond `max_shard_bytes`), `config.json`,
+    `generation_config.json`, `preprocessor_config.json`, `chat_template.json` and the tokenizer's four files; not the
+    voices (`spk_dict.pt`). Everything is the same for the same arguments. Memory stays at one 32 MiB slice; the folder
+    takes its name only when it is whole.
+
+    The tokenizer is a small one made here (about 1,500 pieces), under the published names of the special tokens. In a
+    vocabulary as large as the published one these have the published ids, but ordinary text gets other ids than
+    Qwen's tokenizer would give: with random weights that makes no difference.
+
+    Args:
+      path: the folder to make; it must be absent or empty.
+      cfg: a preset or any other configuration. Special-token ids that its vocabulary cannot hold are replaced.
+      seed: of the weights.
+      dtype: "bfloat16" or "float32", of Thinker and Talker; Token2Wav is float32 as published.
+      max_shard_bytes: largest size of one shard's data.
+      progress: show a bar on stderr.
+    Returns:
+      The configuration as written.
+    Raises:
+      CheckpointError: the folder holds files already, or the disk is full.
+      ConfigError: the vocabulary is too small.
+      ValueError: another dtype.
+    """
+    path = pathlib.Path(path)
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"dtype {dtype!r} is not supported; use bfloat16 or float32")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CheckpointError(f"{path} exists already; give a new folder, or remove it first")
+    cfg, texts = tokenizer_files.make_files(cfg)
+    texts["config.json"] = json.dumps(to_dict(cfg) | {"torch_dtype": dtype}, indent=2) + "\n"
+    types = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+    tensors = {
+        name: (types["float32" if keys.published_dtype(name) == "float32" else dtype], shape)
+        for name, shape in keys.tensor_shapes(cfg).items()
+    }
+    temporary = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}.tmp")
+    total = sum(math.prod(shape) * t.itemsize for t, shape in tensors.values())
+    try:
+        temporary.mkdir(parents=True)
+        for name, text in texts.items():
+            (temporary / name).write_text(text, "utf-8")
+        with progress_bar("writing", total, progress) as advance:
+
+            def blocks(name: str) -> Iterator[np.ndarray]:
+                kind, shape = tensors[name]
+                for block in random_blocks(name, shape, kind, cfg, seed):
+                    yield block
+                    advance(block.nbytes)
+
+            write_checkpoint(temporary, tensors, blocks, max_shard_bytes)
+        os.replace(temporary, path)
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be written: {e.strerror or e}; nothing is left of it") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return cfg
