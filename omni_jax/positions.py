@@ -5,7 +5,7 @@ Dimension letters: T tokens of the prompt; a grid is (t, h, w) in patches.
 A prompt is a sequence of segments. A media segment includes the tokens that open and close it. One walk over the
 segments yields the token ids, another the positions; both take the order of an audio-in-video clip from `interleave`,
 so they cannot disagree. (The reference computes that order twice: in float64 in its processor, and in float32 in
-`get_rope_index`. They differ where a step of time falls on a chunk's edge up to rounding, for example at 0.48 frames a
+`get_rope_index`. They differ where a step of time falls on a chunk's edge up to rounding, for example at 20.8 frames a
 second. Here it is float32 both times: positions always equal `get_rope_index`, and ids follow them.)
 
 Source: `Qwen2_5OmniPreTrainedModelForConditionalGeneration.get_rope_index` of transformers 4.57.6.
