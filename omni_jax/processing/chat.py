@@ -40,8 +40,8 @@ _OPTIONS: dict[Kind, frozenset[str]] = {
     "image": frozenset({"min_pixels", "max_pixels"}),
     "audio": frozenset({"audio_start", "audio_end"}),
     "video": frozenset(
-        ("use_audio_in_video", "fps", "min_frames", "max_frames", "min_pixels", "max_pixels")
-        + ("video_start", "video_end")
+        {"use_audio_in_video", "fps", "min_frames", "max_frames", "min_pixels", "max_pixels"}
+        | {"video_start", "video_end"}
     ),
 }
 

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 import soxr
-from av.container import InputContainer
 
+from omni_jax.processing.container import check_length, damaged, declared_seconds, open_container, reason
 from omni_jax.processing.media import ANYTHING, Access, MediaError, describe, fetch
 
 MIN_FRAMES = 3  # fewer mel frames become no token at all
@@ -47,19 +47,6 @@ class MelConfig:
 PUBLISHED = MelConfig()
 
 
-def open_container(file: BinaryIO, name: str, what: str, better: str) -> InputContainer:
-    """Opens a media file with FFmpeg. Playlists, which would make it open other files, are refused.
-
-    Raises:
-      MediaError: not a media file; the message says that it is not `what` and to convert it to `better`.
-    """
-    try:
-        return av.open(file, "r", options={"protocol_whitelist": "none"})
-    except (av.FFmpegError, OSError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise MediaError(f"{name} is not {what} that FFmpeg can read ({reason}); convert it to {better}") from None
-
-
 def _decode(file: BinaryIO, name: str, missing: str) -> tuple[np.ndarray, int]:
     """All samples of the first sound track: float32 [samples], mean of the channels, at the file's own rate."""
     with open_container(file, name, "sound", "WAV or FLAC") as container:
@@ -70,22 +57,14 @@ def _decode(file: BinaryIO, name: str, missing: str) -> tuple[np.ndarray, int]:
         rate = 0
         try:
             for frame in container.decode(stream):
-                samples = _float(frame.to_ndarray(), frame)
                 if rate and frame.sample_rate != rate:
                     raise MediaError(f"{name} changes its sample rate within; convert it to WAV or FLAC")
                 rate = frame.sample_rate
-                blocks.append(samples)
+                blocks.append(_float(frame.to_ndarray(), frame))
         except (av.FFmpegError, OSError) as e:
-            reason = getattr(e, "strerror", None) or e
-            raise MediaError(f"{name} is damaged or cut short ({reason}); fetch or save it again") from None
+            raise damaged(name, reason(e)) from None
         samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
-        if stream.duration is not None and stream.time_base is not None and rate:
-            declared = float(stream.duration * stream.time_base)
-            # Encoders pad and trim up to some frames at either end; half a second more is missing data.
-            if len(samples) / rate < declared * 0.99 - 0.5:
-                raise MediaError(
-                    f"{name} is cut short: {len(samples) / rate:.1f} s of {declared:.1f} s are there; fetch it again"
-                )
+        check_length(name, len(samples) / (rate or 1), declared_seconds(container, stream))
     return samples, rate
 
 

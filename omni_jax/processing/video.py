@@ -19,6 +19,7 @@ from PIL import Image as Pillow
 
 from omni_jax.config import VisionConfig
 from omni_jax.positions import Grid
+from omni_jax.processing.container import check_length, damaged, declared_seconds, open_container, reason
 from omni_jax.processing.images import (
     PUBLISHED,
     ImageConfig,
@@ -30,7 +31,7 @@ from omni_jax.processing.images import (
     to_rgb,
 )
 from omni_jax.processing.media import ANYTHING, Access, MediaError, describe, fetch
-from omni_jax.processing.sound import open_container, read_sound
+from omni_jax.processing.sound import read_sound
 
 FPS = 2.0
 MIN_FRAMES = 4
@@ -141,16 +142,18 @@ def _timeline(container: Any, stream: Any, name: str) -> tuple[list[int], float]
     Reads packets without decoding them.
     """
     times: list[int | None] = []
-    end = 0.0
-    for packet in container.demux():
-        if packet.size and packet.pts is not None and packet.time_base is not None:
-            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-        if packet.stream.index == stream.index and packet.size and not packet.is_discard:
-            times.append(packet.pts)
-    declared = (container.duration or 0) / av.time_base
-    offset = max((container.start_time or 0) / av.time_base, 0.0)
-    if len(times) < stream.frames or end - offset < 0.95 * declared - 0.5:
-        raise MediaError(f"{name} is cut short: {end - offset:.1f} s of {declared:.1f} s are there; fetch it again")
+    begin, end = math.inf, 0.0
+    for packet in container.demux(stream):
+        if not packet.size or packet.is_discard:
+            continue
+        times.append(packet.pts)
+        if packet.pts is not None:
+            begin = min(begin, float(packet.pts * stream.time_base))
+            end = max(end, float((packet.pts + (packet.duration or 0)) * stream.time_base))
+    if end:
+        check_length(name, end - begin, declared_seconds(container, stream))
+    if len(times) < stream.frames:
+        raise damaged(name, f"{len(times)} of {stream.frames} frames are there")
     if not times:
         raise MediaError(f"{name} holds no frames; fetch or save it again")
     known = [t for t in times if t is not None]
@@ -174,6 +177,7 @@ def _decode(file: BinaryIO, name: str, vision: VisionConfig, sampling: Sampling)
         pictures = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not pictures:
             raise MediaError(f"{name} has no pictures; give a video, or use it as audio")
+        index = pictures[0].index
         times, native_fps = _timeline(container, pictures[0], name)
     first, last = frame_range(len(times), native_fps, sampling, name)
     total = last - first + 1
@@ -183,7 +187,7 @@ def _decode(file: BinaryIO, name: str, vision: VisionConfig, sampling: Sampling)
     file.seek(0)
     frames: list[np.ndarray] = []
     with open_container(file, name, "a video", "MP4") as container:
-        stream = next(s for s in container.streams.video if s.index == pictures[0].index)
+        stream = next(s for s in container.streams.video if s.index == index)
         stream.thread_type = "AUTO"
         by_time = times != list(range(len(times)))
         if by_time and wanted[0]:
@@ -202,7 +206,7 @@ def _decode(file: BinaryIO, name: str, vision: VisionConfig, sampling: Sampling)
             if not wanted:
                 break
     if not frames or len(wanted) > 1:
-        raise MediaError(f"{name} is damaged: {len(frames)} of {count} frames could be read; fetch or save it again")
+        raise damaged(name, f"{len(frames)} of {count} frames could be read")
     return [*frames, *[frames[-1]] * len(wanted)], rate
 
 
@@ -240,8 +244,7 @@ def load_clip(
             try:
                 frames, rate = _decode(file, name, vision, sampling)
             except (av.FFmpegError, OSError) as e:
-                reason = getattr(e, "strerror", None) or e
-                raise MediaError(f"{name} is damaged or cut short ({reason}); fetch or save it again") from None
+                raise damaged(name, reason(e)) from None
             if with_sound:
                 file.seek(0)
                 sound = read_sound(file, name, sound_rate, start=sampling.start, end=sampling.end, missing=NO_SOUND)
