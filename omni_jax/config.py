@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")
 from omni_jax.errors import InputError
 
+MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")
 C = TypeVar("C")
 
 

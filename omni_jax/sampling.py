@@ -1,4 +1,4 @@
-"""Sampling: repetition penalty, temperature, top-k, top-p, min-p, and log-probabilities, each row with its own settings.
+"""Sampling: repetition penalty, temperature, top-k, top-p, min-p, and log-probabilities; settings per row.
 
 Letters: B batch, V vocabulary.
 """

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from omni_jax.audio import AudioTower, audio_example
+from omni_jax.audio import AudioTower, audio_shapes
 from omni_jax.cache import KVCache
 from omni_jax.config import ThinkerConfig
 from omni_jax.decoder import Decoder, decode
 from omni_jax.layers import INIT_STDDEV, Params, linear, sharded_init
-from omni_jax.vision import VisionTower, vision_example
+from omni_jax.vision import VisionTower, vision_shapes
 
 
 class Embedding(nn.Module):
@@ -29,6 +29,10 @@ class Embedding(nn.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         init = sharded_init(nn.initializers.normal(INIT_STDDEV), "vocab", "embed")
         return self.param("weight", init, (self.vocab, self.features))[ids]
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
 def init(cfg: ThinkerConfig, key: jax.Array) -> Params:
@@ -47,8 +51,8 @@ def init(cfg: ThinkerConfig, key: jax.Array) -> Params:
             "embed_tokens": table.init(keys[0], ids)["params"],
             **Decoder(text).init(keys[1], x, positions, start)["params"],
         },
-        "visual": VisionTower(cfg.vision).init(keys[3], *vision_example(cfg.vision))["params"],
-        "audio_tower": AudioTower(cfg.audio).init(keys[4], *audio_example(cfg.audio))["params"],
+        "visual": VisionTower(cfg.vision).init(keys[3], *_zeros(vision_shapes(cfg.vision, 1, 1)))["params"],
+        "audio_tower": AudioTower(cfg.audio).init(keys[4], *_zeros(audio_shapes(cfg.audio, 1)))["params"],
     }
     if not text.tie_word_embeddings:
         params["lm_head"] = table.init(keys[2], ids)["params"]
