@@ -18,10 +18,11 @@ import numpy as np
 
 from omni_jax import audio, buckets, generation, thinker, vision
 from omni_jax.checkpoint.load import load_params
-from omni_jax.config import OmniConfig, load_config
+from omni_jax.config import ConfigError, OmniConfig, load_config
 from omni_jax.errors import InputError
 from omni_jax.positions import next_position
 from omni_jax.processing.processor import Processor, Prompt
+from omni_jax.processing.tokenizer import Tokenizer
 from omni_jax.reply import ReplyBuilder
 from omni_jax.sampling import Sampling
 from omni_jax.settings import DoneEvent, Event, GenerationSettings, Reply, TextEvent, TokenLogprob
@@ -38,17 +39,35 @@ class PromptError(InputError):
     """A prompt that the model cannot read; the message gives the numbers and the remedy."""
 
 
-def stop_token_ids(path: pathlib.Path, cfg: OmniConfig, processor: Processor) -> tuple[int, ...]:
-    """The ids that end a reply: of generation_config.json, else of the config, else of the tokenizer."""
-    file = path / "generation_config.json"
-    if file.exists():
-        try:
-            raw = json.loads(file.read_text("utf-8")).get("eos_token_id")
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as e:
-            raise PromptError(f"{file} cannot be read as a JSON object ({e}); fetch it again") from None
-        if raw is not None:
-            return tuple(raw) if isinstance(raw, list) else (int(raw),)
-    return cfg.thinker.eos_token_id or processor.tokenizer.eos_ids
+def _read_object(file: pathlib.Path) -> dict[str, Any]:
+    """A JSON object, {} where there is no such file."""
+    try:
+        raw = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ConfigError(f"{file} cannot be read as JSON ({e}); fetch it again") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file} must hold a JSON object; fetch it again")
+    return raw
+
+
+def stop_token_ids(path: pathlib.Path, cfg: OmniConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end a reply: of generation_config.json, else of the config, else of the tokenizer.
+
+    Raises:
+      ConfigError: none of them names one.
+    """
+    raw = _read_object(path / "generation_config.json").get("eos_token_id")
+    if raw is not None:
+        return tuple(raw) if isinstance(raw, list) else (int(raw),)
+    if cfg.thinker.eos_token_id:
+        return cfg.thinker.eos_token_id
+    token = _read_object(path / "tokenizer_config.json").get("eos_token")
+    name = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(name, str):
+        raise ConfigError(f"{path} names no end of a reply; add eos_token_id to its generation_config.json")
+    return (tokenizer.id(name),)
 
 
 class Omni:
@@ -353,7 +372,7 @@ def load(
     """
     path = pathlib.Path(path)
     cfg = load_config(path)
-    processor = Processor.from_folder(path, cfg)
+    processor = Processor.from_folder(path, cfg.thinker)
     unroll = (jax.default_backend() == "cpu" and mesh is None) if unroll is None else unroll
     shardings = None
     if mesh is not None:
@@ -364,4 +383,4 @@ def load(
     params = load_params(
         path, cfg, parts=("thinker",), dtype=jnp.dtype(dtype), unroll=unroll, shardings=shardings, progress=progress
     )
-    return Omni(cfg, params, processor, stop_token_ids(path, cfg, processor), dtype)
+    return Omni(cfg, params, processor, stop_token_ids(path, cfg, processor.tokenizer), dtype)
