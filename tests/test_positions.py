@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import random
-import types
 
 import numpy as np
 import pytest
-import torch
-from transformers.models.qwen2_5_omni import Qwen2_5OmniConfig, Qwen2_5OmniThinkerForConditionalGeneration
-from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5OmniProcessor
 
-from omni_jax import config as C
 from omni_jax import positions as P
+from tests import oracle_prompt
 from tests.tiny import tiny_config
 
 CFG = tiny_config()
 T = CFG.thinker
 TEXT_ID = 7
-
-
-@pytest.fixture(scope="module")
-def oracle() -> Qwen2_5OmniThinkerForConditionalGeneration:
-    return Qwen2_5OmniThinkerForConditionalGeneration(Qwen2_5OmniConfig(**C.to_dict(CFG)).thinker_config)
-
-
-def mel_frames(tokens: int) -> int:
-    """A number of mel frames that becomes `tokens` tokens."""
-    frames = 4 * tokens
-    assert T.audio.token_count(frames) == tokens
-    return frames
 
 
 def token_ids(segments: list[P.Segment]) -> np.ndarray:
@@ -38,24 +22,8 @@ def token_ids(segments: list[P.Segment]) -> np.ndarray:
     )
 
 
-def oracle_positions(oracle, segments: list[P.Segment]) -> np.ndarray:
-    """`get_rope_index` on the same ids; its audio-in-video is one flag for the whole prompt."""
-    images = [s.grid for s in segments if isinstance(s, P.Image)]
-    clips = [s for s in segments if isinstance(s, P.Video | P.AudioVideo)]
-    sounds = [mel_frames(s.tokens) for s in segments if isinstance(s, P.Audio | P.AudioVideo)]
-    in_video = {isinstance(s, P.AudioVideo) for s in clips}
-    assert len(in_video) <= 1, "the oracle cannot mix clips with and without their sound"
-    ids = torch.tensor(token_ids(segments)[None].astype(np.int64))
-    positions, _ = oracle.get_rope_index(
-        ids,
-        image_grid_thw=torch.tensor(images) if images else None,
-        video_grid_thw=torch.tensor([s.grid for s in clips]) if clips else None,
-        attention_mask=torch.ones_like(ids),
-        use_audio_in_video=in_video == {True},
-        audio_seqlens=torch.tensor(sounds) if sounds else None,
-        second_per_grids=torch.tensor([s.seconds_per_grid for s in clips]) if clips else None,
-    )
-    return positions[:, 0].numpy()
+def oracle_positions(segments: list[P.Segment]) -> np.ndarray:
+    return oracle_prompt.rope_index(CFG, token_ids(segments), segments)[0]
 
 
 def random_segments(rng: random.Random, *, in_video: bool) -> list[P.Segment]:
@@ -81,20 +49,20 @@ def random_segments(rng: random.Random, *, in_video: bool) -> list[P.Segment]:
 
 
 @pytest.mark.parametrize("in_video", [False, True])
-def test_positions_equal_the_oracle_on_random_layouts(oracle, in_video):
+def test_positions_equal_the_oracle_on_random_layouts(in_video):
     for seed in range(150):
         segments = random_segments(random.Random(seed), in_video=in_video)
         ours = P.position_ids(segments, T)
         assert ours.dtype == np.int32
-        np.testing.assert_array_equal(ours, oracle_positions(oracle, segments), err_msg=f"seed {seed}: {segments}")
+        np.testing.assert_array_equal(ours, oracle_positions(segments), err_msg=f"seed {seed}: {segments}")
 
 
 @pytest.mark.parametrize("tokens", [1, 49, 50, 51, 99, 100, 101, 230])
 @pytest.mark.parametrize("grid", [(1, 2, 4), (5, 4, 4), (12, 2, 2)])
 @pytest.mark.parametrize("seconds", [0.4, 1.0, 2.0, 4.0])
-def test_audio_in_video_round_every_chunk_edge(oracle, tokens, grid, seconds):
+def test_audio_in_video_round_every_chunk_edge(tokens, grid, seconds):
     segments = [P.Text(3), P.AudioVideo(grid, seconds, tokens), P.Text(2)]
-    np.testing.assert_array_equal(P.position_ids(segments, T), oracle_positions(oracle, segments))
+    np.testing.assert_array_equal(P.position_ids(segments, T), oracle_positions(segments))
 
 
 def reference_expansion(segments: list[P.Segment]) -> np.ndarray:
@@ -103,26 +71,13 @@ def reference_expansion(segments: list[P.Segment]) -> np.ndarray:
         "<A>": T.audio_token_id, "<I>": T.image_token_id, "<V>": T.video_token_id, "<vb>": T.vision_start_token_id,
         "<ve>": T.vision_end_token_id, "<ab>": T.audio_start_token_id, "<ae>": T.audio_end_token_id, "t": TEXT_ID,
     }  # fmt: skip
-    bare = object.__new__(Qwen2_5OmniProcessor)
-    merge = types.SimpleNamespace(merge_size=T.vision.spatial_merge_size)
-    bare.__dict__ |= {
+    attributes = {
         "audio_token": "<A>", "image_token": "<I>", "video_token": "<V>", "vision_bos_token": "<vb>",
         "vision_eos_token": "<ve>", "audio_bos_token": "<ab>", "audio_eos_token": "<ae>",
-        "image_processor": merge, "video_processor": merge,
     }  # fmt: skip
     marks = {P.Image: "<vb><I><ve>", P.Audio: "<ab><A><ae>", P.Video: "<vb><V><ve>", P.AudioVideo: "<vb><V><ve>"}
     text = "".join("t" * s.length if isinstance(s, P.Text) else marks[type(s)] for s in segments)
-    clips = [s for s in segments if isinstance(s, P.Video | P.AudioVideo)]
-    (out,) = bare.replace_multimodal_special_tokens(
-        [text],
-        iter([s.tokens for s in segments if isinstance(s, P.Audio | P.AudioVideo)]),
-        iter([np.array(s.grid) for s in segments if isinstance(s, P.Image)]),
-        iter([np.array(s.grid) for s in clips]),
-        video_second_per_grid=iter([s.seconds_per_grid for s in clips]),
-        use_audio_in_video=any(isinstance(s, P.AudioVideo) for s in clips),
-        position_id_per_seconds=T.position_id_per_seconds,
-        seconds_per_chunk=float(T.seconds_per_chunk),
-    )
+    out = oracle_prompt.expand(CFG, text, segments, attributes)
     ids = []
     while out:
         name = next(n for n in names if out.startswith(n))
@@ -139,19 +94,19 @@ def test_ids_equal_the_oracle_s_expansion(in_video):
         np.testing.assert_array_equal(token_ids(exact), reference_expansion(exact), err_msg=str(exact))
 
 
-def test_ids_follow_positions_where_the_reference_disagrees_with_itself(oracle):
+def test_ids_follow_positions_where_the_reference_disagrees_with_itself():
     """At 20.8 frames a second float64 and float32 put a chunk's edge at different steps."""
     for fps in (2.704, 12.64, 20.8):
         clip = P.AudioVideo((384, 2, 2), 2 / fps, 9000)
         assert (reference_expansion([clip]) != token_ids([clip])).any()
         positions = P.position_ids([clip], T)
-        np.testing.assert_array_equal(positions, oracle_positions(oracle, [clip]))
+        np.testing.assert_array_equal(positions, oracle_positions([clip]))
         # Sound counts one by one from the second id on: its tokens stand exactly where our ids say.
         sound = positions[0][token_ids([clip]) == T.audio_token_id]
         np.testing.assert_array_equal(sound, np.arange(9000) + 1)
 
 
-def test_each_clip_decides_on_its_sound(oracle):
+def test_each_clip_decides_on_its_sound():
     """No oracle mixes clips with and without sound: compose it from the single segments."""
     segments = [
         P.Text(4), P.AudioVideo((4, 4, 4), 1.0, 30), P.Text(2), P.Video((3, 2, 4), 0.7), P.Audio(12),
@@ -163,7 +118,7 @@ def test_each_clip_decides_on_its_sound(oracle):
         if isinstance(segment, P.Text | P.Audio):
             one = np.broadcast_to(np.arange(len(token_ids([segment]))), (3, len(token_ids([segment]))))
         else:
-            one = oracle_positions(oracle, [segment])
+            one = oracle_positions([segment])
         expected.append(one + start)
         start = int(expected[-1][:, -1].max()) + 1
     np.testing.assert_array_equal(P.position_ids(segments, T), np.concatenate(expected, axis=1))
@@ -176,21 +131,12 @@ def test_continuing_a_prompt_equals_the_whole():
     np.testing.assert_array_equal(np.concatenate([head, tail], axis=1), P.position_ids(segments, T))
 
 
-def test_decoding_continues_from_the_largest_id(oracle):
+def test_decoding_continues_from_the_largest_id():
     """Sound much shorter than the picture leaves the last ids below the largest one."""
     segments = [P.Text(1), P.AudioVideo((2, 40, 4), 0.5, 230), P.AudioVideo((1, 60, 2), 1.0, 1), P.Text(1)]
-    ids = torch.tensor(token_ids(segments)[None].astype(np.int64))
     positions = P.position_ids(segments, T)
-    clips = [s for s in segments if isinstance(s, P.AudioVideo)]
-    _, delta = oracle.get_rope_index(
-        ids,
-        video_grid_thw=torch.tensor([s.grid for s in clips]),
-        attention_mask=torch.ones_like(ids),
-        use_audio_in_video=True,
-        audio_seqlens=torch.tensor([mel_frames(s.tokens) for s in clips]),
-        second_per_grids=torch.tensor([s.seconds_per_grid for s in clips]),
-    )
-    assert P.next_position(positions) == int(delta) + ids.shape[1]
+    _, delta = oracle_prompt.rope_index(CFG, token_ids(segments), segments)
+    assert P.next_position(positions) == delta + positions.shape[1]
     short = P.position_ids([P.AudioVideo((1, 60, 2), 1.0, 1)], T)
     assert P.next_position(short) > int(short[:, -1].max()) + 1
 
