@@ -179,9 +179,33 @@ def init(
     write_random(path, config_of(preset), seed=seed, dtype=dtype, progress=sys.stderr.isatty())
 
 
+def bench(
+    *,
+    stages: tuple[Literal["decode", "prefill", "audio", "vision"], ...] = ("decode", "prefill", "audio", "vision"),
+    preset: Literal["3b", "7b", "nano"] = "3b",
+    pairs: int = 7,
+    layers: int | None = None,
+    as_json: Annotated[Flag[bool], tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Time the reference (transformers on torch) and this project side by side, on random weights.
+
+    Needs the `bench` extra. Prints a Markdown table of medians and ratios (torch / jax: above 1 we are faster).
+
+    Args:
+      stages: Which ones.
+      preset: Whose shapes.
+      pairs: Interleaved pairs of each stage.
+      layers: Cut every stack to this many layers; by default none is cut.
+      as_json: Print one line of JSON and nothing else.
+    """
+    from infer import bench as benchmark
+
+    benchmark.main(stages, preset, pairs, layers, as_json)
+
+
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
-    commands = {"generate": generate, "init": init}
+    commands = {"generate": generate, "init": init, "bench": bench}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="omni-jax", description="Qwen2.5-Omni in JAX.")
     except InputError as e:

@@ -92,27 +92,34 @@ def _draw(
     return StepOutput(token, own, best_ids, best, hidden), seen, drawn + 1, done
 
 
+@struct.dataclass
+class Prefill:
+    """What reading the prompts gives.
+
+    Attributes:
+      cache: keys and values of the prompts.
+      seen: bool [B, V], ids of the prompts.
+      last: [B, D], the last hidden state of each row, from which its first id is drawn.
+      embeddings, hidden: [B, T, D], for the Talker.
+    """
+
+    cache: KVCache
+    seen: jax.Array
+    last: jax.Array
+    embeddings: jax.Array
+    hidden: jax.Array
+
+
 @partial(jax.jit, static_argnames=("cfg", "capacity", "cache_dtype"))
-def prefill(
-    cfg: ThinkerConfig,
-    params: Params,
-    prompt: PromptBatch,
-    sampling: Sampling,
-    *,
-    capacity: int,
-    cache_dtype: Any,
-) -> tuple[DecodeState, StepOutput, jax.Array, jax.Array]:
-    """Reads the prompts and draws the first id of each reply.
+def prefill(cfg: ThinkerConfig, params: Params, prompt: PromptBatch, *, capacity: int, cache_dtype: Any) -> Prefill:
+    """Reads the prompts.
 
     Args:
       cfg: the Thinker's configuration.
       params: the Thinker's parameters, stacked or looped.
       prompt: B prompts padded to T, a bucket.
-      sampling: settings per row.
       capacity: cache slots, at least T plus the ids to come.
       cache_dtype: of keys and values.
-    Returns:
-      the state, the first output, and for the Talker: embeddings [B, T, D] and hidden states [B, T, D] of the prompt.
     """
     x = thinker.embed(params, prompt.ids, prompt.media, prompt.media_index)
     unroll = isinstance(params["model"]["layers"], tuple)
@@ -124,9 +131,24 @@ def prefill(
     # Padding writes beyond the vocabulary, where `drop` discards it.
     seen = jnp.zeros((batch, cfg.text.vocab_size), bool)
     seen = seen.at[rows, jnp.where(live, prompt.ids, cfg.text.vocab_size)].set(True, mode="drop")
-    zeros = jnp.zeros((batch,), jnp.int32)
-    out, seen, drawn, done = _draw(params, hidden[:, -1], seen, zeros, zeros.astype(bool), sampling)
-    return DecodeState(cache, out.token, prompt.next_position, seen, drawn, done), out, x, hidden
+    return Prefill(cache, seen, hidden[:, -1], x, hidden)
+
+
+@partial(jax.jit, donate_argnames=("cache", "seen"))
+def first_draw(
+    params: Params, cache: KVCache, seen: jax.Array, last: jax.Array, next_position: jax.Array, sampling: Sampling
+) -> tuple[DecodeState, StepOutput]:
+    """Draws the first id of each reply. A program of its own, so that it compiles once and not per prompt bucket.
+
+    Args:
+      params: the Thinker's.
+      cache, seen, last: of the `Prefill`; the first two are donated.
+      next_position: int32 [B], of the `PromptBatch`.
+      sampling: settings per row.
+    """
+    zeros = jnp.zeros(last.shape[0], jnp.int32)
+    out, seen, drawn, done = _draw(params, last, seen, zeros, zeros.astype(bool), sampling)
+    return DecodeState(cache, out.token, next_position, seen, drawn, done), out
 
 
 def decode_step(

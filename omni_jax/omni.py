@@ -212,9 +212,9 @@ class Omni:
         # Room for the default reply at least, so that short and long replies run the same programs.
         most = min(max(max(s.max_new_tokens for s in settings), GenerationSettings().max_new_tokens), self.context)
         capacity = buckets.bucket(batch.ids.shape[1] + most, buckets.CACHE)
-        state, out, _, _ = generation.prefill(
-            cfg, params, batch, sampling, capacity=capacity, cache_dtype=self.cache_dtype
-        )
+        read = generation.prefill(cfg, params, batch, capacity=capacity, cache_dtype=self.cache_dtype)
+        state, out = generation.first_draw(params, read.cache, read.seen, read.last, batch.next_position, sampling)
+        del read  # its embeddings and hidden states are the Talker's
         first = jax.device_get(out)
         prefilled = clock()
         yield self._feed(builders, settings, jax.tree.map(lambda a: a[None], first), 1)

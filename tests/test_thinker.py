@@ -63,18 +63,19 @@ def _hidden(cfg, params, ids, positions, pieces: list[int], *, unroll: bool, sta
     tree = params | {"model": params["model"] | {"layers": unstack(params["model"]["layers"])}} if unroll else params
     start = jnp.zeros(len(ids), jnp.int32) if start is None else start
 
-    @jax.jit
-    def run(tree):
-        cache = init_cache(cfg.text, len(ids), ids.shape[1] + 3, dtype, start, unroll=unroll)
-        x, hidden, at = thinker.embed(tree, ids), [], 0
-        for n in pieces:
-            piece = slice(at, at + n)
-            h, cache = thinker.forward(cfg, tree, x[:, piece], positions[:, :, piece], cache, first=at == 0)
-            hidden.append(h)
-            at += n
-        return jnp.concatenate(hidden, 1), thinker.logits(tree, hidden[-1][:, -1])
+    @functools.partial(jax.jit, static_argnames="first")
+    def step(tree, ids, positions, cache, first):
+        h, cache = thinker.forward(cfg, tree, thinker.embed(tree, ids), positions, cache, first=first)
+        return h, thinker.logits(tree, h[:, -1]), cache
 
-    return run(tree)
+    cache = init_cache(cfg.text, len(ids), ids.shape[1] + 3, dtype, start, unroll=unroll)
+    hidden, at = [], 0
+    for n in pieces:
+        piece = slice(at, at + n)
+        h, logits, cache = step(tree, ids[:, piece], positions[:, :, piece], cache, at == 0)
+        hidden.append(h)
+        at += n
+    return jnp.concatenate(hidden, 1), logits
 
 
 @pytest.mark.parametrize("unroll", [True, False], ids=["loop", "scan"])
@@ -128,11 +129,10 @@ def test_bfloat16_is_as_close_as_the_reference():
     feed = (torch.tensor(ids).long(), torch.tensor(positions).long())
     want = exact.model(feed[0], position_ids=feed[1]).last_hidden_state
     theirs = oracle.rms_error(half.model(feed[0], position_ids=feed[1]).last_hidden_state.float(), want)
-    for unroll in (True, False):
-        for cache_dtype in (jnp.float32, jnp.bfloat16):
-            hidden, _ = _hidden(cfg.thinker, params, ids, positions, [60, 4], unroll=unroll, dtype=cache_dtype)
-            assert hidden.dtype == jnp.bfloat16
-            assert oracle.rms_error(hidden, want) <= 1.5 * theirs
+    for unroll, cache_dtype in ((True, jnp.float32), (False, jnp.bfloat16)):  # as on CPU, as on TPU
+        hidden, _ = _hidden(cfg.thinker, params, ids, positions, [60, 4], unroll=unroll, dtype=cache_dtype)
+        assert hidden.dtype == jnp.bfloat16
+        assert oracle.rms_error(hidden, want) <= 1.5 * theirs
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,19 +151,11 @@ def test_logits_of_conversations(kind, model, oracle_thinker):
     np.testing.assert_array_equal(prompt.positions, positions[:, 0].numpy())
     batch = model._batch([prompt])
     assert batch.next_position[0] == delta.item() + len(prompt.ids)
-    state, _, _, hidden = generation.prefill(
-        model.config.thinker, model.params["thinker"], batch, model._sampling([model_settings()], 1), capacity=2048,
-        cache_dtype=jnp.float32,
-    )  # fmt: skip
-    logits = thinker.logits(model.params["thinker"], hidden[:, batch.start[0] :])
+    params = model.params["thinker"]
+    read = generation.prefill(model.config.thinker, params, batch, capacity=2048, cache_dtype=jnp.float32)
+    logits = thinker.logits(params, read.hidden[:, batch.start[0] :])
     assert oracle.relative_error(logits, want.logits) < 1e-4
-    assert int(state.cache.length) == batch.ids.shape[1]
-
-
-def model_settings():
-    from omni_jax.settings import GenerationSettings
-
-    return GenerationSettings()
+    assert int(read.cache.length) == batch.ids.shape[1]
 
 
 @pytest.mark.parametrize("name", ["3b", "7b", "nano"])

@@ -1,0 +1,384 @@
+"""`omni-jax bench`: the reference (transformers on torch, bf16, sdpa, its cache) and this project side by side.
+
+Both run the same random weights in the same memory, in turn (A B A B …), at the true shapes of a preset. The table gives
+medians and their ratio; above 1 this project is faster. Needs the `bench` extra.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from omni_jax import audio, generation, vision
+from omni_jax import config as C
+from omni_jax.checkpoint import keys
+from omni_jax.checkpoint.safetensors_io import aligned_empty
+from omni_jax.errors import InputError
+from omni_jax.sampling import Sampling
+
+STAGES = ("decode", "prefill", "audio", "vision")
+PROMPT_TOKENS = 512
+AUDIO_FRAMES = 1000  # 10 s
+PICTURE = 448
+# What XLA:CPU may vary between runs of one program on a shared machine; stated with the table.
+NOTE = "medians of interleaved runs; ratio = torch / jax"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: seconds of each side, run by run."""
+
+    stage: str
+    what: str
+    torch: list[float]
+    jax: list[float]
+
+    def summary(self) -> dict[str, Any]:
+        """Medians in seconds, ratio of medians, and the spread of the ratios of the pairs."""
+        ratios = sorted(t / j for t, j in zip(self.torch, self.jax, strict=True))
+        t, j = statistics.median(self.torch), statistics.median(self.jax)
+        return {
+            "stage": self.stage, "what": self.what, "pairs": len(ratios), "torch_s": t, "jax_s": j, "ratio": t / j,
+            "ratio_low": ratios[0], "ratio_high": ratios[-1],
+        }  # fmt: skip
+
+
+def _torch() -> Any:
+    try:
+        import torch
+        import transformers
+    except ImportError as e:
+        raise InputError(f"the benchmark needs the reference: pip install 'omni-jax[bench]' ({e})") from None
+    torch.set_num_threads(os.cpu_count() or 1)
+    transformers.logging.set_verbosity_error()
+    return torch
+
+
+class SharedWeights:
+    """Random bf16 tensors of the published names, each in one buffer that both frameworks read."""
+
+    def __init__(self, cfg: C.OmniConfig, prefix: str, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        block = rng.standard_normal(1 << 20, dtype=np.float32)
+        self.arrays: dict[str, np.ndarray] = {}
+        for name, shape in keys.tensor_shapes(cfg).items():
+            if not name.startswith(prefix):
+                continue
+            out = aligned_empty(shape, ml_dtypes.bfloat16)
+            flat = out.reshape(-1)
+            one_d = len(shape) == 1
+            scale = 0.02 if one_d else 1 / math.sqrt(math.prod(shape[1:]))
+            shift = 1.0 if one_d and "bias" not in name else 0.0
+            values = (block * scale + shift).astype(ml_dtypes.bfloat16)
+            for i in range(0, flat.size, block.size):
+                flat[i : i + block.size] = values[: min(block.size, flat.size - i)]
+            self.arrays[name] = out
+        self.prefix = prefix
+
+    def tree(self) -> Any:
+        """Our parameters below the prefix, layers as a tuple; no copies on CPU."""
+        tree: dict[Any, Any] = {}
+        for name, array in self.arrays.items():
+            where, layer = keys.tree_path(name)
+            depth = keys.stack_of(where)
+            path = where if layer is None else (*where[:depth], layer, *where[depth:])
+            node = tree
+            for key in path[:-1]:
+                node = node.setdefault(key, {})
+            node[path[-1]] = jax.device_put(array)
+        for key in self.prefix.rstrip(".").split("."):
+            tree = tree[key]
+        return _tuples(tree)
+
+    def state_dict(self, torch: Any) -> dict[str, Any]:
+        """The same memory as torch tensors, names below the prefix."""
+        return {
+            name.removeprefix(self.prefix): torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
+            for name, a in self.arrays.items()
+        }
+
+
+def _tuples(node: Any) -> Any:
+    if not isinstance(node, dict):
+        return node
+    if node and all(isinstance(k, int) for k in node):
+        return tuple(_tuples(node[i]) for i in range(len(node)))
+    return {k: _tuples(v) for k, v in node.items()}
+
+
+def _pairs(theirs: Callable[[], Any], ours: Callable[[], Any], pairs: int, tick: Callable[[], None]) -> tuple:
+    """Runs both once to warm up, then in turn; seconds of each."""
+    theirs()
+    ours()
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(pairs):
+        for run, seconds in zip((theirs, ours), times, strict=True):
+            begin = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - begin)
+        tick()
+    return times
+
+
+def _reference_config(cfg: C.OmniConfig) -> Any:
+    from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniConfig
+
+    thinker = Qwen2_5OmniConfig(**C.to_dict(cfg)).thinker_config
+    for part in (thinker, thinker.text_config, thinker.audio_config, thinker.vision_config):
+        part._attn_implementation = "sdpa"
+    return thinker
+
+
+def _text_rows(cfg: C.OmniConfig, pairs: int, stages: Iterable[str], tick: Callable[[], None]) -> list[Row]:
+    """Prefill and decode of the Thinker's decoder with the output head, batch 1."""
+    torch = _torch()
+    from transformers import DynamicCache
+    from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as M
+
+    text = cfg.thinker.text
+    weights = SharedWeights(dataclasses.replace(cfg, talker=None, token2wav=None), "thinker.")
+    for name in [n for n in weights.arrays if ".visual." in n or ".audio_tower." in n]:
+        del weights.arrays[name]
+    state = weights.state_dict(torch)
+    reference_cfg = _reference_config(cfg).text_config
+    with torch.device("meta"):
+        model = M.Qwen2_5OmniThinkerTextModel._from_config(reference_cfg)
+    model.load_state_dict(
+        {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}, assign=True
+    )
+    rotary = M.Qwen2_5OmniRotaryEmbedding(reference_cfg)
+    model.rotary_emb = rotary
+    for layer in model.layers:
+        layer.self_attn.rotary_emb = rotary
+    model.eval()
+    head = state["lm_head.weight"]
+    params = weights.tree()
+
+    ids = np.random.default_rng(1).integers(0, text.vocab_size // 2, (1, PROMPT_TOKENS)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(PROMPT_TOKENS, dtype=np.int32), (3, 1, PROMPT_TOKENS))
+    prompt = generation.PromptBatch(ids, positions, np.zeros(1, np.int32), np.full(1, PROMPT_TOKENS, np.int32))
+    one = functools.partial(np.full, 1)
+    sampling = Sampling(
+        one(0, np.float32), one(0, np.int32), one(1, np.float32), one(0, np.float32), one(1, np.float32),
+        np.zeros((1, 2), np.uint32), np.full((1, 4), -1, np.int32),
+    )  # fmt: skip
+    ours: dict[str, Any] = {}
+    theirs: dict[str, Any] = {}
+
+    def our_prefill() -> None:
+        ours.clear()
+        read = generation.prefill(cfg.thinker, params, prompt, capacity=2048, cache_dtype=jnp.float32)
+        state, out = generation.first_draw(params, read.cache, read.seen, read.last, prompt.next_position, sampling)
+        ours["state"] = state
+        jax.block_until_ready(out)
+
+    def our_decode() -> None:
+        state, out, _ = generation.decode_loop(cfg.thinker, params, ours["state"], sampling, np.int32(1))
+        ours["state"] = state
+        jax.block_until_ready(out)
+
+    @torch.inference_mode()
+    def their_step(tokens: Any) -> None:
+        h = model(input_ids=tokens, past_key_values=theirs["cache"], use_cache=True).last_hidden_state
+        theirs["token"] = torch.nn.functional.linear(h[:, -1], head).argmax(-1, keepdim=True)
+
+    def their_prefill() -> None:
+        theirs["cache"] = DynamicCache()
+        their_step(torch.from_numpy(ids).long())
+
+    rows = []
+    if "prefill" in stages:
+        times = _pairs(their_prefill, our_prefill, pairs, tick)
+        rows.append(Row("prefill", f"{PROMPT_TOKENS} tokens and the first one drawn, batch 1", *times))
+    else:
+        # The reference's cache is filled by hand: its prefill can take minutes on a CPU without bf16 instructions.
+        our_prefill()
+        theirs["cache"] = DynamicCache()
+        shape = (1, text.num_key_value_heads, PROMPT_TOKENS, text.head_dim)
+        for layer in range(text.num_hidden_layers):
+            theirs["cache"].update(torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16(), layer)
+        theirs["token"] = torch.tensor([[1]])
+    if "decode" in stages:
+        times = _pairs(lambda: their_step(theirs["token"]), our_decode, 3 * pairs, tick)
+        rows.insert(0, Row("decode", f"one token after {PROMPT_TOKENS}, batch 1", *times))
+    return rows
+
+
+def _audio_row(cfg: C.OmniConfig, pairs: int, tick: Callable[[], None]) -> Row:
+    torch = _torch()
+    from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as M
+
+    weights = SharedWeights(cfg, "thinker.audio_tower.")
+    reference_cfg = _reference_config(cfg).audio_config
+    with torch.device("meta"):
+        tower = M.Qwen2_5OmniAudioEncoder._from_config(reference_cfg)
+    tower.load_state_dict(weights.state_dict(torch), assign=True)
+    tower.positional_embedding = M.SinusoidsPositionEmbedding(reference_cfg.max_source_positions, reference_cfg.d_model)
+    tower.eval()
+    mel = np.random.default_rng(0).standard_normal((AUDIO_FRAMES, cfg.thinker.audio.num_mel_bins), dtype=np.float32)
+    features, length = torch.from_numpy(mel.T.copy()).bfloat16(), torch.tensor([AUDIO_FRAMES])
+    after_conv = (length - 1) // 2 + 1
+    run, params = audio.audio_program(cfg.thinker.audio), weights.tree()
+
+    @torch.inference_mode()
+    def theirs() -> None:
+        tower(features, feature_lens=length, aftercnn_lens=after_conv)
+
+    def ours() -> None:
+        audio.audio_features(run, params, cfg.thinker.audio, [mel], ml_dtypes.bfloat16)
+
+    return Row("audio", f"audio tower, {AUDIO_FRAMES / 100:g} s of sound", *_pairs(theirs, ours, pairs, tick))
+
+
+def _vision_row(cfg: C.OmniConfig, pairs: int, tick: Callable[[], None]) -> Row:
+    torch = _torch()
+    from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as M
+
+    part = cfg.thinker.vision
+    weights = SharedWeights(cfg, "thinker.visual.")
+    with torch.device("meta"):
+        tower = M.Qwen2_5OmniVisionEncoder._from_config(_reference_config(cfg).vision_config)
+    tower.load_state_dict(weights.state_dict(torch), assign=True)
+    tower.rotary_pos_emb = M.Qwen2_5_VisionRotaryEmbedding(part.hidden_size // part.num_heads // 2)
+    tower.eval()
+    side = PICTURE // part.patch_size
+    patches = np.random.default_rng(0).standard_normal((side * side, part.patch_dim), dtype=np.float32)
+    pixels, grid = torch.from_numpy(patches).bfloat16(), torch.tensor([[1, side, side]])
+    run, params = vision.vision_program(part), weights.tree()
+
+    @torch.inference_mode()
+    def theirs() -> None:
+        tower(pixels, grid_thw=grid)
+
+    def ours() -> None:
+        vision.vision_features(run, params, part, [(patches, (1, side, side))], ml_dtypes.bfloat16)
+
+    return Row("vision", f"vision tower, one picture {PICTURE}×{PICTURE}", *_pairs(theirs, ours, pairs, tick))
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    model, flags = platform.processor(), ""
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            info = dict(line.split(":", 1) for line in f.read().split("\n\n")[0].splitlines() if ":" in line)
+        info = {k.strip(): v.strip() for k, v in info.items()}
+        model, flags = info.get("model name", model), info.get("flags", "")
+    widest = next((f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in flags.split()), "unknown")
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "vector": widest,
+        "jax": jax.__version__,
+        "platform": jax.default_backend(),
+    }
+
+
+def shallow(cfg: C.OmniConfig, layers: int | None) -> C.OmniConfig:
+    """The configuration with each stack cut to `layers`, widths as they are."""
+    if layers is None:
+        return cfg
+    t = cfg.thinker
+    full = tuple(i for i in t.vision.fullatt_block_indexes if i < layers)
+    return dataclasses.replace(
+        cfg,
+        thinker=dataclasses.replace(
+            t,
+            text=dataclasses.replace(t.text, num_hidden_layers=min(layers, t.text.num_hidden_layers)),
+            audio=dataclasses.replace(t.audio, encoder_layers=min(layers, t.audio.encoder_layers)),
+            vision=dataclasses.replace(t.vision, depth=min(layers, t.vision.depth), fullatt_block_indexes=full),
+        ),
+    )
+
+
+def run(
+    stages: Iterable[str] = STAGES, *, preset: str = "3b", pairs: int = 7, layers: int | None = None,
+    progress: bool = True,
+) -> list[Row]:  # fmt: skip
+    """Times the stages; see the module's text.
+
+    Args:
+      stages: of STAGES.
+      preset: whose shapes.
+      pairs: interleaved pairs of each stage; decode takes three times as many, its runs being short.
+      layers: cut every stack to this many layers (None: all).
+      progress: show a bar on stderr.
+    Raises:
+      InputError: an unknown stage, or the reference is not installed.
+    """
+    if unknown := sorted(set(stages) - set(STAGES)):
+        raise InputError(f"unknown stages {unknown}; known are {', '.join(STAGES)}")
+    from rich.console import Console
+    from rich.progress import Progress
+
+    cfg = shallow(C.preset(preset), layers)
+    stages = [s for s in STAGES if s in stages]
+    rows: list[Row] = []
+    with Progress(console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("pairs", total=pairs * (len(stages) + 2 * ("decode" in stages)))
+        tick = functools.partial(bar.advance, task)
+        if {"decode", "prefill"} & set(stages):
+            rows += _text_rows(cfg, pairs, stages, tick)
+            gc.collect()
+        if "audio" in stages:
+            rows.append(_audio_row(cfg, pairs, tick))
+            gc.collect()
+        if "vision" in stages:
+            rows.append(_vision_row(cfg, pairs, tick))
+    return rows
+
+
+def markdown(rows: Iterable[Mapping[str, Any]], title: str) -> str:
+    """The table as it stands in the docs."""
+    where = machine()
+    lines = [
+        f"{title}; {where['cpu']}, {where['cores']} cores, {where['vector']}, jax {where['jax']}; {NOTE}.", "",
+        "| stage | what | pairs | torch s | jax s | ratio | low – high |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for r in rows:
+        lines.append(
+            f"| {r['stage']} | {r['what']} | {r['pairs']} | {r['torch_s']:.3f} | {r['jax_s']:.3f} | {r['ratio']:.2f} "
+            f"| {r['ratio_low']:.2f} – {r['ratio_high']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def measured(command: list[str]) -> tuple[str, float, float]:
+    """Runs a command; its stdout, wall seconds, and peak resident memory in bytes (of this one process)."""
+    code = (
+        "import resource, subprocess, sys; r = subprocess.run(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024, file=sys.stderr); sys.exit(r.returncode)"
+    )
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    seconds = time.perf_counter() - begin
+    if done.returncode:
+        raise InputError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-2:]}")
+    return done.stdout, seconds, float(done.stderr.strip().splitlines()[-1])
+
+
+def main(stages: Iterable[str], preset: str, pairs: int, layers: int | None, as_json: bool) -> None:
+    """The command behind `omni-jax bench`."""
+    rows = [r.summary() for r in run(stages, preset=preset, pairs=pairs, layers=layers, progress=sys.stderr.isatty())]
+    if as_json:
+        print(json.dumps({"machine": machine(), "preset": preset, "layers": layers, "rows": rows}))
+        return
+    cut = "" if layers is None else f" with {layers} layers a stack"
+    print(markdown(rows, f"{preset} shapes{cut}, bf16, random weights"))
