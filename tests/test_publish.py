@@ -164,7 +164,7 @@ def test_special_tokens_fit_the_configuration(preset):
 def test_a_vocabulary_that_is_too_small():
     cfg = C.preset("nano")
     text = dataclasses.replace(cfg.thinker.text, vocab_size=300)
-    with pytest.raises(C.ConfigError, match="300 is too small .* needs 310"):
+    with pytest.raises(C.ConfigError, match=r"300 is too small .* needs 310"):
         tokenizer_files.make_files(dataclasses.replace(cfg, thinker=dataclasses.replace(cfg.thinker, text=text)))
 
 
