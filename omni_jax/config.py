@@ -13,11 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from omni_jax.errors import InputError
+
 MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")
 C = TypeVar("C")
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A configuration that cannot be used; the message names the field and the remedy."""
 
 

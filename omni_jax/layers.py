@@ -25,27 +25,31 @@ def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _dot_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """XLA:CPU up-casts the whole weight for a one-row product, and reads it once for two rows: so two rows."""
-    if x.size != x.shape[-1]:
+    """XLA:CPU up-casts a whole bf16 weight before a one-row dot; a fused multiply and sum reads it once instead."""
+    if x.size != x.shape[-1] or weight.dtype != jnp.bfloat16:
         return _dot(x, weight)
-    rows = jnp.broadcast_to(x.reshape(1, -1), (2, x.shape[-1]))
-    return _dot(rows, weight)[:1].reshape(*x.shape[:-1], weight.shape[0])
+    # The barrier has the row converted once, not once for each output.
+    row = lax.optimization_barrier(x.astype(jnp.float32).reshape(1, -1))
+    return jnp.sum(weight.astype(jnp.float32) * row, axis=-1).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+def linear(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, out_dtype: jnp.dtype | None = None
+) -> jax.Array:
     """`x @ weight.T + bias`.
 
     Args:
       x: [..., in].
       weight: [out, in]; cast to the dtype of `x`.
       bias: [out] or None; added in float32, before the cast.
+      out_dtype: dtype of the result; that of `x` by default.
     Returns:
-      [..., out] in the dtype of `x`.
+      [..., out].
     """
     y = lax.platform_dependent(x, weight.astype(x.dtype), cpu=_dot_cpu, default=_dot)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
-    return y.astype(x.dtype)
+    return y.astype(out_dtype or x.dtype)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

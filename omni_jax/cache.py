@@ -1,0 +1,72 @@
+"""The KV cache: what the decoders remember of the tokens they have read.
+
+Letters: L layers, B batch, K kv heads, C cache slots, T new tokens, H head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from omni_jax.config import DecoderConfig
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of every layer; all rows are written at the same slot (prompts are left-padded).
+
+    Attributes:
+      k: [L, B, K, C, H], or a tuple of L arrays [B, K, C, H] where layers are looped over (CPU).
+      v: like `k`.
+      start: int32 [B], first live slot of each row; what lies before is padding.
+      length: int32 [], slots written so far.
+    """
+
+    k: Any
+    v: Any
+    start: jax.Array
+    length: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        """C, the number of slots."""
+        return self.k[0].shape[2] if isinstance(self.k, tuple) else self.k.shape[3]
+
+
+def init_cache(
+    cfg: DecoderConfig, batch: int, capacity: int, dtype: jnp.dtype, start: jax.Array, *, unroll: bool
+) -> KVCache:
+    """An empty cache. `unroll` gives the tuple form. Trace it inside jit: it allocates."""
+    shape = (batch, cfg.num_key_value_heads, capacity, cfg.head_dim)
+    if unroll:
+        k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_hidden_layers)) for _ in range(2))
+    else:
+        k, v = (jnp.zeros((cfg.num_hidden_layers, *shape), dtype) for _ in range(2))
+    return KVCache(k, v, start.astype(jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def append_rows(cache: KVCache, rows: Any) -> KVCache:
+    """Writes the new rows of every layer in one update, after the layers have run.
+
+    Layers read the old cache and emit only new rows: updating inside the scan would copy the cache (2.8 × the HBM
+    traffic of a decode step on a TPU v5e).
+
+    Args:
+      cache: has room for T more slots; the caller checks, since an update beyond the end would be clamped.
+      rows: (k, v), each [L, B, K, T, H], or a list of L pairs of [B, K, T, H] for the tuple form.
+    """
+    if isinstance(cache.k, tuple):
+        at = (0, 0, cache.length, 0)
+        k = tuple(lax.dynamic_update_slice(old, new[0], at) for old, new in zip(cache.k, rows, strict=True))
+        v = tuple(lax.dynamic_update_slice(old, new[1], at) for old, new in zip(cache.v, rows, strict=True))
+        new_tokens = rows[0][0].shape[2]
+    else:
+        at5 = (0, 0, 0, cache.length, 0)
+        k = lax.dynamic_update_slice(cache.k, rows[0], at5)
+        v = lax.dynamic_update_slice(cache.v, rows[1], at5)
+        new_tokens = rows[0].shape[3]
+    return cache.replace(k=k, v=v, length=cache.length + new_tokens)

@@ -1,0 +1,197 @@
+"""The `omni-jax` command. Each subcommand is a function; its flags come from the signature, through tyro.
+
+Heavy modules are imported where they are used, so that `--help` and mistakes in the arguments answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from omni_jax.errors import InputError
+
+Repeated = tyro.conf.UseAppendAction
+Flag = tyro.conf.FlagCreatePairsOff
+
+
+def _use_compilation_cache() -> None:
+    """Compiled programs are kept between runs, unless JAX_COMPILATION_CACHE_DIR says where or is empty."""
+    import jax
+
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(home) / "omni-jax" / "programs"))
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _messages_file(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise InputError(
+            f"--messages {path} cannot be read as JSON ({e}); give a file with a list of messages"
+        ) from None
+
+
+def _conversation(
+    text: str | None,
+    messages: pathlib.Path | None,
+    system: str | None,
+    media: dict[str, tuple[str, ...]],
+) -> Any:
+    """The messages that the flags describe: images, audios, videos, then the text, after the system message."""
+    from omni_jax.processing.chat import SPEECH_SYSTEM_MESSAGE
+
+    given = [f"--{kind}" for kind, files in media.items() if files] + (["--system"] if system is not None else [])
+    if (text is None) == (messages is None):
+        raise InputError("give either --text or --messages FILE.json")
+    if messages is not None:
+        if given:
+            raise InputError(f"{', '.join(given)} go with --text; with --messages, write them into the file")
+        return _messages_file(messages)
+    content: list[dict[str, Any]] = [{"type": kind, kind: file} for kind, files in media.items() for file in files]
+    content.append({"type": "text", "text": text})
+    return [
+        {"role": "system", "content": SPEECH_SYSTEM_MESSAGE if system is None else system},
+        {"role": "user", "content": content},
+    ]
+
+
+def generate(
+    model: pathlib.Path,
+    *,
+    text: str | None = None,
+    image: Repeated[tuple[str, ...]] = (),
+    audio: Repeated[tuple[str, ...]] = (),
+    video: Repeated[tuple[str, ...]] = (),
+    system: str | None = None,
+    messages: pathlib.Path | None = None,
+    use_audio_in_video: Flag[bool] = False,
+    max_new_tokens: int = 1024,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop: Repeated[tuple[str, ...]] = (),
+    logprobs: int | None = None,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    fps: float | None = None,
+    max_frames: int | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    as_json: Annotated[Flag[bool], tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Answer a conversation with any mix of text, pictures, sound and video.
+
+    Files may be paths, http(s) or data: URLs. Text streams to stdout as it comes; progress goes to stderr.
+
+    Args:
+      model: Checkpoint folder in the published layout.
+      text: The question. Images, audios and videos come before it, in this order.
+      image: A picture; may be given several times.
+      audio: A sound file; may be given several times.
+      video: A clip; may be given several times.
+      system: System message; by default the one that speech needs.
+      messages: JSON file with a whole conversation in the Hugging Face or OpenAI chat form.
+      use_audio_in_video: Also listen to the sound tracks of the clips.
+      max_new_tokens: Most tokens of the reply.
+      temperature: 0 is greedy.
+      top_k: Keep the k best tokens; 0 is off.
+      top_p: Keep the best tokens whose mass reaches p; 1 is off.
+      min_p: Drop tokens less likely than this × the best; 0 is off.
+      repetition_penalty: Above 1 discourages tokens that the prompt or the reply already has.
+      seed: Of the random choices.
+      stop: A string that ends the reply; may be given several times.
+      logprobs: Report log-probabilities: each token's own and the N best (0 to 20).
+      dtype: Of weights and computation.
+      fps: Frames per second taken from clips (2 if not given).
+      max_frames: Most frames taken from a clip.
+      min_pixels: Fewest pixels of a picture or frame, by scaling up.
+      max_pixels: Most pixels of a picture or frame, by scaling down.
+      as_json: Print one line of JSON and nothing else.
+    """
+    from rich.console import Console
+
+    from omni_jax.settings import DoneEvent, GenerationSettings
+
+    settings = GenerationSettings(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, logprobs=logprobs
+    )
+    conversation = _conversation(text, messages, system, {"image": image, "audio": audio, "video": video})
+    limits = {"fps": fps, "max_frames": max_frames, "min_pixels": min_pixels, "max_pixels": max_pixels}
+    media = {"use_audio_in_video": use_audio_in_video} | {k: v for k, v in limits.items() if v is not None}
+    notes = Console(stderr=True, highlight=False)
+    _use_compilation_cache()
+    from omni_jax import omni
+
+    loaded = omni.load(model, dtype=dtype, progress=notes.is_terminal)
+    if as_json:
+        reply = loaded.generate(conversation, settings, media=media)
+        print(json.dumps(reply.to_dict(), ensure_ascii=False))
+        return
+    status = notes.status("reading the prompt")
+    status.start()
+    try:
+        for event in loaded.stream(conversation, settings, media=media):
+            if isinstance(event, DoneEvent):
+                reply = event.reply
+            else:
+                status.stop()
+                print(event.text, end="", flush=True)
+    finally:
+        status.stop()
+    print(flush=True)
+    times = reply.timings
+    notes.print(
+        f"{reply.prompt_tokens} tokens read in {times['process'] + times['encode'] + times['prefill']:.2f} s, "
+        f"{len(reply.token_ids)} written at {times['tokens_per_second']:.1f}/s; ended by {reply.finish_reason}",
+        style="dim",
+    )
+
+
+def init(
+    path: tyro.conf.Positional[pathlib.Path],
+    *,
+    preset: Literal["nano", "3b", "7b"] = "nano",
+    seed: int = 0,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+) -> None:
+    """Make a checkpoint folder with random weights in the published layout, for trying things out.
+
+    Args:
+      path: Folder to make; it must not exist.
+      preset: Size: nano (tests and demos), 3b or 7b (the published shapes; their tokenizer is only a stand-in).
+      seed: Of the weights.
+      dtype: Of the stored weights; Token2Wav is always float32.
+    """
+    from omni_jax.checkpoint.publish import write_random
+    from omni_jax.config import preset as config_of
+
+    write_random(path, config_of(preset), seed=seed, dtype=dtype, progress=sys.stderr.isatty())
+
+
+def main() -> None:
+    """Entry point: bad input is one line on stderr and exit code 2."""
+    commands = {"generate": generate, "init": init}
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="omni-jax", description="Qwen2.5-Omni in JAX.")
+    except InputError as e:
+        print(f"omni-jax: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os._exit(1)  # the reader of our output has gone; there is nobody to tell
+
+
+if __name__ == "__main__":
+    main()

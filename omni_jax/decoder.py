@@ -1,0 +1,119 @@
+"""The decoder stack that Thinker and Talker share: Qwen2.5 with grouped-query attention and multimodal RoPE.
+
+Letters: L layers, B batch, T new tokens, C cache slots, D hidden, N heads, K kv heads, G = N / K, H head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from omni_jax.attention import causal_attention
+from omni_jax.cache import KVCache, append_rows
+from omni_jax.config import DecoderConfig
+from omni_jax.layers import GatedMLP, Linear, RMSNorm, run_layers, stacked_param
+from omni_jax.rope import mrope_angles, rotate
+
+
+class Attention(nn.Module):
+    """Self-attention over the cache and the new tokens. Emits the new rows; the caller writes them."""
+
+    cfg: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, angles: jax.Array, old: Any, start: jax.Array, length: jax.Array) -> Any:
+        cfg, (b, t, d) = self.cfg, x.shape
+        q = Linear(cfg.num_attention_heads * cfg.head_dim, ("heads", "embed"), name="q_proj")(x)
+        k = Linear(cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), name="k_proj")(x)
+        v = Linear(cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), name="v_proj")(x)
+        q = rotate(q.reshape(b, t, cfg.num_attention_heads, cfg.head_dim), angles)
+        k = rotate(k.reshape(b, t, cfg.num_key_value_heads, cfg.head_dim), angles)
+        v = v.reshape(b, t, cfg.num_key_value_heads, cfg.head_dim)
+        # Rows take the cache's layout and dtype at once, so that prefill and decode attend to the same values.
+        dtype = x.dtype if old is None else old[0].dtype
+        k, v = (jnp.swapaxes(a, 1, 2).astype(dtype) for a in (k, v))
+        out = causal_attention(q, k, v, old, start, length)
+        return Linear(d, ("embed", "heads"), False, name="o_proj")(out.reshape(b, t, -1)), (k, v)
+
+
+class DecoderLayer(nn.Module):
+    """One pre-norm layer: attention, then a gated MLP."""
+
+    cfg: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, angles: jax.Array, old: Any, start: jax.Array, length: jax.Array) -> Any:
+        cfg = self.cfg
+        y, rows = Attention(cfg, name="self_attn")(
+            RMSNorm(cfg.rms_norm_eps, name="input_layernorm")(x), angles, old, start, length
+        )
+        x = x + y
+        y = GatedMLP(cfg.intermediate_size, cfg.hidden_act, name="mlp")(
+            RMSNorm(cfg.rms_norm_eps, name="post_attention_layernorm")(x)
+        )
+        return x + y, rows
+
+
+class Decoder(nn.Module):
+    """All layers and the final norm. Parameters: `layers` (stacked, or a tuple of per-layer trees) and `norm`."""
+
+    cfg: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, start: jax.Array, cache: KVCache | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Runs T new tokens.
+
+        Args:
+          x: [B, T, D] input embeddings.
+          positions: int32 [3, B, T].
+          start: int32 [B]; keys in slots before it are padding.
+          cache: what came before, or None for a first prefill (then nothing old is read).
+        Returns:
+          hidden [B, T, D] after the final norm, and the new rows for `append_rows`.
+        """
+        cfg = self.cfg
+        angles = mrope_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.mrope_section)
+        layer = DecoderLayer(cfg)
+        length = jnp.zeros((), jnp.int32) if cache is None else cache.length
+        example = (jnp.zeros((1, 1, cfg.hidden_size)), jnp.zeros((1, 1, cfg.head_dim // 2)), None, start[:1], length)
+        layers = stacked_param(self, "layers", layer, cfg.num_hidden_layers, *example)
+
+        def body(params: Any, x: jax.Array, old: Any) -> tuple[jax.Array, Any]:
+            return layer.apply({"params": params}, x, angles, old, start, length)
+
+        if cache is None:
+            old = None
+        elif isinstance(cache.k, tuple):
+            old = list(zip(cache.k, cache.v, strict=True))
+        else:
+            old = (cache.k, cache.v)
+        x, rows = run_layers(body, layers, x, old)
+        return RMSNorm(cfg.rms_norm_eps, name="norm")(x), rows
+
+
+def decode(
+    cfg: DecoderConfig, params: Any, x: jax.Array, positions: jax.Array, cache: KVCache, *, first: bool = False
+) -> tuple[jax.Array, KVCache]:
+    """`params, cache, inputs → hidden, cache`: the pure function that prefill and decode steps are made of.
+
+    Args:
+      params: `{"layers", "norm"}`.
+      x: [B, T, D] input embeddings.
+      positions: int32 [3, B, T].
+      cache: donated by the caller's jit; must have T free slots.
+      first: the cache is known to be empty, so that only the new tokens are attended to.
+    Returns:
+      hidden [B, T, D] after the final norm, and the cache with T more slots.
+    """
+    tree = {"layers": params["layers"], "norm": params["norm"]}
+    old = None if first else cache
+    hidden, rows = Decoder(cfg).apply({"params": tree}, x, positions, cache.start, old)
+    if first:
+        dtype = (cache.k[0] if isinstance(cache.k, tuple) else cache.k).dtype
+        rows = jax.tree.map(lambda a: a.astype(dtype), rows)
+    return hidden, append_rows(cache, rows)

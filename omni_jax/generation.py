@@ -1,0 +1,178 @@
+"""Generation as pure functions: a prefill, and one decode step that the offline and the streaming loop share.
+
+Letters: B batch, T prompt tokens (a bucket), V vocabulary, D hidden, M media vectors.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from omni_jax import thinker
+from omni_jax.cache import KVCache, init_cache
+from omni_jax.config import ThinkerConfig
+from omni_jax.layers import Params
+from omni_jax.sampling import MAX_LOGPROBS, Sampling, log_probs, sample
+
+# Steps of one call of the decode loop. The streaming loop asks the same program for fewer.
+LOOP_STEPS = 32
+
+
+@struct.dataclass
+class PromptBatch:
+    """Left-padded prompts.
+
+    Attributes:
+      ids: int32 [B, T].
+      positions: int32 [3, B, T].
+      start: int32 [B], number of padding places.
+      next_position: int32 [B], position id of the first generated token.
+      media: [M, D] vectors of the towers, or None for text alone.
+      media_index: int32 [B, T], -1 for text; None with `media`.
+    """
+
+    ids: jax.Array
+    positions: jax.Array
+    start: jax.Array
+    next_position: jax.Array
+    media: jax.Array | None = None
+    media_index: jax.Array | None = None
+
+
+@struct.dataclass
+class DecodeState:
+    """What goes from step to step.
+
+    Attributes:
+      cache: keys and values of everything before `token`.
+      token: int32 [B], drawn last, not yet read.
+      position: int32 [B], position id of `token`.
+      seen: bool [B, V], ids of prompt and reply, for the repetition penalty.
+      drawn: int32 [B], ids drawn so far.
+      done: bool [B].
+    """
+
+    cache: KVCache
+    token: jax.Array
+    position: jax.Array
+    seen: jax.Array
+    drawn: jax.Array
+    done: jax.Array
+
+
+@struct.dataclass
+class StepOutput:
+    """What a step gives: the drawn id, its log-probability, the best alternatives, and the hidden state it came from.
+
+    Attributes:
+      token: int32 [B]; logprob: float32 [B]; best_ids: int32 [B, N]; best: float32 [B, N]; hidden: [B, D].
+    """
+
+    token: jax.Array
+    logprob: jax.Array
+    best_ids: jax.Array
+    best: jax.Array
+    hidden: jax.Array
+
+
+def _draw(
+    params: Params, hidden: jax.Array, seen: jax.Array, drawn: jax.Array, done: jax.Array, sampling: Sampling
+) -> tuple[StepOutput, jax.Array, jax.Array, jax.Array]:
+    """From the last hidden state [B, D] to the next id; returns the output and the updated seen, drawn, done."""
+    scores = thinker.logits(params, hidden)
+    token = sample(scores, seen, sampling, drawn)
+    own, best_ids, best = log_probs(scores, token)
+    seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
+    done = done | jnp.any(token[:, None] == sampling.stop_ids, axis=-1)
+    return StepOutput(token, own, best_ids, best, hidden), seen, drawn + 1, done
+
+
+@partial(jax.jit, static_argnames=("cfg", "capacity", "cache_dtype"))
+def prefill(
+    cfg: ThinkerConfig,
+    params: Params,
+    prompt: PromptBatch,
+    sampling: Sampling,
+    *,
+    capacity: int,
+    cache_dtype: Any,
+) -> tuple[DecodeState, StepOutput, jax.Array, jax.Array]:
+    """Reads the prompts and draws the first id of each reply.
+
+    Args:
+      cfg: the Thinker's configuration.
+      params: the Thinker's parameters, stacked or looped.
+      prompt: B prompts padded to T, a bucket.
+      sampling: settings per row.
+      capacity: cache slots, at least T plus the ids to come.
+      cache_dtype: of keys and values.
+    Returns:
+      the state, the first output, and for the Talker: embeddings [B, T, D] and hidden states [B, T, D] of the prompt.
+    """
+    x = thinker.embed(params, prompt.ids, prompt.media, prompt.media_index)
+    unroll = isinstance(params["model"]["layers"], tuple)
+    batch, width = prompt.ids.shape
+    cache = init_cache(cfg.text, batch, capacity, cache_dtype, prompt.start, unroll=unroll)
+    hidden, cache = thinker.forward(cfg, params, x, prompt.positions, cache, first=True)
+    live = jnp.arange(width) >= prompt.start[:, None]
+    rows = jnp.broadcast_to(jnp.arange(batch)[:, None], prompt.ids.shape)
+    # Padding writes beyond the vocabulary, where `drop` discards it.
+    seen = jnp.zeros((batch, cfg.text.vocab_size), bool)
+    seen = seen.at[rows, jnp.where(live, prompt.ids, cfg.text.vocab_size)].set(True, mode="drop")
+    zeros = jnp.zeros((batch,), jnp.int32)
+    out, seen, drawn, done = _draw(params, hidden[:, -1], seen, zeros, zeros.astype(bool), sampling)
+    return DecodeState(cache, out.token, prompt.next_position, seen, drawn, done), out, x, hidden
+
+
+def decode_step(
+    cfg: ThinkerConfig, params: Params, state: DecodeState, sampling: Sampling
+) -> tuple[DecodeState, StepOutput]:
+    """Reads the last id of each row and draws the next. Rows that are done go on harmlessly; the host ignores them."""
+    x = thinker.embed(params, state.token[:, None])
+    positions = jnp.broadcast_to(state.position[None, :, None], (3, *state.position.shape, 1))
+    hidden, cache = thinker.forward(cfg, params, x, positions, state.cache)
+    out, seen, drawn, done = _draw(params, hidden[:, -1], state.seen, state.drawn, state.done, sampling)
+    return DecodeState(cache, out.token, state.position + 1, seen, drawn, done), out
+
+
+@partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
+def decode_loop(
+    cfg: ThinkerConfig, params: Params, state: DecodeState, sampling: Sampling, steps: jax.Array
+) -> tuple[DecodeState, StepOutput, jax.Array]:
+    """Up to `steps` decode steps in one call; stops early when every row is done. The state is donated.
+
+    Args:
+      steps: int32 [], at most LOOP_STEPS: streaming asks for few, offline for all, and both run the same program.
+    Returns:
+      the state, the outputs stacked over [LOOP_STEPS, ...], and how many of them were made.
+    """
+    batch = state.token.shape[0]
+    wide = min(MAX_LOGPROBS, cfg.text.vocab_size)
+    dtype = params["model"]["embed_tokens"]["weight"].dtype
+    made = StepOutput(
+        token=jnp.zeros((LOOP_STEPS, batch), jnp.int32),
+        logprob=jnp.zeros((LOOP_STEPS, batch), jnp.float32),
+        best_ids=jnp.zeros((LOOP_STEPS, batch, wide), jnp.int32),
+        best=jnp.zeros((LOOP_STEPS, batch, wide), jnp.float32),
+        hidden=jnp.zeros((LOOP_STEPS, batch, cfg.text.hidden_size), dtype),
+    )
+
+    def go_on(carry: tuple) -> jax.Array:
+        i, state, _ = carry
+        return (i < jnp.minimum(steps, LOOP_STEPS)) & ~jnp.all(state.done)
+
+    def one(carry: tuple) -> tuple:
+        i, state, made = carry
+        # The barrier ties the weights to the loop: else XLA:CPU hoists their conversion to float32 out of it, and a
+        # whole float32 model with them.
+        weights, state = lax.optimization_barrier((params, state))
+        state, out = decode_step(cfg, weights, state, sampling)
+        return i + 1, state, jax.tree.map(lambda all_, x: lax.dynamic_update_index_in_dim(all_, x, i, 0), made, out)
+
+    count, state, made = lax.while_loop(go_on, one, (jnp.zeros((), jnp.int32), state, made))
+    return state, made, count

@@ -1,0 +1,386 @@
+"""The parts together: load a checkpoint, generate, stream.
+
+Everything between the jitted programs is numpy: what an eager jax operation would compile is counted as a compilation.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from omni_jax import audio, buckets, generation, thinker, vision
+from omni_jax.checkpoint.load import load_params
+from omni_jax.config import ConfigError, OmniConfig, load_config
+from omni_jax.errors import InputError
+from omni_jax.positions import next_position
+from omni_jax.processing.processor import Processor, Prompt
+from omni_jax.processing.tokenizer import Tokenizer
+from omni_jax.reply import ReplyBuilder
+from omni_jax.sampling import Sampling
+from omni_jax.settings import DoneEvent, Event, GenerationSettings, Reply, TextEvent, TokenLogprob
+from omni_jax.sharding import Rules, param_shardings
+
+Message = Mapping[str, Any]
+Conversation = Sequence[Message]
+
+# Ids that the streaming loop draws between two looks at the text: one is the soonest.
+STREAM_STEPS = 1
+
+
+class PromptError(InputError):
+    """A prompt that the model cannot read; the message gives the numbers and the remedy."""
+
+
+def _read_object(file: pathlib.Path) -> dict[str, Any]:
+    """A JSON object, {} where there is no such file."""
+    try:
+        raw = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ConfigError(f"{file} cannot be read as JSON ({e}); fetch it again") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file} must hold a JSON object; fetch it again")
+    return raw
+
+
+def stop_token_ids(path: pathlib.Path, cfg: OmniConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end a reply: of generation_config.json, else of the config, else of the tokenizer.
+
+    Raises:
+      ConfigError: none of them names one.
+    """
+    raw = _read_object(path / "generation_config.json").get("eos_token_id")
+    if raw is not None:
+        return tuple(raw) if isinstance(raw, list) else (int(raw),)
+    if cfg.thinker.eos_token_id:
+        return cfg.thinker.eos_token_id
+    token = _read_object(path / "tokenizer_config.json").get("eos_token")
+    name = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(name, str):
+        raise ConfigError(f"{path} names no end of a reply; add eos_token_id to its generation_config.json")
+    return (tokenizer.id(name),)
+
+
+class Omni:
+    """A loaded model. `generate` answers, `stream` answers piece by piece; both run the same programs.
+
+    Attributes:
+      config: the configuration.
+      params: `{"thinker": …}`, the parameter trees of the loaded parts.
+      processor: messages to arrays.
+      eos: ids that end a reply.
+      dtype: of the computation.
+      cache_dtype: of keys and values: float32 on CPU, where bf16 dots of few rows are slow, else `dtype`.
+    """
+
+    def __init__(self, config: OmniConfig, params: Any, processor: Processor, eos: Sequence[int], dtype: Any):
+        self.config, self.params, self.processor, self.eos = config, params, processor, tuple(eos)
+        self.dtype = jnp.dtype(dtype)
+        self.cache_dtype = jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else self.dtype
+
+    @property
+    def context(self) -> int:
+        """Most tokens of prompt and reply together."""
+        return self.config.thinker.text.max_position_embeddings
+
+    def prepare(self, messages: Conversation, **media_defaults: Any) -> Prompt:
+        """Messages to ids, positions and media arrays. See `processing.processor.Processor`."""
+        prompt = self.processor(messages, **media_defaults)
+        self._check(prompt)
+        return prompt
+
+    def _check(self, prompt: Prompt) -> None:
+        cfg, size = self.config.thinker, len(prompt.ids)
+        if size >= self.context:
+            raise PromptError(
+                f"the prompt has {size} tokens and leaves no room for a reply in the context of {self.context}; "
+                "shorten it, or lower --max-pixels, --fps or --max-frames"
+            )
+        # JAX gathers clamp: an id beyond the table would silently read its last row.
+        if prompt.ids.size == 0 or prompt.ids.min() < 0 or prompt.ids.max() >= cfg.text.vocab_size:
+            raise PromptError(
+                f"the prompt holds ids outside the model's vocabulary of {cfg.text.vocab_size}; "
+                "the tokenizer belongs to another checkpoint"
+            )
+
+    def encode_media(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray | None, list[np.ndarray]]:
+        """Runs the towers over the media of several prompts.
+
+        Returns:
+          [M, D] vectors (None without media), and for each prompt int32 [T]: the row of each place, -1 for text.
+        """
+        cfg, params = self.config.thinker, self.params["thinker"]
+        images = [(p.pixels, p.grid) for prompt in prompts for p in prompt.images]
+        videos = [(c.pixels, c.grid) for prompt in prompts for c in prompt.videos]
+        mels = [mel for prompt in prompts for mel in prompt.audios]
+        kinds = ((cfg.image_token_id, images), (cfg.video_token_id, videos), (cfg.audio_token_id, mels))
+        index = [np.full(len(p.ids), -1, np.int32) for p in prompts]
+        rows: list[np.ndarray] = []
+        offset = 0
+        for token, media in kinds:
+            if not media:
+                continue
+            if token == cfg.audio_token_id:
+                run_audio = audio.audio_program(cfg.audio)
+                vectors = audio.audio_features(
+                    run_audio, params["audio_tower"], cfg.audio, cast(Any, media), self.dtype
+                )
+            else:
+                run = vision.vision_program(cfg.vision)
+                vectors = vision.vision_features(run, params["visual"], cfg.vision, cast(Any, media), self.dtype)
+            places = [np.flatnonzero(p.ids == token) for p in prompts]
+            if sum(map(len, places)) != len(vectors):
+                raise PromptError(f"{sum(map(len, places))} places of id {token} cannot take {len(vectors)} vectors")
+            for i, at in enumerate(places):
+                index[i][at] = np.arange(offset, offset + len(at), dtype=np.int32)
+                offset += len(at)
+            rows.append(vectors)
+        return (np.concatenate(rows) if rows else None), index
+
+    def _batch(self, prompts: Sequence[Prompt]) -> generation.PromptBatch:
+        """Left-pads the prompts to their bucket; spare rows repeat the first."""
+        vectors, index = self.encode_media(prompts)
+        size = buckets.bucket(len(prompts), buckets.BATCH)
+        width = buckets.bucket(max(len(p.ids) for p in prompts), buckets.PROMPT)
+        ids = np.zeros((size, width), np.int32)
+        positions = np.zeros((3, size, width), np.int32)
+        start, after = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        media_index = np.full((size, width), -1, np.int32)
+        for row in range(size):
+            i = row if row < len(prompts) else 0
+            n = len(prompts[i].ids)
+            ids[row, width - n :] = prompts[i].ids
+            positions[:, row, width - n :] = prompts[i].positions
+            media_index[row, width - n :] = index[i]
+            start[row], after[row] = width - n, next_position(prompts[i].positions)
+        if vectors is None:
+            return generation.PromptBatch(ids, positions, start, after)
+        media = np.zeros((buckets.bucket(len(vectors), buckets.PROMPT), vectors.shape[1]), vectors.dtype)
+        media[: len(vectors)] = vectors
+        return generation.PromptBatch(ids, positions, start, after, media, media_index)
+
+    def _sampling(self, settings: Sequence[GenerationSettings], size: int) -> Sampling:
+        rows = [settings[i] if i < len(settings) else settings[0] for i in range(size)]
+        ends = [(*self.eos, *s.stop_ids) for s in rows]
+        width = 1 << max(2, (max(map(len, ends)) - 1).bit_length())  # a power of two: a shape that few requests change
+        stop = np.full((size, width), -1, np.int32)
+        for row, ids in enumerate(ends):
+            stop[row, : len(ids)] = ids
+        # The words of a threefry key are the seed's two halves: made here, since `jax.random.key` is an eager program.
+        keys = np.array([[s.seed >> 32, s.seed & 0xFFFFFFFF] for s in rows], np.uint32)
+
+        def of(name: str, dtype: Any) -> np.ndarray:
+            return np.array([getattr(s, name) for s in rows], dtype)
+
+        return Sampling(
+            of("temperature", np.float32), of("top_k", np.int32), of("top_p", np.float32), of("min_p", np.float32),
+            of("repetition_penalty", np.float32), keys, stop,
+        )  # fmt: skip
+
+    def run(
+        self, prompts: Sequence[Prompt], settings: Sequence[GenerationSettings], steps: int = generation.LOOP_STEPS
+    ) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
+        """The loop below `generate` and `stream`: yields, after each call of the decode loop, the new text and ids of
+        each prompt, and returns (as the generator's value) the replies.
+
+        Args:
+          prompts: from `prepare`.
+          settings: one per prompt.
+          steps: ids to draw between two yields, at most `generation.LOOP_STEPS`.
+        """
+        for prompt in prompts:
+            self._check(prompt)
+        clock = time.perf_counter
+        begin = clock()
+        cfg, params = self.config.thinker, self.params["thinker"]
+        batch = self._batch(prompts)
+        encoded = clock()
+        sampling = self._sampling(settings, len(batch.start))
+        builders = [
+            ReplyBuilder(self.processor.tokenizer, s, self.eos, self.context - len(p.ids))
+            for p, s in zip(prompts, settings, strict=True)
+        ]
+        # Room for the default reply at least, so that short and long replies run the same programs.
+        most = min(max(max(s.max_new_tokens for s in settings), GenerationSettings().max_new_tokens), self.context)
+        capacity = buckets.bucket(batch.ids.shape[1] + most, buckets.CACHE)
+        state, out, _, _ = generation.prefill(
+            cfg, params, batch, sampling, capacity=capacity, cache_dtype=self.cache_dtype
+        )
+        first = jax.device_get(out)
+        prefilled = clock()
+        yield self._feed(builders, settings, jax.tree.map(lambda a: a[None], first), 1)
+        while left := max(b.left for b in builders):
+            # Rows that ended on a stop string are done on the host before they are on the device.
+            done = np.array(
+                [b.finish_reason is not None for b in builders] + [True] * (len(batch.start) - len(builders))
+            )
+            state, made, count = generation.decode_loop(
+                cfg, params, state.replace(done=done), sampling, np.int32(min(left, steps))
+            )
+            made, count = jax.device_get((made, count))
+            yield self._feed(builders, settings, made, int(count))
+        end = clock()
+        timings = {"encode": encoded - begin, "prefill": prefilled - encoded, "decode": end - prefilled}
+        return [self._reply(b, p, s, timings) for b, p, s in zip(builders, prompts, settings, strict=True)]
+
+    @staticmethod
+    def _feed(
+        builders: Sequence[ReplyBuilder],
+        settings: Sequence[GenerationSettings],
+        made: generation.StepOutput,
+        count: int,
+    ) -> list[tuple[str, tuple[int, ...]]]:
+        """Hands the outputs [steps, B, ...] to the rows that still go on."""
+        pieces = []
+        for row, (builder, wanted) in enumerate(zip(builders, settings, strict=True)):
+            text, ids = [], []
+            for i in range(count):
+                if builder.finish_reason is not None:
+                    break
+                best = zip(made.best_ids[i, row].tolist(), made.best[i, row].tolist(), strict=True)
+                top = tuple(best)[: wanted.logprobs or 0]
+                token = TokenLogprob(int(made.token[i, row]), float(made.logprob[i, row]), top)
+                text.append(builder.feed(token))
+                ids.append(token.id)
+            pieces.append(("".join(text), tuple(ids)))
+        return pieces
+
+    @staticmethod
+    def _reply(
+        builder: ReplyBuilder, prompt: Prompt, settings: GenerationSettings, timings: Mapping[str, float]
+    ) -> Reply:
+        assert builder.finish_reason is not None
+        seconds = dict(timings) | {"total": sum(timings.values())}
+        decoded = len(builder.ids) - 1  # the first id comes from the prefill
+        seconds["tokens_per_second"] = decoded / timings["decode"] if decoded else 0.0
+        logprobs = tuple(builder.logprobs) if settings.logprobs is not None else None
+        return Reply(builder.text, tuple(builder.ids), len(prompt.ids), builder.finish_reason, seconds, logprobs)
+
+    def generate(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
+        *,
+        media: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> Any:
+        """Answers a conversation, or a batch of conversations of unequal lengths.
+
+        Args:
+          messages: the Hugging Face or OpenAI chat form: `[{"role": …, "content": …}, …]`; or a list of such lists.
+          settings: how to write; one for all, or one for each conversation of a batch.
+          media: defaults of media items: `use_audio_in_video`, `fps`, `max_frames`, `min_pixels`, `max_pixels`.
+          **changes: fields of `GenerationSettings`, as a short form: `generate(messages, max_new_tokens=20)`.
+        Returns:
+          a `Reply`, or a list of them for a batch.
+        Raises:
+          ValueError: bad messages, media, settings or an overlong prompt; one line that names it and the remedy.
+        """
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations = cast(Sequence[Conversation], [messages] if single else messages)
+        if not conversations:
+            raise PromptError("there is no conversation to answer")
+        each = self._settings(settings, changes, len(conversations))
+        began = time.perf_counter()
+        prompts = [self.prepare(c, **(media or {})) for c in conversations]
+        processed = time.perf_counter() - began
+        replies = [_with_processing(r, processed) for r in _exhaust(self.run(prompts, each))]
+        return replies[0] if single else replies
+
+    def stream(
+        self,
+        messages: Conversation,
+        settings: GenerationSettings | None = None,
+        *,
+        media: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> Iterator[Event]:
+        """Answers a conversation piece by piece: `TextEvent`s as text becomes certain, one `DoneEvent` at the end.
+
+        Arguments and errors as for `generate`; the ids are the same.
+        """
+        each = self._settings(settings, changes, 1)
+        began = time.perf_counter()
+        prompts = [self.prepare(messages, **(media or {}))]
+        processed = time.perf_counter() - began
+        loop = self.run(prompts, each, STREAM_STEPS)
+        while True:
+            try:
+                ((text, ids),) = next(loop)
+            except StopIteration as stop:
+                yield DoneEvent(_with_processing(stop.value[0], processed))
+                return
+            yield TextEvent(text, ids)
+
+    @staticmethod
+    def _settings(
+        settings: GenerationSettings | Sequence[GenerationSettings] | None, changes: Mapping[str, Any], count: int
+    ) -> list[GenerationSettings]:
+        if settings is None:
+            return [GenerationSettings(**changes)] * count
+        if changes:
+            raise ValueError(f"give either settings or {sorted(changes)}, not both")
+        each = [settings] * count if isinstance(settings, GenerationSettings) else list(settings)
+        if len(each) != count:
+            raise ValueError(f"{len(each)} settings do not fit {count} conversations")
+        return each
+
+
+def _exhaust(loop: Any) -> list[Reply]:
+    while True:
+        try:
+            next(loop)
+        except StopIteration as stop:
+            return stop.value
+
+
+def _with_processing(reply: Reply, seconds: float) -> Reply:
+    timings = {"process": seconds} | reply.timings
+    timings["total"] += seconds
+    return Reply(**(vars(reply) | {"timings": timings}))
+
+
+def load(
+    path: str | pathlib.Path,
+    *,
+    dtype: Any = "bfloat16",
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Rules | None = None,
+    unroll: bool | None = None,
+    progress: bool = False,
+) -> Omni:
+    """Loads a published checkpoint folder.
+
+    Args:
+      path: the folder: config.json, tokenizer files, safetensors.
+      dtype: of weights and computation, "bfloat16" or "float32".
+      mesh: device mesh to shard the parameters over; None for one device.
+      rules: logical axis → mesh axis; see `sharding.Rules`.
+      unroll: loop over the layers instead of scanning them; by default on one CPU device, where scanning is slow.
+      progress: show a bar on stderr.
+    Raises:
+      ValueError: files that are missing, broken or of another model; one line that names them.
+    """
+    path = pathlib.Path(path)
+    cfg = load_config(path)
+    processor = Processor.from_folder(path, cfg.thinker)
+    unroll = (jax.default_backend() == "cpu" and mesh is None) if unroll is None else unroll
+    shardings = None
+    if mesh is not None:
+        if unroll:
+            raise ValueError("a mesh needs stacked layers: leave unroll off")
+        boxed = jax.eval_shape(functools.partial(thinker.init, cfg.thinker), jax.ShapeDtypeStruct((2,), jnp.uint32))
+        shardings = {"thinker": param_shardings(boxed, mesh, rules)}
+    params = load_params(
+        path, cfg, parts=("thinker",), dtype=jnp.dtype(dtype), unroll=unroll, shardings=shardings, progress=progress
+    )
+    return Omni(cfg, params, processor, stop_token_ids(path, cfg, processor.tokenizer), dtype)

@@ -1,0 +1,240 @@
+"""Conversations: the Hugging Face and OpenAI forms read into one, and the chat template that writes the prompt."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import pathlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+from omni_jax.processing.media import MediaError, decode_base64
+
+Kind = Literal["text", "image", "audio", "video"]
+
+ROLES = ("system", "user", "assistant")
+# The system message under which the model was trained to speak; speech is only right under exactly this one.
+SPEECH_SYSTEM_MESSAGE = (
+    "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and "
+    "visual inputs, as well as generating text and speech."
+)
+
+# Content type → kind, and the keys under which its source may stand.
+_TYPES: dict[str, tuple[Kind, tuple[str, ...]]] = {
+    "text": ("text", ("text",)),
+    "image": ("image", ("image", "url", "path")),
+    "audio": ("audio", ("audio", "url", "path")),
+    "video": ("video", ("video", "url", "path")),
+    "image_url": ("image", ("image_url",)),
+    "audio_url": ("audio", ("audio_url",)),
+    "video_url": ("video", ("video_url",)),
+    "input_audio": ("audio", ("input_audio",)),
+}
+_OPTIONS: dict[Kind, frozenset[str]] = {
+    "text": frozenset(),
+    "image": frozenset({"min_pixels", "max_pixels"}),
+    "audio": frozenset({"audio_start", "audio_end"}),
+    "video": frozenset(
+        {"use_audio_in_video", "fps", "min_frames", "max_frames", "min_pixels", "max_pixels"}
+        | {"video_start", "video_end"}
+    ),
+}
+
+
+class ConversationError(ValueError):
+    """A conversation that cannot be read; the one-line message names the message's index and the remedy."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One piece of a message: a text, or a medium with its `source` and the options given beside it."""
+
+    kind: Kind
+    source: Any
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one side says. `plain` remembers that the content was a string: templates may tell the two apart."""
+
+    role: str
+    parts: tuple[Part, ...]
+    plain: bool = False
+
+
+def _source(value: Any, key: str, where: str) -> Any:
+    """The source in a content item; OpenAI's forms wrap it in an object."""
+    if key in ("image_url", "audio_url", "video_url") and isinstance(value, Mapping):
+        value = value.get("url")
+    elif key == "input_audio":
+        if not isinstance(value, Mapping) or not isinstance(value.get("data"), str | bytes):
+            raise ConversationError(f'{where}: input_audio must be {{"data": base64, "format": …}}')
+        data = value["data"]
+        if isinstance(data, bytes) or data.startswith("data:"):
+            return data
+        try:
+            return decode_base64(data, f"{where}: input_audio.data")
+        except MediaError as e:
+            raise ConversationError(str(e)) from None
+    if value is None or (isinstance(value, str | bytes | list | tuple) and not value):
+        raise ConversationError(f"{where}: {key} is empty; give a path, URL or bytes")
+    return value
+
+
+def _check_option(key: str, value: Any, where: str) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key == "use_audio_in_video" and not isinstance(value, bool):
+        raise ConversationError(f"{where}: use_audio_in_video is {value!r}; give true or false")
+    if key != "use_audio_in_video" and not number:
+        raise ConversationError(f"{where}: {key} is {value!r}; give a number")
+
+
+def _part(item: Any, where: str) -> Part:
+    if isinstance(item, str):
+        return Part("text", item)
+    if not isinstance(item, Mapping):
+        raise ConversationError(f'{where} is {type(item).__name__}; give {{"type": "text", "text": …}} or the like')
+    kind_name = item.get("type")
+    if kind_name is None:  # some writers leave the type out
+        kind_name = next((name for name in _TYPES if name in item), None)
+    if not isinstance(kind_name, str) or kind_name not in _TYPES:
+        raise ConversationError(f"{where} has type {kind_name!r}; known are {', '.join(_TYPES)}")
+    kind, keys = _TYPES[kind_name]
+    key = next((k for k in keys if k in item), None)
+    if key is None:
+        raise ConversationError(f"{where} of type {kind_name!r} lacks {keys[0]!r}")
+    if kind == "text":
+        if not isinstance(item[key], str):
+            raise ConversationError(f"{where}: text is {type(item[key]).__name__}; give a string")
+        return Part("text", item[key])
+    options = {k: v for k, v in item.items() if k not in ("type", key) and v is not None}
+    for name, value in options.items():
+        if name not in _OPTIONS[kind]:
+            known = ", ".join(sorted(_OPTIONS[kind]))
+            raise ConversationError(f"{where} has {name!r}, which {kind} items do not know; they know {known}")
+        _check_option(name, value, where)
+    return Part(kind, _source(item[key], key, where), options)
+
+
+def parse_conversation(messages: Any) -> tuple[Message, ...]:
+    """Reads a conversation.
+
+    Args:
+      messages: `[{"role": …, "content": str | [item, …]}, …]` with items in the Hugging Face form (`{"type": "image",
+        "image": source, **options}`; also audio, video, text) or OpenAI's (`image_url`, `input_audio`, `audio_url`,
+        `video_url`). Sources: see `media.fetch`.
+    Raises:
+      ConversationError: empty, an unknown role, type or option; the message says which message and item.
+    """
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise ConversationError(f"a conversation is a list of messages, not {type(messages).__name__}; make it one")
+    if not messages:
+        raise ConversationError("the conversation is empty; give at least one message")
+    out = []
+    for i, message in enumerate(messages):
+        where = f"message {i}"
+        if not isinstance(message, Mapping):
+            raise ConversationError(f'{where} is {type(message).__name__}; give {{"role": …, "content": …}}')
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ConversationError(f"{where} has role {role!r}; known are {', '.join(ROLES)}")
+        if isinstance(content, str):
+            parts: tuple[Part, ...] = (Part("text", content),)
+        elif isinstance(content, list | tuple):
+            parts = tuple(_part(item, f"{where}, content item {j}") for j, item in enumerate(content))
+        else:
+            raise ConversationError(f"{where} has content of {type(content).__name__}; give a string or a list")
+        if not any(p.source for p in parts if p.kind == "text") and all(p.kind == "text" for p in parts):
+            raise ConversationError(f"{where} ({role}) has no content; give it a text or a medium, or leave it out")
+        out.append(Message(role, parts, isinstance(content, str)))
+    return tuple(out)
+
+
+def read_template(folder: str | pathlib.Path) -> str:
+    """The chat template of a checkpoint: `chat_template.jinja`, `chat_template.json` or the one in
+    `tokenizer_config.json`; else the built-in one, which writes the published format.
+
+    Raises:
+      ConversationError: a broken file.
+    """
+    folder = pathlib.Path(folder)
+    file = folder / "chat_template.jinja"
+    try:
+        if file.exists():
+            return file.read_text("utf-8")
+        for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
+            found = json.loads(file.read_text("utf-8")).get("chat_template") if file.exists() else None
+            if isinstance(found, list):  # several by name
+                found = {t["name"]: t["template"] for t in found}.get("default")
+            if isinstance(found, str):
+                return found
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as e:
+        raise ConversationError(f"{file}: the chat template cannot be read ({e}); fetch the file again") from None
+    return (pathlib.Path(__file__).parent / "chat_template.jinja").read_text("utf-8")
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def _environment() -> jinja2.Environment:
+    """Templates come from the network: the sandbox keeps them from Python's internals and from changing arguments."""
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    env.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
+    env.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+    return env
+
+
+def render(
+    messages: Sequence[Message], template: str, *, add_generation_prompt: bool = True, controls: Collection[str] = ()
+) -> tuple[str, str]:
+    """Writes the prompt's text.
+
+    Names of special tokens in the messages' own text must not act as such, not even when the template joins them from
+    two texts. So a mark, a character that the conversation does not use, follows each character of a text that could
+    begin a name: a name without the mark comes from the template.
+
+    Args:
+      template: Jinja source, as `transformers` takes it.
+      add_generation_prompt: end with the opening of the assistant's turn.
+      controls: names of special tokens.
+    Returns:
+      The text, and the mark to remove from it.
+    Raises:
+      ConversationError: the template fails.
+    """
+    texts = [p.source for m in messages for p in m.parts if p.kind == "text"]
+    first = {name[0] for name in controls}
+    # Private-use characters; one of them is free unless a text uses all 6,400.
+    used = set().union(*texts) | set(template)
+    mark = next((c for c in map(chr, range(0xE000, 0xF900)) if c not in used), None)
+    if mark is None:
+        raise ConversationError("the conversation uses every private-use character of Unicode; remove some")
+
+    def guard(text: str) -> str:
+        return "".join([c + mark if c in first else c for c in text])
+
+    plain = []
+    for message in messages:
+        items = [
+            {"type": "text", "text": guard(p.source)} if p.kind == "text" else {"type": p.kind, p.kind: p.kind}
+            for p in message.parts
+        ]
+        plain.append({"role": message.role, "content": items[0]["text"] if message.plain else items})
+    try:
+        text = _environment().from_string(template).render(messages=plain, add_generation_prompt=add_generation_prompt)
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as e:
+        raise ConversationError(f"the chat template fails ({e}); see whether it fits this conversation") from None
+    return text, mark

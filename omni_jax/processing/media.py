@@ -1,0 +1,179 @@
+"""Where media come from: paths, bytes, `data:` and http(s) URLs, all opened by one function."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+import pathlib
+import tempfile
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
+
+IN_MEMORY = 32 << 20  # downloads beyond this many bytes go to a temporary file
+
+
+class MediaError(ValueError):
+    """A picture, sound or clip that cannot be used; the one-line message names the input and the remedy."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """What a conversation may open. A server that takes conversations from strangers turns `files` off.
+
+    Attributes:
+      files: local paths and file:// URLs.
+      urls: http:// and https:// URLs.
+      max_bytes: largest download.
+      timeout: seconds to wait for the other side.
+    """
+
+    files: bool = True
+    urls: bool = True
+    max_bytes: int = 1 << 30
+    timeout: float = 30.0
+
+
+ANYTHING = Access()
+
+
+def describe(source: Any) -> str:
+    """A short name of a source for messages."""
+    if isinstance(source, str | os.PathLike):
+        name = os.fspath(source)
+        name = name if isinstance(name, str) else os.fsdecode(name)
+        if name.startswith("data:"):
+            return f"{name[:32].split(',')[0]}… ({len(name)} characters)"
+        return name if len(name) <= 200 else f"{name[:120]}…{name[-40:]}"
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"<{len(source)} bytes>"
+    if isinstance(source, list | tuple):
+        return f"<{type(source).__name__} of {len(source)}>"
+    shape = getattr(source, "shape", getattr(source, "size", ""))
+    return f"<{type(source).__name__} {shape}>" if shape != "" else f"<{type(source).__name__}>"
+
+
+class _WebOnly(urllib.request.HTTPRedirectHandler):
+    """Redirects may not leave http and https (the standard handler would also follow ftp)."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
+            raise urllib.error.URLError(f"it redirects to {newurl[:80]!r}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _download(url: str, access: Access) -> BinaryIO:
+    # Only web handlers: the standard opener also opens file:, ftp: and data:.
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        _WebOnly(),
+    ):
+        opener.add_handler(handler)
+    spool = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 — handed to the caller
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "omni-jax"})
+        with opener.open(request, timeout=access.timeout) as response:
+            declared = response.headers.get("Content-Length", "")
+            size = 0
+            while block := response.read(1 << 20):
+                size += len(block)
+                if size > access.max_bytes:
+                    raise MediaError(f"{describe(url)} is larger than {access.max_bytes} bytes; give a smaller file")
+                spool.write(block)
+            if declared.isdigit() and size < int(declared):
+                raise OSError(f"{size} of {declared} bytes came")
+    except MediaError:
+        spool.close()
+        raise
+    except (OSError, ValueError, urllib.error.URLError) as e:
+        spool.close()
+        reason = getattr(e, "reason", None) or e
+        raise MediaError(f"{describe(url)} cannot be fetched ({reason}); check the address and the network") from None
+    except BaseException:
+        spool.close()
+        raise
+    spool.seek(0)
+    return cast(BinaryIO, spool)
+
+
+def _data_url(url: str) -> bytes:
+    head, comma, body = url.partition(",")
+    if not comma:
+        raise MediaError(f"{describe(url)} has no comma; a data URL is data:<type>;base64,<data>")
+    if not head.rstrip().endswith(";base64"):
+        return urllib.parse.unquote_to_bytes(body)
+    return decode_base64(urllib.parse.unquote(body), describe(url))
+
+
+def decode_base64(text: str, name: str) -> bytes:
+    """Bytes of a base64 string, with or without line breaks and padding, in either alphabet.
+
+    Raises:
+      MediaError: other characters in it; the message starts with `name`.
+    """
+    text = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise MediaError(f"{name} is not valid base64; encode the file's bytes with base64") from None
+
+
+def fetch(source: Any, access: Access = ANYTHING) -> BinaryIO:
+    """Opens a source for reading; the caller closes it.
+
+    Args:
+      source: a path (str or Path), bytes, a file:// URL, a data: URL (base64 or percent-encoded), or an http(s) URL.
+      access: what may be opened.
+    Returns:
+      A seekable binary file at its start.
+    Raises:
+      MediaError: missing, forbidden, empty, too large or unreachable.
+    """
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _not_empty(io.BytesIO(bytes(source)), source)
+    if not isinstance(source, str | os.PathLike):
+        raise MediaError(f"{describe(source)} is no path, URL or bytes; give one of those")
+    name = os.fspath(source)
+    text = name if isinstance(name, str) else os.fsdecode(name)
+    scheme = text.split(":", 1)[0].lower() if isinstance(source, str) and ":" in text else ""
+    if scheme == "data":
+        return _not_empty(io.BytesIO(_data_url(text)), source)
+    if scheme in ("http", "https"):
+        if not access.urls:
+            raise MediaError(f"{describe(source)}: web addresses are not allowed here; send the bytes as a data: URL")
+        return _not_empty(_download(text, access), source)
+    if not access.files:
+        raise MediaError(f"{describe(source)}: local files are not allowed here; send the bytes as a data: URL")
+    if scheme == "file":
+        path = pathlib.Path(urllib.request.url2pathname(urllib.parse.urlsplit(text).path))
+    elif "://" in text and scheme.isalpha():
+        raise MediaError(f"{describe(source)}: {scheme} addresses cannot be opened; use http, https, data or a path")
+    else:
+        path = pathlib.Path(text)
+    try:
+        return _not_empty(path.open("rb"), source)
+    except FileNotFoundError:
+        raise MediaError(f"{describe(source)} does not exist; check the path") from None
+    except IsADirectoryError:
+        raise MediaError(f"{describe(source)} is a folder; name a file in it") from None
+    except (OSError, ValueError) as e:
+        if isinstance(e, MediaError):
+            raise
+        raise MediaError(f"{describe(source)} cannot be opened ({e}); check the path and its permissions") from None
+
+
+def _not_empty(file: BinaryIO, source: Any) -> BinaryIO:
+    if not file.read(1):
+        file.close()
+        raise MediaError(f"{describe(source)} is empty; give a file with content")
+    file.seek(0)
+    return file

@@ -1,0 +1,238 @@
+"""A conversation to everything that the model reads: token ids, positions, patches, mel frames."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from omni_jax import positions as P
+from omni_jax.config import ConfigError, ThinkerConfig
+from omni_jax.processing import chat, images, sound
+from omni_jax.processing.images import ImageConfig, Patches, image_config, image_patches
+from omni_jax.processing.media import ANYTHING, Access, MediaError, describe
+from omni_jax.processing.sound import MelConfig, load_sound, log_mel, mel_config
+from omni_jax.processing.tokenizer import Tokenizer
+from omni_jax.processing.video import Clip, Sampling, load_clip
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation as arrays.
+
+    Attributes:
+      text: what the chat template wrote.
+      ids: int32 [T].
+      positions: int32 [3, T], TMRoPE.
+      images, videos: in the order of their tokens in `ids`.
+      audios: float32 [L, M] log-mel each, in the order of their tokens; a clip's sound takes its place among them.
+      segments: the layout that ids and positions come from.
+    """
+
+    text: str
+    ids: np.ndarray
+    positions: np.ndarray
+    images: tuple[Patches, ...]
+    videos: tuple[Clip, ...]
+    audios: tuple[np.ndarray, ...]
+    segments: tuple[P.Segment, ...]
+
+
+@dataclass(frozen=True)
+class _Medium:
+    """One medium of a conversation, read: its segment and its arrays."""
+
+    segment: P.Image | P.Audio | P.Video | P.AudioVideo
+    image: Patches | None = None
+    video: Clip | None = None
+    audio: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Conversation → `Prompt`, for one checkpoint."""
+
+    cfg: ThinkerConfig
+    tokenizer: Tokenizer
+    template: str
+    image: ImageConfig = images.PUBLISHED
+    mel: MelConfig = sound.PUBLISHED
+
+    @classmethod
+    def from_folder(cls, path: str | pathlib.Path, cfg: ThinkerConfig) -> Processor:
+        """Reads the tokenizer, the chat template and `preprocessor_config.json` of a checkpoint.
+
+        Raises:
+          TokenizerError, ConversationError, MediaError: a broken file.
+          ConfigError: files that contradict config.json.
+        """
+        path = pathlib.Path(path)
+        file = path / "preprocessor_config.json"
+        raw: Any = {}
+        if file.exists():
+            try:
+                raw = json.loads(file.read_text("utf-8"))
+            except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+                raise ConfigError(f"{file} cannot be read as JSON ({e}); fetch it again") from None
+            if not isinstance(raw, dict):
+                raise ConfigError(f"{file} must hold a JSON object; fetch it again")
+        vision = cfg.vision
+        mine = {
+            "patch_size": vision.patch_size,
+            "merge_size": vision.spatial_merge_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "feature_size": cfg.audio.num_mel_bins,
+        }
+        for name, value in mine.items():
+            if raw.get(name, value) != value:
+                raise ConfigError(f"{file}: {name} is {raw[name]}, but config.json has {value}; fetch both again")
+        mel = dataclasses.replace(mel_config(raw, file), bins=cfg.audio.num_mel_bins)
+        return cls(cfg, Tokenizer.from_folder(path), chat.read_template(path), image_config(raw, file), mel)
+
+    def __post_init__(self) -> None:
+        cfg = self.cfg
+        for field in ("audio", "image", "video", "audio_start", "audio_end", "vision_start", "vision_end"):
+            token = getattr(cfg, f"{field}_token_id")
+            if token not in self.tokenizer.controls.values():
+                raise ConfigError(
+                    f"config.json has {field}_token_id {token}, which is {self.tokenizer.name(token)!r} in the "
+                    "tokenizer and no special token; fetch the checkpoint's files again"
+                )
+
+    def __call__(
+        self,
+        messages: Any,
+        *,
+        use_audio_in_video: bool = False,
+        fps: float | None = None,
+        min_frames: int | None = None,
+        max_frames: int | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        add_generation_prompt: bool = True,
+        access: Access = ANYTHING,
+    ) -> Prompt:
+        """Reads a conversation and its media.
+
+        Names of special tokens in the conversation's text are plain characters: they can neither end a turn nor
+        stand for a medium. (The reference reads them as tokens.)
+
+        Args:
+          messages: see `chat.parse_conversation`.
+          use_audio_in_video, fps, min_frames, max_frames, min_pixels, max_pixels: for items that do not say
+            themselves; None is the checkpoint's or the reference's default.
+          add_generation_prompt: end with the opening of the assistant's turn.
+          access: what sources may be opened.
+        Raises:
+          ConversationError: a conversation that cannot be read, or a template that does not fit it.
+          MediaError: a medium that cannot be read.
+        """
+        conversation = chat.parse_conversation(messages)
+        controls = self.tokenizer.controls
+        text, mark = chat.render(
+            conversation, self.template, add_generation_prompt=add_generation_prompt, controls=controls
+        )
+        parts = [p for m in conversation for p in m.parts if p.kind != "text"]
+        runs = self._split(text, mark, [p.kind for p in parts])
+        defaults = {
+            "use_audio_in_video": use_audio_in_video, "fps": fps, "min_frames": min_frames, "max_frames": max_frames,
+            "min_pixels": min_pixels, "max_pixels": max_pixels,
+        }  # fmt: skip
+        media = [self._read(p, defaults | dict(p.options), access) for p in parts]
+
+        ids: list[np.ndarray] = []
+        segments: list[P.Segment] = []
+        for i, run in enumerate(runs):
+            if run:
+                segments.append(P.Text(len(run)))
+                ids.append(np.asarray(run, np.int32))
+            if i < len(media):
+                segments.append(media[i].segment)
+                ids.append(P.media_ids(media[i].segment, self.cfg))
+        return Prompt(
+            text.replace(mark, ""),
+            np.concatenate(ids),
+            P.position_ids(segments, self.cfg),
+            tuple(m.image for m in media if m.image is not None),
+            tuple(m.video for m in media if m.video is not None),
+            tuple(m.audio for m in media if m.audio is not None),
+            tuple(segments),
+        )
+
+    def _split(self, text: str, mark: str, kinds: Sequence[str]) -> list[list[int]]:
+        """Ids of the text between the media's placeholders, one run more than media.
+
+        Raises:
+          ConversationError: the template wrote other placeholders than the conversation has media.
+        """
+        cfg, names = self.cfg, {i: n for n, i in self.tokenizer.controls.items()}
+        framed = {
+            "image": (cfg.vision_start_token_id, cfg.image_token_id, cfg.vision_end_token_id),
+            "video": (cfg.vision_start_token_id, cfg.video_token_id, cfg.vision_end_token_id),
+            "audio": (cfg.audio_start_token_id, cfg.audio_token_id, cfg.audio_end_token_id),
+        }
+        runs: list[list[int]] = []
+        for kind in kinds:
+            placeholder = "".join(names[i] for i in framed[kind])
+            before, found, text = text.partition(placeholder)
+            if not found:
+                raise chat.ConversationError(
+                    f"the chat template wrote no {placeholder} for {kind} {len(runs)} of the conversation; "
+                    "use the checkpoint's own template"
+                )
+            runs.append(self._encode(before, mark))
+        runs.append(self._encode(text, mark))
+        reserved = {i for three in framed.values() for i in three}
+        if stray := reserved.intersection(i for run in runs for i in run):
+            strays = ", ".join(sorted(names[i] for i in stray))
+            raise chat.ConversationError(
+                f"the chat template wrote {strays} beside the conversation's media; use the checkpoint's own template"
+            )
+        return runs
+
+    def _encode(self, text: str, mark: str) -> list[int]:
+        """Ids of template text and user text: special tokens are the unmarked names only."""
+        ids: list[int] = []
+        at = 0
+        for found in self.tokenizer.find_controls(text):
+            ids += self.tokenizer.encode(text[at : found.start()].replace(mark, ""))
+            ids.append(self.tokenizer.controls[found.group()])
+            at = found.end()
+        return ids + self.tokenizer.encode(text[at:].replace(mark, ""))
+
+    def _read(self, part: chat.Part, options: dict[str, Any], access: Access) -> _Medium:
+        if part.kind == "image":
+            patches = image_patches(
+                part.source, self.cfg.vision, self.image,
+                min_pixels=options["min_pixels"], max_pixels=options["max_pixels"], access=access,
+            )  # fmt: skip
+            return _Medium(P.Image(patches.grid), image=patches)
+        if part.kind == "audio":
+            start, end = options.get("audio_start"), options.get("audio_end")
+            samples = load_sound(part.source, self.mel.rate, start=start, end=end, access=access)
+            mel = log_mel(samples, self.mel, describe(part.source))
+            return _Medium(P.Audio(self._tokens(mel, part)), audio=mel)
+        names = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels")
+        sampling = Sampling(
+            **{n: options[n] for n in names}, start=options.get("video_start"), end=options.get("video_end")
+        )
+        clip, track = load_clip(
+            part.source, self.cfg.vision, self.image, sampling,
+            with_sound=options["use_audio_in_video"], sound_rate=self.mel.rate, access=access,
+        )  # fmt: skip
+        if track is None:
+            return _Medium(P.Video(clip.grid, clip.seconds_per_grid), video=clip)
+        mel = log_mel(track, self.mel, f"the sound track of {describe(part.source)}")
+        segment = P.AudioVideo(clip.grid, clip.seconds_per_grid, self._tokens(mel, part))
+        return _Medium(segment, video=clip, audio=mel)
+
+    def _tokens(self, mel: np.ndarray, part: chat.Part) -> int:
+        tokens = self.cfg.audio.token_count(len(mel))
+        if tokens < 1:
+            raise MediaError(f"{describe(part.source)} is too short to become a token; give a longer sound")
+        return tokens

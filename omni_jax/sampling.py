@@ -1,0 +1,113 @@
+"""Sampling: repetition penalty, temperature, top-k, top-p, min-p, and log-probabilities; settings per row.
+
+Letters: B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+# How many alternatives a reply can carry per token; the decode loop always keeps this many, so that asking compiles
+# nothing new.
+MAX_LOGPROBS = 20
+
+
+@struct.dataclass
+class Sampling:
+    """Settings per row, as arrays, so that changing them compiles nothing.
+
+    Attributes:
+      temperature: float32 [B]; 0 is greedy.
+      top_k: int32 [B]; 0 is off.
+      top_p: float32 [B]; 1 is off.
+      min_p: float32 [B]; 0 is off.
+      repetition_penalty: float32 [B]; 1 is off. Its history is the prompt and the reply so far.
+      key: uint32 [B, 2], raw random key of each row; a row's draw does not depend on its neighbours.
+      stop_ids: int32 [B, S], the ids that end a reply; unused places hold -1.
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
+    key: jax.Array
+    stop_ids: jax.Array
+
+
+def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Divides positive logits of seen ids by the penalty and multiplies negative ones (CTRL, Keskar et al. 2019).
+
+    Args:
+      logits: [B, V] float32; seen: bool [B, V]; penalty: [B].
+    """
+    p = penalty[:, None]
+    return jnp.where(seen, jnp.where(logits < 0, logits * p, logits / p), logits)
+
+
+def filter_logits(
+    logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array
+) -> jax.Array:
+    """Temperature, then top-k, top-p and min-p, in the order of transformers' generation.
+
+    Args:
+      logits: [B, V] float32; the rest: [B] each, see `Sampling`; temperature must be positive.
+    Returns:
+      [B, V] with refused entries at -inf; at least one entry survives.
+    """
+    vocab = logits.shape[-1]
+    x = logits / temperature[:, None]
+    ranked = jnp.flip(jnp.sort(x, axis=-1), axis=-1)
+    k = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
+    kth = jnp.take_along_axis(ranked, (k - 1)[:, None], axis=-1)
+    x = jnp.where(x < kth, -jnp.inf, x)
+    ranked = jnp.where(ranked < kth, -jnp.inf, ranked)
+    # A token stays while the mass of the better ones is below top_p; the best one always stays.
+    p = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(p, axis=-1) - p
+    kept = jnp.maximum(jnp.sum(before < top_p[:, None], axis=-1), 1)
+    last = jnp.take_along_axis(ranked, (kept - 1)[:, None], axis=-1)
+    x = jnp.where((x < last) & (top_p < 1)[:, None], -jnp.inf, x)
+    p = jax.nn.softmax(x, axis=-1)
+    return jnp.where(p < min_p[:, None] * jnp.max(p, axis=-1, keepdims=True), -jnp.inf, x)
+
+
+def sample(logits: jax.Array, seen: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
+    """The next id of each row.
+
+    Args:
+      logits: [B, V] float32.
+      seen: bool [B, V], ids in the prompt or the reply.
+      sampling: the settings.
+      step: int32 [B], how many ids the row has drawn before; it selects the row's random number.
+    Returns:
+      int32 [B].
+    """
+    x = penalise(logits, seen, sampling.repetition_penalty)
+    greedy = jnp.argmax(x, axis=-1)
+
+    def draw(x: jax.Array) -> jax.Array:
+        warm = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
+        y = filter_logits(x, warm, sampling.top_k, sampling.top_p, sampling.min_p)
+        keys = jax.vmap(lambda k, i: jax.random.fold_in(jax.random.wrap_key_data(k), i))(sampling.key, step)
+        drawn = jax.vmap(jax.random.categorical)(keys, y)
+        return jnp.where(sampling.temperature > 0, drawn, greedy)
+
+    # The sort over the vocabulary is skipped while every row is greedy.
+    return lax.cond(jnp.any(sampling.temperature > 0), draw, lambda _: greedy, x).astype(jnp.int32)
+
+
+def log_probs(logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities under the model itself, before penalty, temperature and filters.
+
+    Args:
+      logits: [B, V] float32; ids: int32 [B].
+    Returns:
+      own [B], the best ids [B, MAX_LOGPROBS], their log-probabilities [B, MAX_LOGPROBS], best first.
+    """
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    best, best_ids = lax.top_k(logp, min(MAX_LOGPROBS, logits.shape[-1]))
+    return jnp.take_along_axis(logp, ids[:, None], axis=-1)[:, 0], best_ids.astype(jnp.int32), best

@@ -1,0 +1,39 @@
+"""Counts XLA compilations, those of eager operations included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+
+_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class Count:
+    """How many programs were compiled since `count_compiles` was entered."""
+
+    value: int = 0
+
+
+_active: list[Count] = []
+
+
+def _listen(event: str, _seconds: float, **_kwargs: object) -> None:
+    if event == _EVENT:
+        for count in _active:
+            count.value += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+@contextmanager
+def count_compiles() -> Iterator[Count]:
+    """`with count_compiles() as n: ...; assert n.value == 0`. Contexts may be nested."""
+    count = Count()
+    _active.append(count)
+    try:
+        yield count
+    finally:
+        _active.remove(count)
