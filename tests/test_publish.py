@@ -73,7 +73,7 @@ def test_whole_or_absent(tmp_path, nano, monkeypatch):
 
     with pytest.raises(CheckpointError, match="exists already"):
         write_random(nano[0], C.preset("nano"))
-    with pytest.raises(ValueError, match="dtype 'int8'"):
+    with pytest.raises(CheckpointError, match="dtype 'int8'"):
         write_random(tmp_path / "x", C.preset("nano"), dtype="int8")
 
     def full_disk(name, *args):
