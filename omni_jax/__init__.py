@@ -1,1 +1,23 @@
-"""Qwen2.5-Omni in JAX."""
+"""Qwen2.5-Omni in JAX: `load` a checkpoint, then `generate` or `stream`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omni_jax.omni import Omni as Omni
+    from omni_jax.omni import load as load
+    from omni_jax.settings import GenerationSettings as GenerationSettings
+    from omni_jax.settings import Reply as Reply
+
+_HOMES = {"Omni": "omni", "load": "omni", "GenerationSettings": "settings", "Reply": "settings"}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: the command answers `--help` without waiting for jax."""
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"omni_jax.{_HOMES[name]}"), name)

@@ -1,0 +1,42 @@
+"""Shared fixtures: one small random checkpoint, loaded by us and by the oracle."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> pathlib.Path:
+    """A nano checkpoint in the published layout, float32."""
+    from omni_jax import config as C
+    from omni_jax.checkpoint.publish import write_random
+
+    path = tmp_path_factory.mktemp("checkpoints") / "nano"
+    write_random(path, C.preset("nano"), seed=1, dtype="float32")
+    return path
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint):
+    """The checkpoint loaded by us: float32, layers looped over."""
+    from omni_jax import load
+
+    return load(checkpoint, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def oracle_thinker(checkpoint, model):
+    """The reference's Thinker with the checkpoint's weights, float32."""
+    from safetensors.torch import load_file
+    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+
+    from tests import oracle
+
+    thinker = Qwen2_5OmniThinkerForConditionalGeneration(oracle.torch_config(model.config).thinker_config)
+    state = {}
+    for shard in sorted(checkpoint.glob("*.safetensors")):
+        state |= {k.removeprefix("thinker."): v for k, v in load_file(shard).items() if k.startswith("thinker.")}
+    thinker.load_state_dict(state)
+    return thinker.eval()
