@@ -317,7 +317,7 @@ def test_peak_memory_is_the_model(tmp_path):
     audio = dataclasses.replace(cfg.thinker.audio, output_dim=640)
     thinker = dataclasses.replace(cfg.thinker, text=text, vision=vision, audio=audio)
     write_random(tmp_path / "mid", C.OmniConfig(thinker=thinker))
-    for form, dtype in (("unroll", "bfloat16"), ("stack", "bfloat16"), ("unroll", "float32")):
+    for form, dtype in (("unroll", "bfloat16"), ("stack", "float32")):
         args = [sys.executable, "-c", MEMORY, str(tmp_path / "mid"), form, dtype]
         got = json.loads(subprocess.run(args, capture_output=True, text=True, check=True).stdout)
         assert got["model"] > 200e6
