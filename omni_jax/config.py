@@ -220,10 +220,6 @@ _PARTS: dict[tuple[type, str], type] = {
 }
 
 
-def _freeze(value: Any) -> Any:
-    return tuple(_freeze(v) for v in value) if isinstance(value, list | tuple) else value
-
-
 def _lookup(cls: type, name: str, raw: Mapping[str, Any]) -> Any:
     for spelling in _SPELLINGS.get(cls, {}).get(name, (name,)):
         if raw.get(spelling) is not None:
@@ -231,10 +227,33 @@ def _lookup(cls: type, name: str, raw: Mapping[str, Any]) -> Any:
     return None
 
 
-def _check_number(where: str, name: str, value: Any, default: Any) -> None:
-    wrong = isinstance(value, str) or (isinstance(default, int | float) and not isinstance(value, int | float | bool))
-    if wrong and not isinstance(default, str):
-        raise ConfigError(f"{where}.{name} is {value!r}, where a number is expected; correct it in config.json")
+def _checked(where: str, name: str, value: Any, default: Any) -> Any:
+    """The value, frozen, if it is of the kind of the default; whole floats pass for integers."""
+
+    def wrong(kind: str) -> ConfigError:
+        got = str(value)[:80]
+        return ConfigError(f"{where}.{name} is {got!r}, where {kind} is expected; correct it in config.json")
+
+    def number(v: Any, like: Any, kind: str) -> Any:
+        if isinstance(like, tuple):
+            if not isinstance(v, list | tuple) or not v:
+                raise wrong(kind)
+            return tuple(number(item, like[0], kind) for item in v)
+        if isinstance(v, bool) or not isinstance(v, int | float) or not 0 <= v < 1 << 62:
+            raise wrong(kind)
+        if isinstance(like, float):
+            return v
+        if v != int(v) or (v == 0 and not isinstance(default, tuple) and not name.endswith("_id")):
+            raise wrong(kind)
+        return int(v)
+
+    if isinstance(default, str | bool):
+        if not isinstance(value, type(default)):
+            raise wrong("text" if isinstance(default, str) else "true or false")
+        return value
+    if isinstance(default, tuple):
+        return number(value, default or (0,), "a list of whole numbers")
+    return number(value, default, "a number" if isinstance(default, float) else "a whole number")
 
 
 def _parse_decoder(raw: Mapping[str, Any], where: str, defaults: DecoderConfig, *, has_head_dim: bool) -> DecoderConfig:
@@ -243,14 +262,16 @@ def _parse_decoder(raw: Mapping[str, Any], where: str, defaults: DecoderConfig, 
     for f in dataclasses.fields(DecoderConfig):
         value = raw.get(f.name)
         if value is not None:
-            _check_number(where, f.name, value, getattr(defaults, f.name))
-            values[f.name] = _freeze(value)
+            values[f.name] = _checked(where, f.name, value, getattr(defaults, f.name))
     rope = raw.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"{where}.rope_scaling must be an object, not {type(rope).__name__}")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "mrope"):
         raise ConfigError(f"{where}.rope_scaling has type {rope_type!r}; only plain multimodal RoPE is supported")
     if "mrope_section" in rope:
-        values["mrope_section"] = tuple(rope["mrope_section"])
+        section = rope["mrope_section"]
+        values["mrope_section"] = _checked(where, "mrope_section", section, defaults.mrope_section)
     if raw.get("use_sliding_window"):
         raise ConfigError(f"{where}.use_sliding_window is true; no published Omni uses it and it is not supported")
     cfg = dataclasses.replace(defaults, **values)
@@ -282,11 +303,10 @@ def _parse(cls: type[C], raw: Mapping[str, Any], where: str) -> C:
             if value is not None or cls is not OmniConfig:
                 values[f.name] = _parse(part, value or {}, f"{where}.{f.name}")
         elif f.name == "eos_token_id":
-            values[f.name] = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+            ids = [] if value is None else value if isinstance(value, list) else [value]
+            values[f.name] = _checked(where, f.name, ids, (0,)) if ids else ()
         elif value is not None:
-            if f.default is not dataclasses.MISSING:
-                _check_number(where, f.name, value, f.default)
-            values[f.name] = _freeze(value)
+            values[f.name] = _checked(where, f.name, value, f.default)
     return cls(**values)
 
 
@@ -318,7 +338,7 @@ def load_config(path: str | pathlib.Path) -> OmniConfig:
         raw = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{file} does not exist; a checkpoint folder carries a config.json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"{file} cannot be read as JSON ({e}); fetch it again") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{file} must hold a JSON object")

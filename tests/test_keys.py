@@ -93,7 +93,7 @@ def test_every_name_survives_the_tree_and_both_layouts():
         assert len(places) == len(names)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     stack=st.sampled_from(keys.STACKS),
     layer=st.integers(0, 10**6),

@@ -192,13 +192,12 @@ def load_params(
       `{part: nested dict}` with the published names as keys (`keys.tree_path`). A head that is tied to the embedding
       (`tie_word_embeddings`) and an `inv_freq` that is not stored are absent.
     Raises:
-      CheckpointError: a file is missing or unsound, or the keys do not fit the configuration.
-      ValueError: an unknown part, or one that the configuration lacks.
+      CheckpointError: a file is missing or unsound, the keys do not fit the configuration, or it lacks a part.
     """
     for part in parts:
         if part not in keys.PARTS or getattr(cfg, part) is None:
             have = [p for p in keys.PARTS if getattr(cfg, p) is not None]
-            raise ValueError(f"the checkpoint has no part {part!r}; it has {', '.join(have)}")
+            raise CheckpointError(f"{path} has no part {part!r}; it has {', '.join(have)}")
     leaves: dict[tuple[Any, ...], dict[int | None, Tensor]] = {}
     for name, tensor in open_checkpoint(path, cfg).items():
         if keys.part_of(name) not in parts:

@@ -98,13 +98,12 @@ def write_random(
     Returns:
       The configuration as written.
     Raises:
-      CheckpointError: the folder holds files already, or the disk is full.
+      CheckpointError: the folder holds files already, the disk is full, or another dtype.
       ConfigError: the vocabulary is too small.
-      ValueError: another dtype.
     """
     path = pathlib.Path(path)
     if dtype not in ("bfloat16", "float32"):
-        raise ValueError(f"dtype {dtype!r} is not supported; use bfloat16 or float32")
+        raise CheckpointError(f"dtype {dtype!r} is not supported; use bfloat16 or float32")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"{path} exists already; give a new folder, or remove it first")
     cfg, texts = tokenizer_files.make_files(cfg)
