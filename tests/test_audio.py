@@ -63,7 +63,7 @@ def test_clips_together_equal_clips_alone(reference, params):
     mels = _mels(LENGTHS)
     alone = [_oracle(reference, [m]) for m in mels]
     assert oracle.relative_error(_features(params, mels), np.concatenate(alone)) < 1e-5
-    some = [m for m in mels if len(m) in (199, 401)]
+    some = _mels([199, 7])
     together = _features(params, some)
     assert oracle.relative_error(np.concatenate([_features(params, [m]) for m in some]), together) < 1e-6
 
