@@ -41,6 +41,9 @@ from omni_jax.layers import (
 )
 
 ROPE_THETA = 10000.0
+# Scores of the windowed layers are small: a loop over blocks only pays where a frame is far beyond usual sizes, and
+# each loop costs a buffer that XLA:CPU keeps for the whole program.
+WINDOW_SCORE_BYTES = 64 * 2**20
 # (pixels [F, N, P], positions [F, N, 2], valid [F, N])
 Inputs = tuple[Any, Any, Any]
 Run = Callable[..., jax.Array]
@@ -99,7 +102,8 @@ class VisionAttention(nn.Module):
 
         def windows(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             q, k, v = (a.reshape(F, N // window, window, H, D // H) for a in (q, k, v))
-            return full_attention(q, k, v, valid.reshape(F, N // window, window)).reshape(F, N, H, D // H)
+            out = full_attention(q, k, v, valid.reshape(F, N // window, window), score_bytes=WINDOW_SCORE_BYTES)
+            return out.reshape(F, N, H, D // H)
 
         if isinstance(kind, LayerKind):
             out = (frame if kind.full else windows)(q, k, v)

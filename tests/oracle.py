@@ -7,9 +7,10 @@ Every parameter is random: matrices have unit gain, so that nothing fades throug
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -100,3 +101,13 @@ def rms_error(ours: Any, oracle: Any) -> float:
     ours, oracle = (np.asarray(x, np.float64) for x in (ours, oracle))
     assert ours.shape == oracle.shape, (ours.shape, oracle.shape)
     return float(np.sqrt(np.mean((ours - oracle) ** 2) / np.mean(oracle**2)))
+
+
+def check_gradient(gradient: Any, params: Any, loss: Callable[[Any], Any], step: float = 3e-3) -> None:
+    """Asserts that a gradient fits the central difference of `loss` along a random direction, in float32."""
+    rng = np.random.default_rng(0)
+    direction = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * np.std(x), params)
+    up, down = (jax.tree.map(lambda x, d, s=s: np.asarray(x) + s * d, params, direction) for s in (step, -step))
+    numeric = (float(loss(up)) - float(loss(down))) / (2 * step)
+    slope = sum(float(np.vdot(g, d)) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction)))
+    assert abs(slope - numeric) < 0.02 * abs(numeric), (slope, numeric)
