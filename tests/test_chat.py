@@ -182,6 +182,11 @@ BAD = [
     ([{"role": "user", "content": [{"type": "image", "image": ""}]}], "item 0: image is empty"),
     ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "item 0: image_url is empty"),
     ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "item 0: text is int"),
+    ([{"role": "user", "content": "\ud83d"}], "message 0: the text holds half of a surrogate pair"),
+    (
+        [{"role": "user", "content": [{"type": "video", "video": "a", "video_start": float("nan")}]}],
+        "video_start is nan",
+    ),
     ([{"role": "user", "content": [{"type": "input_audio", "input_audio": "AAA"}]}], "input_audio must be"),
     (
         [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "%%%"}}]}],

@@ -196,6 +196,8 @@ def test_bad_sizes_and_limits():
         image_patches(picture(1, 201), VISION)
     with pytest.raises(MediaError, match=r"min_pixels 9000 is above max_pixels 8000"):
         image_patches(picture(9, 9), VISION, min_pixels=9000, max_pixels=8000)
+    with pytest.raises(MediaError, match=r"min_pixels is 1000000000000; give at most"):
+        image_patches(picture(9, 9), VISION, min_pixels=10**12)
     with pytest.raises(MediaError, match=r"max_pixels is -5"):
         image_patches(picture(9, 9), VISION, max_pixels=-5)
     with pytest.raises(MediaError, match=r"float64 is no picture"):

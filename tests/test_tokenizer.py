@@ -74,6 +74,18 @@ def test_streaming_never_emits_half_a_character(tokenizer):
     assert cut.finish() == "\ufffd"
 
 
+def test_controls_that_the_files_do_not_mark(tmp_path):
+    raw = json.loads(trained())
+    token = next(t for t in raw["added_tokens"] if t["content"] == "<|IMAGE|>")
+    token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    assert token["id"] in Tokenizer.from_folder(tmp_path).encode("<|IMAGE|>")
+    marked = Tokenizer.from_folder(tmp_path, [token["id"]])
+    assert marked.controls["<|IMAGE|>"] == token["id"]
+    assert token["id"] not in marked.encode("<|IMAGE|>")
+    assert marked.encode("a<|IMAGE|>", controls=True)[-1] == token["id"]
+
+
 def test_ids_that_are_not_in_use(tokenizer):
     """Models have spare rows in their embedding; a sampled one has no text."""
     assert tokenizer.decode([tokenizer.size + 5]) == ""

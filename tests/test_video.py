@@ -110,6 +110,7 @@ def test_pixels_equal_the_oracle_s_patches():
     pixels, grid = oracle_prompt.video_features(np.stack([resize(Image.fromarray(f), size) for f in frames]))
     assert clip.grid == grid
     np.testing.assert_array_equal(clip.pixels, pixels)
+    np.testing.assert_array_equal(load_clip(np.stack(frames), VISION)[0].pixels, pixels)
 
 
 def test_resizing_differs_by_at_most_two_levels_from_torch():
@@ -239,6 +240,7 @@ def test_bad_requests(tmp_path):
         ({"start": 0.5, "end": 0.2}, r"video_end 0.2 is not after video_start 0.5"),
         ({"fps": 0}, r"fps is 0; give a positive number"),
         ({"fps": float("nan")}, r"fps is nan"),
+        ({"end": float("inf")}, r"video_end is inf"),
         ({"max_frames": 1}, r"max_frames is 1; frames come in pairs"),
         ({"min_pixels": 9, "max_pixels": 4}, r"min_pixels 9 is above"),
     ):

@@ -23,6 +23,7 @@ from omni_jax.positions import Grid
 from omni_jax.processing.media import ANYTHING, Access, MediaError, describe, fetch
 
 MAX_RATIO = 200
+MAX_MIN_PIXELS = 1 << 26  # beyond this a request could fill the memory by enlarging a small picture
 
 
 @dataclass(frozen=True)
@@ -204,8 +205,10 @@ def pixel_limits(
       MediaError: limits that are not positive, or the least above the most.
     """
     for key, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise MediaError(f"{name}: {key} is {value}; give a positive number")
+    if min_pixels is not None and min_pixels > MAX_MIN_PIXELS:
+        raise MediaError(f"{name}: min_pixels is {min_pixels}; give at most {MAX_MIN_PIXELS}")
     if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
         raise MediaError(f"{name}: min_pixels {min_pixels} is above max_pixels {max_pixels}; exchange them")
     least = min_pixels if min_pixels is not None else min(low, max_pixels or low)

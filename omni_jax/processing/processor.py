@@ -20,6 +20,8 @@ from omni_jax.processing.sound import MelConfig, load_sound, log_mel, mel_config
 from omni_jax.processing.tokenizer import Tokenizer
 from omni_jax.processing.video import Clip, Sampling, load_clip
 
+CONTROLS = ("audio", "image", "video", "audio_start", "audio_end", "vision_start", "vision_end")
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -92,15 +94,16 @@ class Processor:
             if raw.get(name, value) != value:
                 raise ConfigError(f"{file}: {name} is {raw[name]}, but config.json has {value}; fetch both again")
         mel = dataclasses.replace(mel_config(raw, file), bins=cfg.audio.num_mel_bins)
-        return cls(cfg, Tokenizer.from_folder(path), chat.read_template(path), image_config(raw, file), mel)
+        tokenizer = Tokenizer.from_folder(path, [getattr(cfg, f"{name}_token_id") for name in CONTROLS])
+        return cls(cfg, tokenizer, chat.read_template(path), image_config(raw, file), mel)
 
     def __post_init__(self) -> None:
         cfg = self.cfg
-        for field in ("audio", "image", "video", "audio_start", "audio_end", "vision_start", "vision_end"):
-            token = getattr(cfg, f"{field}_token_id")
+        for name in CONTROLS:
+            token = getattr(cfg, f"{name}_token_id")
             if token not in self.tokenizer.controls.values():
                 raise ConfigError(
-                    f"config.json has {field}_token_id {token}, which is {self.tokenizer.name(token)!r} in the "
+                    f"config.json has {name}_token_id {token}, which is {self.tokenizer.name(token)!r} in the "
                     "tokenizer and no special token; fetch the checkpoint's files again"
                 )
 

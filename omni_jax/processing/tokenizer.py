@@ -41,8 +41,12 @@ class Tokenizer:
         text they are plain characters.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer):
+    def __init__(self, backend: tokenizers.Tokenizer, controls: Iterable[int] = ()):
         added = backend.get_added_tokens_decoder()
+        unmarked = [added[i].content for i in controls if i in added and not added[i].special]
+        if unmarked:
+            backend.add_special_tokens([tokenizers.AddedToken(n, special=True, normalized=False) for n in unmarked])
+            added = backend.get_added_tokens_decoder()
         self.controls: dict[str, int] = {t.content: i for i, t in added.items() if t.special}
         # The backend never turns a special token's name into its id; `encode` splits them off itself.
         backend.encode_special_tokens = True
@@ -52,9 +56,11 @@ class Tokenizer:
         self._added = {i: t.content for i, t in added.items()}
 
     @classmethod
-    def from_folder(cls, folder: str | pathlib.Path) -> Tokenizer:
+    def from_folder(cls, folder: str | pathlib.Path, controls: Iterable[int] = ()) -> Tokenizer:
         """Reads `tokenizer.json`, or else `vocab.json`, `merges.txt` and `tokenizer_config.json`, of a checkpoint.
 
+        Args:
+          controls: ids of added tokens that are special even where the files do not mark them so.
         Raises:
           TokenizerError: missing or broken files.
         """
@@ -62,13 +68,13 @@ class Tokenizer:
         whole = folder / "tokenizer.json"
         if whole.exists():
             try:
-                return cls(tokenizers.Tokenizer.from_str(whole.read_text("utf-8")))
+                return cls(tokenizers.Tokenizer.from_str(whole.read_text("utf-8")), controls)
             except Exception as e:  # the backend raises bare Exception
                 raise TokenizerError(f"{whole} cannot be read ({e}); fetch it again") from None
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).exists():
                 raise TokenizerError(f"{folder} has neither tokenizer.json nor {name}; fetch the tokenizer's files")
-        return cls(_from_parts(folder))
+        return cls(_from_parts(folder), controls)
 
     @property
     def size(self) -> int:
@@ -181,7 +187,8 @@ def _from_parts(folder: pathlib.Path) -> tokenizers.Tokenizer:
     vocab = _read_json(folder / "vocab.json")
     try:
         lines = (folder / "merges.txt").read_text("utf-8").split("\n")
-        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        lines = lines[1:] if lines[0].startswith("#version") else lines
+        merges = [tuple(line.split(" ")) for line in lines if line]
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=False))
     except Exception as e:  # the backend raises bare Exception
         raise TokenizerError(f"{folder}/merges.txt does not fit vocab.json ({e}); fetch both again") from None

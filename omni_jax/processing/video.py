@@ -81,6 +81,9 @@ def check_sampling(sampling: Sampling, name: str) -> None:
         value = getattr(sampling, key)
         if value is not None and not 0 < value < math.inf:
             raise MediaError(f"{name}: {key} is {value}; give a positive number")
+    for key in ("start", "end"):
+        if not math.isfinite(getattr(sampling, key) or 0.0):
+            raise MediaError(f"{name}: video_{key} is {getattr(sampling, key)}; give a number of seconds")
     if sampling.max_frames is not None and sampling.max_frames < 2:
         raise MediaError(f"{name}: max_frames is {sampling.max_frames}; frames come in pairs, give 2 or more")
     if sampling.end is not None and not sampling.end > (sampling.start or 0.0):
@@ -224,7 +227,7 @@ def load_clip(
 
     Args:
       source: a path, bytes or URL (see `media.fetch`) of a video or an animated GIF, or a list of pictures (see
-        `images.load_image`), its frames.
+        `images.load_image`) or an array uint8 [F, H, W, 3], its frames.
       sampling: which frames, of what size.
       with_sound: read its sound track too, cut to the same times.
     Returns:
@@ -235,6 +238,8 @@ def load_clip(
     name = describe(source)
     check_sampling(sampling, name)
     sound = None
+    if isinstance(source, np.ndarray) and source.ndim == 4:
+        source = list(source)
     if isinstance(source, list | tuple):
         if with_sound:
             raise MediaError(f"{name}: pictures {NO_SOUND}")
