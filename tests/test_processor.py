@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -88,6 +90,11 @@ def check_counts(prompt: Prompt) -> None:
     assert (prompt.ids == T.image_token_id).sum() == merged[0]
     assert (prompt.ids == T.video_token_id).sum() == merged[1]
     assert (prompt.ids == T.audio_token_id).sum() == sum(T.audio.token_count(len(a)) for a in prompt.audios)
+
+
+def test_processing_needs_neither_torch_nor_jax():
+    code = "import sys, omni_jax.processing.processor; assert not {'torch', 'transformers', 'jax'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_text_alone(processor):

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from transformers import Qwen2TokenizerFast
 
-from omni_jax.processing.tokenizer import BYTES, Tokenizer, TokenizerError
+from omni_jax.processing.tokenizer import BYTES, Detokenizer, Tokenizer, TokenizerError
 from tests.tokenizer import SPECIALS, trained, write_tokenizer
 
 TEXTS = [
@@ -63,8 +63,6 @@ def test_streaming_never_emits_half_a_character(tokenizer):
     text = "naïve 🙂👩‍👩‍👧‍👦 你好，世界 end"
     ids = tokenizer.encode(text)
     assert len(ids) > len(text)  # this small vocabulary cuts most of these characters into bytes
-    from omni_jax.processing.tokenizer import Detokenizer
-
     stream = Detokenizer(tokenizer)
     pieces = [stream.push(i) for i in ids]
     assert "\ufffd" not in "".join(pieces)

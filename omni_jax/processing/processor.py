@@ -188,8 +188,8 @@ class Processor:
                     f"the chat template wrote no {placeholder} for {kind} {len(runs)} of the conversation; "
                     "use the checkpoint's own template"
                 )
-            runs.append(self._encode(before, mark))
-        runs.append(self._encode(text, mark))
+            runs.append(self.tokenizer.encode(before, controls=True, mark=mark))
+        runs.append(self.tokenizer.encode(text, controls=True, mark=mark))
         reserved = {i for three in framed.values() for i in three}
         if stray := reserved.intersection(i for run in runs for i in run):
             strays = ", ".join(sorted(names[i] for i in stray))
@@ -197,16 +197,6 @@ class Processor:
                 f"the chat template wrote {strays} beside the conversation's media; use the checkpoint's own template"
             )
         return runs
-
-    def _encode(self, text: str, mark: str) -> list[int]:
-        """Ids of template text and user text: special tokens are the unmarked names only."""
-        ids: list[int] = []
-        at = 0
-        for found in self.tokenizer.find_controls(text):
-            ids += self.tokenizer.encode(text[at : found.start()].replace(mark, ""))
-            ids.append(self.tokenizer.controls[found.group()])
-            at = found.end()
-        return ids + self.tokenizer.encode(text[at:].replace(mark, ""))
 
     def _read(self, part: chat.Part, options: dict[str, Any], access: Access) -> _Medium:
         if part.kind == "image":

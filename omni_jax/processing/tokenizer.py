@@ -6,7 +6,7 @@ import codecs
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,25 +92,23 @@ class Tokenizer:
         """The name of a token as the vocabulary writes it, None for an id that is not in use."""
         return self._backend.id_to_token(int(token))
 
-    def encode(self, text: str, *, controls: bool = False) -> list[int]:
+    def encode(self, text: str, *, controls: bool = False, mark: str = "") -> list[int]:
         """Ids of a text.
 
         Args:
           controls: read the names of special tokens as these tokens. Leave it off for text from outside.
+          mark: a character to leave out of the text once the special tokens are found (see `chat.render`).
         """
         if not controls:
+            text = text.replace(mark, "") if mark else text
             return self._backend.encode(text, add_special_tokens=False).ids
         ids: list[int] = []
         at = 0
-        for found in self.find_controls(text):
-            ids += self.encode(text[at : found.start()])
+        for found in self._split.finditer(text):
+            ids += self.encode(text[at : found.start()], mark=mark)
             ids.append(self.controls[found.group()])
             at = found.end()
-        return ids + self.encode(text[at:])
-
-    def find_controls(self, text: str) -> Iterator[re.Match[str]]:
-        """The names of special tokens in a text, from left to right, the longest where several begin."""
-        return self._split.finditer(text)
+        return ids + self.encode(text[at:], mark=mark)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for; none for ids that are not in use (models have spare rows).

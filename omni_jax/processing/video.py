@@ -124,8 +124,8 @@ def frame_range(total: int, native_fps: float, sampling: Sampling, name: str) ->
 
 def frame_size(
     height: int, width: int, count: int, vision: VisionConfig, sampling: Sampling, name: str = "clip"
-) -> Grid:
-    """(count, height, width) of `count` resized frames: the frame's limits and the clip's total budget hold."""
+) -> tuple[int, int]:
+    """(height, width) of `count` resized frames: the frame's limits and the clip's total budget hold."""
     factor = vision.patch_size * vision.spatial_merge_size
     unit = factor * factor
     low, high = pixel_limits(
@@ -134,7 +134,7 @@ def frame_size(
     # The budget holds for whatever was asked, but never goes below the least size.
     budget = max(min(FRAME_MAX_TOKENS * unit, TOTAL_TOKENS * unit / count * 2), int(low * 1.05))
     try:
-        return (count, *smart_resize(height, width, factor, low, min(high, budget)))
+        return smart_resize(height, width, factor, low, min(high, budget))
     except MediaError as e:
         raise MediaError(f"{name}: {e}") from None
 
@@ -202,7 +202,7 @@ def _decode(file: BinaryIO, name: str, vision: VisionConfig, sampling: Sampling)
             while wanted and time >= times[wanted[0]]:
                 if resized is None:
                     picture = _picture(frame)
-                    size = size or frame_size(picture.height, picture.width, count, vision, sampling, name)[1:]
+                    size = size or frame_size(picture.height, picture.width, count, vision, sampling, name)
                     resized = resize(picture, size)
                 frames.append(resized)
                 wanted.popleft()
@@ -272,6 +272,6 @@ def _from_pictures(
     size = None
     for picture in pictures:
         image = load_image(picture, access)
-        size = size or frame_size(image.height, image.width, even, vision, sampling, name)[1:]
+        size = size or frame_size(image.height, image.width, even, vision, sampling, name)
         frames.append(resize(image, size))
     return frames
