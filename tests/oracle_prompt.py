@@ -69,7 +69,7 @@ def expand(cfg: C.OmniConfig, text: str, segments, names: dict[str, str]) -> str
 def image_features(images, **limits: int) -> tuple[np.ndarray, list]:
     """Pixels [N, D] and grids of the slow image processor."""
     limits = {"min_pixels": 3136, "max_pixels": 12845056} | limits
-    out = Qwen2VLImageProcessor(**limits)(images=images, return_tensors="np")
+    out = Qwen2VLImageProcessor(**limits)(images=images, return_tensors="np", input_data_format="channels_last")
     return out["pixel_values"], [tuple(map(int, g)) for g in out["image_grid_thw"]]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,13 +92,23 @@ def _check_option(key: str, value: Any, where: str) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if key == "use_audio_in_video" and not isinstance(value, bool):
         raise ConversationError(f"{where}: use_audio_in_video is {value!r}; give true or false")
-    if key != "use_audio_in_video" and not number:
+    if key != "use_audio_in_video" and not (number and math.isfinite(value)):
         raise ConversationError(f"{where}: {key} is {value!r}; give a number")
+
+
+def _text(value: Any, where: str) -> Part:
+    if not isinstance(value, str):
+        raise ConversationError(f"{where}: text is {type(value).__name__}; give a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ConversationError(f"{where}: the text holds half of a surrogate pair; give valid Unicode") from None
+    return Part("text", value)
 
 
 def _part(item: Any, where: str) -> Part:
     if isinstance(item, str):
-        return Part("text", item)
+        return _text(item, where)
     if not isinstance(item, Mapping):
         raise ConversationError(f'{where} is {type(item).__name__}; give {{"type": "text", "text": …}} or the like')
     kind_name = item.get("type")
@@ -110,9 +121,7 @@ def _part(item: Any, where: str) -> Part:
     if key is None:
         raise ConversationError(f"{where} of type {kind_name!r} lacks {keys[0]!r}")
     if kind == "text":
-        if not isinstance(item[key], str):
-            raise ConversationError(f"{where}: text is {type(item[key]).__name__}; give a string")
-        return Part("text", item[key])
+        return _text(item[key], where)
     options = {k: v for k, v in item.items() if k not in ("type", key) and v is not None}
     for name, value in options.items():
         if name not in _OPTIONS[kind]:
@@ -145,7 +154,7 @@ def parse_conversation(messages: Any) -> tuple[Message, ...]:
         if role not in ROLES:
             raise ConversationError(f"{where} has role {role!r}; known are {', '.join(ROLES)}")
         if isinstance(content, str):
-            parts: tuple[Part, ...] = (Part("text", content),)
+            parts: tuple[Part, ...] = (_text(content, where),)
         elif isinstance(content, list | tuple):
             parts = tuple(_part(item, f"{where}, content item {j}") for j, item in enumerate(content))
         else:

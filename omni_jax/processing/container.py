@@ -11,6 +11,7 @@ from av.container import InputContainer
 
 from omni_jax.processing.media import MediaError
 
+NOT_MEDIA = ("tty", "hls", "concat", "dash")  # plain text drawn as video; lists of other files
 UNKNOWN_SIZE = 0x7FFFF000  # writers that cannot seek back leave 0 or a size beyond this
 
 
@@ -34,6 +35,9 @@ def open_container(file: BinaryIO, name: str, what: str, better: str) -> InputCo
         container = av.open(file, "r", options={"protocol_whitelist": "none"})
     except (av.FFmpegError, OSError, ValueError) as e:
         raise MediaError(f"{name} is not {what} that FFmpeg can read ({reason(e)}); convert it to {better}") from None
+    if container.format.name in NOT_MEDIA:
+        container.close()
+        raise MediaError(f"{name} is not {what} that FFmpeg can read; convert it to {better}")
     at = file.tell()
     whole = _is_whole(file, container.format.name)
     file.seek(at)

@@ -7,7 +7,6 @@ Equal to `Qwen2VLImageProcessor` (the slow one) of transformers 4.57.6, to the l
 
 from __future__ import annotations
 
-import functools
 import math
 import pathlib
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from omni_jax.positions import Grid
 from omni_jax.processing.media import ANYTHING, Access, MediaError, describe, fetch
 
 MAX_RATIO = 200
+MAX_MIN_PIXELS = 1 << 26  # beyond this a request could fill the memory by enlarging a small picture
 
 
 @dataclass(frozen=True)
@@ -132,14 +132,6 @@ def resize(image: Pillow.Image, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(image.resize((size[1], size[0]), Pillow.Resampling.BICUBIC))
 
 
-@functools.lru_cache(maxsize=8)
-def _levels(config: ImageConfig) -> np.ndarray:
-    """float32 [3, 256]: the normalised value of each 8-bit level, rounded where the reference rounds."""
-    level = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
-    return (level[None] - mean[:, None]) / std[:, None]
-
-
 def patchify(frames: Sequence[np.ndarray], vision: VisionConfig, config: ImageConfig = PUBLISHED) -> Patches:
     """Normalises frames and cuts them into patches.
 
@@ -156,15 +148,15 @@ def patchify(frames: Sequence[np.ndarray], vision: VisionConfig, config: ImageCo
     frames = [*frames, *[frames[-1]] * (-len(frames) % pair)]
     h, w = frames[0].shape[0] // size, frames[0].shape[1] // size
     t = len(frames) // pair
-    levels = _levels(config)
-    out = np.empty((t, h * w, vision.patch_dim), np.float32)
+    mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
+    out = np.empty((t, h * w, 3, pair * size * size), np.float32)
     for i in range(t):  # one pair at a time: no second copy of a clip
         x = np.stack(frames[i * pair : (i + 1) * pair])
         x = x.reshape(pair, h // merge, merge, size, w // merge, merge, size, 3).transpose(1, 4, 2, 5, 7, 0, 3, 6)
-        values = np.empty(x.shape, np.float32)
-        for c in range(3):
-            values[:, :, :, :, c] = levels[c][x[:, :, :, :, c]]
-        out[i] = values.reshape(h * w, vision.patch_dim)
+        # The reference scales in float64, rounds to float32, and normalises in float32.
+        np.multiply(x.reshape(h * w, 3, -1), 1 / 255, out=out[i], dtype=np.float64, casting="unsafe")
+        out[i] -= mean[:, None]
+        out[i] /= std[:, None]
     return Patches(out.reshape(t * h * w, vision.patch_dim), (t, h, w))
 
 
@@ -204,8 +196,10 @@ def pixel_limits(
       MediaError: limits that are not positive, or the least above the most.
     """
     for key, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise MediaError(f"{name}: {key} is {value}; give a positive number")
+    if min_pixels is not None and min_pixels > MAX_MIN_PIXELS:
+        raise MediaError(f"{name}: min_pixels is {min_pixels}; give at most {MAX_MIN_PIXELS}")
     if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
         raise MediaError(f"{name}: min_pixels {min_pixels} is above max_pixels {max_pixels}; exchange them")
     least = min_pixels if min_pixels is not None else min(low, max_pixels or low)

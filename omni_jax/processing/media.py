@@ -96,7 +96,7 @@ def _download(url: str, access: Access) -> BinaryIO:
         raise
     except (OSError, ValueError, urllib.error.URLError) as e:
         spool.close()
-        reason = getattr(e, "reason", None) or e
+        reason = " ".join(str(getattr(e, "reason", None) or e).split())  # one line
         raise MediaError(f"{describe(url)} cannot be fetched ({reason}); check the address and the network") from None
     except BaseException:
         spool.close()

@@ -20,6 +20,8 @@ from omni_jax.processing.sound import MelConfig, load_sound, log_mel, mel_config
 from omni_jax.processing.tokenizer import Tokenizer
 from omni_jax.processing.video import Clip, Sampling, load_clip
 
+CONTROLS = ("audio", "image", "video", "audio_start", "audio_end", "vision_start", "vision_end")
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -92,15 +94,16 @@ class Processor:
             if raw.get(name, value) != value:
                 raise ConfigError(f"{file}: {name} is {raw[name]}, but config.json has {value}; fetch both again")
         mel = dataclasses.replace(mel_config(raw, file), bins=cfg.audio.num_mel_bins)
-        return cls(cfg, Tokenizer.from_folder(path), chat.read_template(path), image_config(raw, file), mel)
+        tokenizer = Tokenizer.from_folder(path, [getattr(cfg, f"{name}_token_id") for name in CONTROLS])
+        return cls(cfg, tokenizer, chat.read_template(path), image_config(raw, file), mel)
 
     def __post_init__(self) -> None:
         cfg = self.cfg
-        for field in ("audio", "image", "video", "audio_start", "audio_end", "vision_start", "vision_end"):
-            token = getattr(cfg, f"{field}_token_id")
+        for name in CONTROLS:
+            token = getattr(cfg, f"{name}_token_id")
             if token not in self.tokenizer.controls.values():
                 raise ConfigError(
-                    f"config.json has {field}_token_id {token}, which is {self.tokenizer.name(token)!r} in the "
+                    f"config.json has {name}_token_id {token}, which is {self.tokenizer.name(token)!r} in the "
                     "tokenizer and no special token; fetch the checkpoint's files again"
                 )
 
@@ -185,8 +188,8 @@ class Processor:
                     f"the chat template wrote no {placeholder} for {kind} {len(runs)} of the conversation; "
                     "use the checkpoint's own template"
                 )
-            runs.append(self._encode(before, mark))
-        runs.append(self._encode(text, mark))
+            runs.append(self.tokenizer.encode(before, controls=True, mark=mark))
+        runs.append(self.tokenizer.encode(text, controls=True, mark=mark))
         reserved = {i for three in framed.values() for i in three}
         if stray := reserved.intersection(i for run in runs for i in run):
             strays = ", ".join(sorted(names[i] for i in stray))
@@ -194,16 +197,6 @@ class Processor:
                 f"the chat template wrote {strays} beside the conversation's media; use the checkpoint's own template"
             )
         return runs
-
-    def _encode(self, text: str, mark: str) -> list[int]:
-        """Ids of template text and user text: special tokens are the unmarked names only."""
-        ids: list[int] = []
-        at = 0
-        for found in self.tokenizer.find_controls(text):
-            ids += self.tokenizer.encode(text[at : found.start()].replace(mark, ""))
-            ids.append(self.tokenizer.controls[found.group()])
-            at = found.end()
-        return ids + self.tokenizer.encode(text[at:].replace(mark, ""))
 
     def _read(self, part: chat.Part, options: dict[str, Any], access: Access) -> _Medium:
         if part.kind == "image":

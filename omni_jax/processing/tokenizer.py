@@ -6,7 +6,7 @@ import codecs
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +41,12 @@ class Tokenizer:
         text they are plain characters.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer):
+    def __init__(self, backend: tokenizers.Tokenizer, controls: Iterable[int] = ()):
         added = backend.get_added_tokens_decoder()
+        unmarked = [added[i].content for i in controls if i in added and not added[i].special]
+        if unmarked:
+            backend.add_special_tokens([tokenizers.AddedToken(n, special=True, normalized=False) for n in unmarked])
+            added = backend.get_added_tokens_decoder()
         self.controls: dict[str, int] = {t.content: i for i, t in added.items() if t.special}
         # The backend never turns a special token's name into its id; `encode` splits them off itself.
         backend.encode_special_tokens = True
@@ -52,9 +56,11 @@ class Tokenizer:
         self._added = {i: t.content for i, t in added.items()}
 
     @classmethod
-    def from_folder(cls, folder: str | pathlib.Path) -> Tokenizer:
+    def from_folder(cls, folder: str | pathlib.Path, controls: Iterable[int] = ()) -> Tokenizer:
         """Reads `tokenizer.json`, or else `vocab.json`, `merges.txt` and `tokenizer_config.json`, of a checkpoint.
 
+        Args:
+          controls: ids of added tokens that are special even where the files do not mark them so.
         Raises:
           TokenizerError: missing or broken files.
         """
@@ -62,13 +68,13 @@ class Tokenizer:
         whole = folder / "tokenizer.json"
         if whole.exists():
             try:
-                return cls(tokenizers.Tokenizer.from_str(whole.read_text("utf-8")))
+                return cls(tokenizers.Tokenizer.from_str(whole.read_text("utf-8")), controls)
             except Exception as e:  # the backend raises bare Exception
                 raise TokenizerError(f"{whole} cannot be read ({e}); fetch it again") from None
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).exists():
                 raise TokenizerError(f"{folder} has neither tokenizer.json nor {name}; fetch the tokenizer's files")
-        return cls(_from_parts(folder))
+        return cls(_from_parts(folder), controls)
 
     @property
     def size(self) -> int:
@@ -86,25 +92,23 @@ class Tokenizer:
         """The name of a token as the vocabulary writes it, None for an id that is not in use."""
         return self._backend.id_to_token(int(token))
 
-    def encode(self, text: str, *, controls: bool = False) -> list[int]:
+    def encode(self, text: str, *, controls: bool = False, mark: str = "") -> list[int]:
         """Ids of a text.
 
         Args:
           controls: read the names of special tokens as these tokens. Leave it off for text from outside.
+          mark: a character to leave out of the text once the special tokens are found (see `chat.render`).
         """
         if not controls:
+            text = text.replace(mark, "") if mark else text
             return self._backend.encode(text, add_special_tokens=False).ids
         ids: list[int] = []
         at = 0
-        for found in self.find_controls(text):
-            ids += self.encode(text[at : found.start()])
+        for found in self._split.finditer(text):
+            ids += self.encode(text[at : found.start()], mark=mark)
             ids.append(self.controls[found.group()])
             at = found.end()
-        return ids + self.encode(text[at:])
-
-    def find_controls(self, text: str) -> Iterator[re.Match[str]]:
-        """The names of special tokens in a text, from left to right, the longest where several begin."""
-        return self._split.finditer(text)
+        return ids + self.encode(text[at:], mark=mark)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for; none for ids that are not in use (models have spare rows).
@@ -181,7 +185,8 @@ def _from_parts(folder: pathlib.Path) -> tokenizers.Tokenizer:
     vocab = _read_json(folder / "vocab.json")
     try:
         lines = (folder / "merges.txt").read_text("utf-8").split("\n")
-        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        lines = lines[1:] if lines[0].startswith("#version") else lines
+        merges = [tuple(line.split(" ")) for line in lines if line]
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=False))
     except Exception as e:  # the backend raises bare Exception
         raise TokenizerError(f"{folder}/merges.txt does not fit vocab.json ({e}); fetch both again") from None

@@ -1,8 +1,8 @@
 """Clips to patches: which frames are taken, their size, decoding with PyAV (FFmpeg).
 
 Sampling and pixel budgets are those of qwen-omni-utils 0.0.9. Two things differ from it. Frames are resized with
-Pillow's antialiased bicubic filter instead of torchvision's: on 8-bit frames at most one level in 255 apart (the test
-measures it). And clips of a single frame work: the frame is doubled.
+Pillow's antialiased bicubic filter instead of torchvision's: of the 8-bit values fewer than 1 % differ, nearly all of
+those by one level and none by more than two (a test measures it). And clips of one frame work: it is doubled.
 """
 
 from __future__ import annotations
@@ -81,6 +81,9 @@ def check_sampling(sampling: Sampling, name: str) -> None:
         value = getattr(sampling, key)
         if value is not None and not 0 < value < math.inf:
             raise MediaError(f"{name}: {key} is {value}; give a positive number")
+    for key in ("start", "end"):
+        if not math.isfinite(getattr(sampling, key) or 0.0):
+            raise MediaError(f"{name}: video_{key} is {getattr(sampling, key)}; give a number of seconds")
     if sampling.max_frames is not None and sampling.max_frames < 2:
         raise MediaError(f"{name}: max_frames is {sampling.max_frames}; frames come in pairs, give 2 or more")
     if sampling.end is not None and not sampling.end > (sampling.start or 0.0):
@@ -121,8 +124,8 @@ def frame_range(total: int, native_fps: float, sampling: Sampling, name: str) ->
 
 def frame_size(
     height: int, width: int, count: int, vision: VisionConfig, sampling: Sampling, name: str = "clip"
-) -> Grid:
-    """(count, height, width) of `count` resized frames: the frame's limits and the clip's total budget hold."""
+) -> tuple[int, int]:
+    """(height, width) of `count` resized frames: the frame's limits and the clip's total budget hold."""
     factor = vision.patch_size * vision.spatial_merge_size
     unit = factor * factor
     low, high = pixel_limits(
@@ -131,7 +134,7 @@ def frame_size(
     # The budget holds for whatever was asked, but never goes below the least size.
     budget = max(min(FRAME_MAX_TOKENS * unit, TOTAL_TOKENS * unit / count * 2), int(low * 1.05))
     try:
-        return (count, *smart_resize(height, width, factor, low, min(high, budget)))
+        return smart_resize(height, width, factor, low, min(high, budget))
     except MediaError as e:
         raise MediaError(f"{name}: {e}") from None
 
@@ -199,7 +202,7 @@ def _decode(file: BinaryIO, name: str, vision: VisionConfig, sampling: Sampling)
             while wanted and time >= times[wanted[0]]:
                 if resized is None:
                     picture = _picture(frame)
-                    size = size or frame_size(picture.height, picture.width, count, vision, sampling, name)[1:]
+                    size = size or frame_size(picture.height, picture.width, count, vision, sampling, name)
                     resized = resize(picture, size)
                 frames.append(resized)
                 wanted.popleft()
@@ -224,7 +227,7 @@ def load_clip(
 
     Args:
       source: a path, bytes or URL (see `media.fetch`) of a video or an animated GIF, or a list of pictures (see
-        `images.load_image`), its frames.
+        `images.load_image`) or an array uint8 [F, H, W, 3], its frames.
       sampling: which frames, of what size.
       with_sound: read its sound track too, cut to the same times.
     Returns:
@@ -235,6 +238,8 @@ def load_clip(
     name = describe(source)
     check_sampling(sampling, name)
     sound = None
+    if isinstance(source, np.ndarray) and source.ndim == 4:
+        source = list(source)
     if isinstance(source, list | tuple):
         if with_sound:
             raise MediaError(f"{name}: pictures {NO_SOUND}")
@@ -267,6 +272,6 @@ def _from_pictures(
     size = None
     for picture in pictures:
         image = load_image(picture, access)
-        size = size or frame_size(image.height, image.width, even, vision, sampling, name)[1:]
+        size = size or frame_size(image.height, image.width, even, vision, sampling, name)
         frames.append(resize(image, size))
     return frames

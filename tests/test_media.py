@@ -1,0 +1,142 @@
+"""Where media come from."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import threading
+import urllib.parse
+
+import pytest
+
+from omni_jax.processing.media import Access, MediaError, describe, fetch
+
+DATA = bytes(range(256)) * 40
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        where = {"/to-file": "file:///etc/passwd", "/to-ftp": "ftp://localhost/a", "/moved": "/a.bin", "/loop": "/loop"}
+        if self.path in where:
+            self.send_response(302)
+            self.send_header("Location", where[self.path])
+            self.end_headers()
+        elif self.path == "/missing":
+            self.send_error(404)
+        else:
+            self.send_response(200)
+            length = len(DATA) + (10 if self.path == "/short" else 0)
+            self.send_header("Content-Length", str(0 if self.path == "/empty" else length))
+            self.end_headers()
+            self.wfile.write(b"" if self.path == "/empty" else DATA)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
+def read(source, access: Access = Access()) -> bytes:  # noqa: B008
+    with fetch(source, access) as file:
+        assert file.seekable()
+        return file.read()
+
+
+def test_paths_and_bytes(tmp_path):
+    file = tmp_path / "a file äß%20.bin"
+    file.write_bytes(DATA)
+    for source in (file, str(file), file.as_uri(), DATA, bytearray(DATA), memoryview(DATA)):
+        assert read(source) == DATA
+
+
+def test_data_urls():
+    coded = base64.b64encode(DATA).decode()
+    for url in (
+        f"data:audio/wav;base64,{coded}",
+        f"DATA:;base64,{coded}".replace("DATA", "data"),
+        f"data:audio/wav;base64,{coded.rstrip('=')}",
+        f"data:audio/wav;base64,{base64.urlsafe_b64encode(DATA).decode()}",
+        f"data:audio/wav;base64,{urllib.parse.quote(coded)}",
+        f"data:audio/wav;base64,{coded[:70]}\n{coded[70:]}",
+        f"data:application/octet-stream,{urllib.parse.quote(DATA)}",
+    ):
+        assert read(url) == DATA
+
+
+def test_web_addresses(server):
+    assert read(f"{server}/a.bin") == DATA
+    assert read(f"{server}/moved") == DATA
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/missing", "cannot be fetched (Not Found)"),
+        ("/to-file", "cannot be fetched (Found - Redirection"),
+        ("/to-ftp", "redirects to 'ftp://localhost/a'"),
+        ("/loop", "cannot be fetched"),
+        ("/short", "cannot be fetched"),
+        ("/empty", "is empty"),
+    ],
+)
+def test_bad_web_addresses(server, path, message):
+    with pytest.raises(MediaError) as e:
+        fetch(server + path)
+    assert message in str(e.value)
+    assert path in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_size_cap(server):
+    with pytest.raises(MediaError, match="is larger than 1000 bytes"):
+        fetch(f"{server}/a.bin", Access(max_bytes=1000))
+
+
+def test_nobody_there():
+    with pytest.raises(MediaError, match=r"http://127.0.0.1:9/x cannot be fetched .* check the address"):
+        fetch("http://127.0.0.1:9/x", Access(timeout=2))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("no/such/file.wav", "no/such/file.wav does not exist; check the path"),
+        (".", "is a folder; name a file in it"),
+        ("ftp://host/a.wav", "ftp addresses cannot be opened; use http, https, data or a path"),
+        ("data:audio/wav;base64", "has no comma"),
+        ("data:audio/wav;base64,§§§", "is not valid base64"),
+        (b"", "is empty"),
+        ("a\0b", "cannot be opened"),
+        (None, "is no path, URL or bytes"),
+        (7, "is no path, URL or bytes"),
+    ],
+)
+def test_bad_sources(source, message):
+    with pytest.raises(MediaError) as e:
+        fetch(source)
+    assert message in str(e.value)
+
+
+def test_a_server_can_forbid_files_and_addresses(tmp_path):
+    file = tmp_path / "a"
+    file.write_bytes(DATA)
+    closed = Access(files=False, urls=False)
+    for source in (file, str(file), file.as_uri(), "http://127.0.0.1:9/", "/etc/passwd", "FILE:///etc/passwd"):
+        with pytest.raises(MediaError, match="not allowed here; send the bytes as a data: URL"):
+            fetch(source, closed)
+    assert read(DATA, closed) == DATA
+    assert read("data:,hello", closed) == b"hello"
+
+
+def test_names_in_messages_are_short():
+    assert describe("data:image/png;base64," + "A" * 5000) == "data:image/png;base64… (5022 characters)"
+    assert describe(b"123") == "<3 bytes>"
+    assert len(describe("/x" * 500)) < 200
