@@ -1,7 +1,7 @@
 """`omni-jax bench`: the reference (transformers on torch, bf16, sdpa, its cache) and this project side by side.
 
-Both run the same random weights in the same memory, in turn (A B A B …), at the true shapes of a preset. The table gives
-medians and their ratio; above 1 this project is faster. Needs the `bench` extra.
+Both run the same random weights in the same memory, in turn (A B A B …), at the true shapes of a preset. The table
+gives medians and their ratio; above 1 this project is faster. Needs the `bench` extra.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Letters: L layers, B batch, K kv heads, C cache slots, T new tokens, H head size
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -42,6 +43,8 @@ def init_cache(
 ) -> KVCache:
     """An empty cache. `unroll` gives the tuple form. Trace it inside jit: it allocates."""
     shape = (batch, cfg.num_key_value_heads, capacity, cfg.head_dim)
+    k: Any
+    v: Any
     if unroll:
         k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_hidden_layers)) for _ in range(2))
     else:
@@ -59,6 +62,8 @@ def append_rows(cache: KVCache, rows: Any) -> KVCache:
       cache: has room for T more slots; the caller checks, since an update beyond the end would be clamped.
       rows: (k, v), each [L, B, K, T, H], or a list of L pairs of [B, K, T, H] for the tuple form.
     """
+    k: Any
+    v: Any
     if isinstance(cache.k, tuple):
         at = (0, 0, cache.length, 0)
         k = tuple(lax.dynamic_update_slice(old, new[0], at) for old, new in zip(cache.k, rows, strict=True))
@@ -69,4 +74,4 @@ def append_rows(cache: KVCache, rows: Any) -> KVCache:
         k = lax.dynamic_update_slice(cache.k, rows[0], at5)
         v = lax.dynamic_update_slice(cache.v, rows[1], at5)
         new_tokens = rows[0].shape[3]
-    return cache.replace(k=k, v=v, length=cache.length + new_tokens)
+    return dataclasses.replace(cache, k=k, v=v, length=cache.length + new_tokens)

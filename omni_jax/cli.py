@@ -15,8 +15,8 @@ import tyro
 
 from omni_jax.errors import InputError
 
-Repeated = tyro.conf.UseAppendAction
-Flag = tyro.conf.FlagCreatePairsOff
+Strings = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
 def _use_compilation_cache() -> None:
@@ -68,12 +68,12 @@ def generate(
     model: pathlib.Path,
     *,
     text: str | None = None,
-    image: Repeated[tuple[str, ...]] = (),
-    audio: Repeated[tuple[str, ...]] = (),
-    video: Repeated[tuple[str, ...]] = (),
+    image: Strings = (),
+    audio: Strings = (),
+    video: Strings = (),
     system: str | None = None,
     messages: pathlib.Path | None = None,
-    use_audio_in_video: Flag[bool] = False,
+    use_audio_in_video: Flag = False,
     max_new_tokens: int = 1024,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -81,14 +81,14 @@ def generate(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     seed: int = 0,
-    stop: Repeated[tuple[str, ...]] = (),
+    stop: Strings = (),
     logprobs: int | None = None,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     fps: float | None = None,
     max_frames: int | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
-    as_json: Annotated[Flag[bool], tyro.conf.arg(name="json")] = False,
+    as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Answer a conversation with any mix of text, pictures, sound and video.
 
@@ -185,7 +185,7 @@ def bench(
     preset: Literal["3b", "7b", "nano"] = "3b",
     pairs: int = 7,
     layers: int | None = None,
-    as_json: Annotated[Flag[bool], tyro.conf.arg(name="json")] = False,
+    as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Time the reference (transformers on torch) and this project side by side, on random weights.
 
@@ -205,7 +205,7 @@ def bench(
 
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
-    commands = {"generate": generate, "init": init, "bench": bench}
+    commands: dict[str, Any] = {"generate": generate, "init": init, "bench": bench}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="omni-jax", description="Qwen2.5-Omni in JAX.")
     except InputError as e:

@@ -86,12 +86,11 @@ class Decoder(nn.Module):
         def body(params: Any, x: jax.Array, old: Any) -> tuple[jax.Array, Any]:
             return layer.apply({"params": params}, x, angles, old, start, length)
 
-        if cache is None:
-            old = None
-        elif isinstance(cache.k, tuple):
-            old = list(zip(cache.k, cache.v, strict=True))
-        else:
+        old: Any = None
+        if cache is not None:
             old = (cache.k, cache.v)
+            if isinstance(cache.k, tuple):
+                old = list(zip(*old, strict=True))
         x, rows = run_layers(body, layers, x, old)
         return RMSNorm(cfg.rms_norm_eps, name="norm")(x), rows
 

@@ -17,7 +17,7 @@ from omni_jax import thinker
 from omni_jax.cache import KVCache, init_cache
 from omni_jax.config import ThinkerConfig
 from omni_jax.layers import Params
-from omni_jax.sampling import MAX_LOGPROBS, Sampling, log_probs, sample
+from omni_jax.sampling import MAX_LOGPROBS, Array, Sampling, log_probs, sample
 
 # Steps of one call of the decode loop. The streaming loop asks the same program for fewer.
 LOOP_STEPS = 32
@@ -36,12 +36,12 @@ class PromptBatch:
       media_index: int32 [B, T], -1 for text; None with `media`.
     """
 
-    ids: jax.Array
-    positions: jax.Array
-    start: jax.Array
-    next_position: jax.Array
-    media: jax.Array | None = None
-    media_index: jax.Array | None = None
+    ids: Array
+    positions: Array
+    start: Array
+    next_position: Array
+    media: Array | None = None
+    media_index: Array | None = None
 
 
 @struct.dataclass

@@ -5,11 +5,12 @@ Everything between the jitted programs is numpy: what an eager jax operation wou
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -188,7 +189,7 @@ class Omni:
 
     def run(
         self, prompts: Sequence[Prompt], settings: Sequence[GenerationSettings], steps: int = generation.LOOP_STEPS
-    ) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
+    ) -> Generator[list[tuple[str, tuple[int, ...]]], None, list[Reply]]:
         """The loop below `generate` and `stream`: yields, after each call of the decode loop, the new text and ids of
         each prompt, and returns (as the generator's value) the replies.
 
@@ -224,7 +225,7 @@ class Omni:
                 [b.finish_reason is not None for b in builders] + [True] * (len(batch.start) - len(builders))
             )
             state, made, count = generation.decode_loop(
-                cfg, params, state.replace(done=done), sampling, np.int32(min(left, steps))
+                cfg, params, dataclasses.replace(state, done=done), sampling, np.int32(min(left, steps))
             )
             made, count = jax.device_get((made, count))
             yield self._feed(builders, settings, made, int(count))
@@ -346,7 +347,7 @@ def _exhaust(loop: Any) -> list[Reply]:
 def _with_processing(reply: Reply, seconds: float) -> Reply:
     timings = {"process": seconds} | reply.timings
     timings["total"] += seconds
-    return Reply(**(vars(reply) | {"timings": timings}))
+    return dataclasses.replace(reply, timings=timings)
 
 
 def load(

@@ -5,10 +5,14 @@ Letters: B batch, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+
+Array = Any  # a jax array inside a program, a numpy one on the way in
 
 # How many alternatives a reply can carry per token; the decode loop always keeps this many, so that asking compiles
 # nothing new.
@@ -29,13 +33,13 @@ class Sampling:
       stop_ids: int32 [B, S], the ids that end a reply; unused places hold -1.
     """
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    repetition_penalty: jax.Array
-    key: jax.Array
-    stop_ids: jax.Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    repetition_penalty: Array
+    key: Array
+    stop_ids: Array
 
 
 def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:

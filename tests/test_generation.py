@@ -149,7 +149,7 @@ def test_logprobs(model, oracle_thinker):
 
 
 def test_nothing_compiles_twice(model):
-    """A second prompt of the same buckets, other settings, and 10 or 500 ids: no further compilation, eager included."""
+    """A second prompt of the same buckets, other settings, 10 or 500 ids: nothing compiles, eager operations included."""
     model.generate(KINDS["image"], max_new_tokens=10)
     other = [
         KINDS["image"][0],
@@ -209,10 +209,10 @@ def test_prompts_round_the_edges_of_buckets(length, model, oracle_thinker):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p"), ({"top_p": 1.2}, "top_p"), ({"top_k": -1}, "top_k"),
-        ({"min_p": 2}, "min_p"), ({"repetition_penalty": 0}, "repetition_penalty"), ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"logprobs": 21}, "logprobs"), ({"stop": ("",)}, "stop"), ({"seed": -1}, "seed"),
-        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p"), ({"top_p": 1.2}, "top_p"),
+        ({"top_k": -1}, "top_k"), ({"min_p": 2}, "min_p"), ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"max_new_tokens": 0}, "max_new_tokens"), ({"logprobs": 21}, "logprobs"), ({"stop": ("",)}, "stop"),
+        ({"seed": -1}, "seed"), ({"temperature": float("nan")}, "temperature"),
     ],
 )  # fmt: skip
 def test_settings_out_of_range(changes, named):

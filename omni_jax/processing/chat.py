@@ -14,6 +14,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
+from omni_jax.errors import InputError
 from omni_jax.processing.media import MediaError, decode_base64
 
 Kind = Literal["text", "image", "audio", "video"]
@@ -47,7 +48,7 @@ _OPTIONS: dict[Kind, frozenset[str]] = {
 }
 
 
-class ConversationError(ValueError):
+class ConversationError(InputError):
     """A conversation that cannot be read; the one-line message names the message's index and the remedy."""
 
 

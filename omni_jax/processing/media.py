@@ -14,10 +14,12 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
+from omni_jax.errors import InputError
+
 IN_MEMORY = 32 << 20  # downloads beyond this many bytes go to a temporary file
 
 
-class MediaError(ValueError):
+class MediaError(InputError):
     """A picture, sound or clip that cannot be used; the one-line message names the input and the remedy."""
 
 

@@ -14,12 +14,14 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 # How Qwen2 splits text before merging; `tokenizer.json` carries it, `vocab.json` and `merges.txt` do not.
+from omni_jax.errors import InputError
+
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
-class TokenizerError(ValueError):
+class TokenizerError(InputError):
     """Tokenizer files that cannot be used; the message names the file and the remedy."""
 
 
