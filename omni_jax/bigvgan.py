@@ -117,6 +117,7 @@ def snake(params: Params, x: jax.Array) -> jax.Array:
     return x + sine_squared(x * jnp.exp(params["alpha"])) / (jnp.exp(params["beta"]) + SNAKE_FLOOR)
 
 
+@jax.jit
 def activation(params: Params, x: jax.Array, lengths: jax.Array) -> jax.Array:
     """Snake at twice the rate: up through the filter, snake, down through the filter.
 

@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from omni_jax.layers import INIT_STDDEV, sharded_init
 
+NORMAL = nn.initializers.normal(INIT_STDDEV)
 Declared = Any  # a nested dict whose leaves are `Leaf`
 
 
@@ -24,7 +25,7 @@ class Leaf:
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    init: Callable = nn.initializers.normal(INIT_STDDEV)
+    init: Callable = NORMAL
 
 
 def weight(*shape: int, axes: tuple[str | None, ...] | None = None) -> Leaf:
@@ -56,4 +57,5 @@ def init(tree: Declared, key: jax.Array) -> Any:
     """Arrays for a declared tree, boxed with their axis names; `jax.eval_shape` gives the shapes for free."""
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
-    return treedef.unflatten([sharded_init(leaf.init, *leaf.axes)(k, leaf.shape) for leaf, k in zip(leaves, keys)])
+    arrays = [sharded_init(leaf.init, *leaf.axes)(k, leaf.shape) for leaf, k in zip(leaves, keys)]
+    return jax.tree.unflatten(treedef, arrays)

@@ -268,12 +268,10 @@ def velocity(
     h = jnp.tile(linear(x, w_state), (len(given.base) // len(x), 1, 1)) + given.base
 
     def body(layer: Params, h: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
-        modulation, window, given = inputs
+        modulation, window = inputs
         return dit_layer(layer, cfg, h, modulation, window, given), None
 
-    layers = params["transformer_blocks"]
-    per_window = jnp.asarray(layer_windows(cfg))
-    h, _ = run_layers(lambda p, h, xs: body(p, h, (*xs, given)), layers, h, (per_layer, per_window))
+    h, _ = run_layers(body, params["transformer_blocks"], h, (per_layer, jnp.asarray(layer_windows(cfg))))
     scale, shift = final
     out = _dense(params["proj_out"], _norm(h) * (1 + scale) + shift)
     if len(out) == len(x):
