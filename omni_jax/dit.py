@@ -263,16 +263,15 @@ def velocity(
     Returns:
       [B, L, mel_dim]; frames beyond the true length are finite and without meaning.
     """
-    per_layer, final = modulation
     w_state = _split_projection(cfg, params["input_embed"]["proj"]["weight"])[0]
     h = jnp.tile(linear(x, w_state), (len(given.base) // len(x), 1, 1)) + given.base
 
-    def body(layer: Params, h: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
-        modulation, window = inputs
-        return dit_layer(layer, cfg, h, modulation, window, given), None
+    def body(layer: Params, h: jax.Array, inputs: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+        return dit_layer(layer, cfg, h, given=given, **inputs), None
 
-    h, _ = run_layers(body, params["transformer_blocks"], h, (per_layer, jnp.asarray(layer_windows(cfg))))
-    scale, shift = final
+    per_layer = {"modulation": modulation[0], "window": jnp.asarray(layer_windows(cfg))}
+    h, _ = run_layers(body, params["transformer_blocks"], h, per_layer)
+    scale, shift = modulation[1]
     out = _dense(params["proj_out"], _norm(h) * (1 + scale) + shift)
     if len(out) == len(x):
         return out

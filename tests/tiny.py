@@ -17,6 +17,4 @@ def tiny_config(**thinker: object) -> C.OmniConfig:
     talker = dataclasses.replace(
         cfg.talker, tts_text_start_token_id=1208, tts_text_end_token_id=1209, tts_text_pad_token_id=1210
     )
-    return dataclasses.replace(
-        cfg, talker=talker, thinker=dataclasses.replace(cfg.thinker, **(ids | thinker))
-    )
+    return dataclasses.replace(cfg, talker=talker, thinker=dataclasses.replace(cfg.thinker, **(ids | thinker)))
