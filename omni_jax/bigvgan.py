@@ -1,0 +1,241 @@
+"""BigVGAN: mel frames to samples. Float32, channels last.
+
+Padding is not free here: every layer pads at the end of the signal, convolutions with zeros and the anti-aliasing
+filters with the last value, and the last two thousand samples depend on it. So a padded buffer carries its true length
+through every layer, and every layer pads at the true end: what a bucketed length computes is what the unpadded one
+does, to the last sample.
+
+The parameters are a plain tree and the maths plain functions: no two stages are alike, so there is nothing to scan.
+
+Source: Lee et al. 2022 (arXiv:2206.04658); `Qwen2_5OmniToken2WavBigVGANModel` in transformers 4.57.6.
+
+B rows, T time steps (frames or samples), C channels, K taps.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from omni_jax.config import BigVGANConfig
+from omni_jax.declare import Declared, conv, weight, zeros
+from omni_jax.layers import Params
+
+FILTER_TAPS = 12
+MIN_DB = -115.0
+REFERENCE_DB = 20.0
+SNAKE_FLOOR = 1e-9
+
+
+def _snake(channels: int) -> Declared:
+    return {"act": {"alpha": zeros(channels), "beta": zeros(channels)}}
+
+
+def declare(cfg: BigVGANConfig) -> Declared:
+    """The parameters under their published names (see `declare.Leaf`)."""
+    tree: dict[str, Any] = {"conv_pre": conv(cfg.upsample_initial_channel, cfg.mel_dim, 7), "ups": {}, "resblocks": {}}
+    channels = cfg.upsample_initial_channel
+    for i, width in enumerate(cfg.upsample_kernel_sizes):
+        # A transposed convolution stores (in, out, width).
+        tree["ups"][str(i)] = {"0": {"weight": weight(channels, channels // 2, width), "bias": zeros(channels // 2)}}
+        channels //= 2
+        for size, dilations in zip(cfg.resblock_kernel_sizes, cfg.resblock_dilation_sizes):
+            convs = {str(j): conv(channels, channels, size) for j in range(len(dilations))}
+            activations = {str(j): _snake(channels) for j in range(2 * len(dilations))}
+            block = {"convs1": convs, "convs2": convs, "activations": activations}
+            tree["resblocks"][str(len(tree["resblocks"]))] = block
+    return tree | {"activation_post": _snake(channels), "conv_post": {"weight": weight(1, channels, 7)}}
+
+
+def hop(cfg: BigVGANConfig) -> int:
+    """Samples of one mel frame."""
+    return math.prod(cfg.upsample_rates)
+
+
+@functools.cache
+def filter_taps() -> np.ndarray:
+    """The 12 taps of the half-band Kaiser-windowed sinc filter, which goes up and down alike; they sum to 1.
+
+    Cut-off 0.25 and transition half-width 0.3, both of the sampling rate; the window's shape follows from the
+    attenuation that these allow (Kaiser's formula), about 4.66. Checkpoints do not store them.
+    """
+    half = FILTER_TAPS // 2
+    attenuation = 2.285 * (half - 1) * math.pi * 4 * 0.3 + 7.95
+    beta = 0.5842 * (attenuation - 21) ** 0.4 + 0.07886 * (attenuation - 21)  # for attenuations of 21 … 50 dB
+    taps = np.kaiser(FILTER_TAPS, beta) * np.sinc(0.5 * (np.arange(-half, half) + 0.5))
+    return (taps / taps.sum()).astype(np.float32)
+
+
+def _is_inside(x: jax.Array, lengths: jax.Array) -> jax.Array:
+    return (jnp.arange(x.shape[1]) < lengths[:, None])[:, :, None]
+
+
+def silence_padding(x: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Zeros at and beyond the true end, which is what a convolution pads with."""
+    return jnp.where(_is_inside(x, lengths), x, 0)
+
+
+def hold_edges(x: jax.Array, lengths: jax.Array, pad: int) -> jax.Array:
+    """`pad` more steps on both sides; the first value before the start, the last true value beyond the true end.
+
+    Args:
+      x: [B, T, C].
+      lengths: [B] true steps.
+    Returns:
+      [B, T + 2 pad, C].
+    """
+    t = jnp.clip(jnp.arange(-pad, x.shape[1] + pad), 0, jnp.maximum(lengths[:, None] - 1, 0))
+    return jnp.take_along_axis(x, t[:, :, None], axis=1, mode="clip")
+
+
+def _sine_squared_polynomial(x: jax.Array) -> jax.Array:
+    """sin² has period π, so the nearest multiple of π comes off; the sine of what is left is a short odd polynomial.
+
+    XLA's own sine is several times slower on a CPU. π comes off in two parts to keep the digits of large arguments.
+    """
+    n = jnp.round(x * (1 / math.pi))
+    r = (x - n * 3.140625) - n * (math.pi - 3.140625)
+    r2 = r * r
+    series = [(-1) ** k / math.factorial(2 * k + 1) for k in range(6)]
+    sine = r * functools.reduce(lambda acc, c: acc * r2 + c, reversed(series[:-1]), jnp.full_like(r2, series[-1]))
+    return sine * sine
+
+
+def sine_squared(x: jax.Array) -> jax.Array:
+    """sin²(x), by a polynomial on CPU (error below 1e-6) and by the platform's sine elsewhere."""
+    return lax.platform_dependent(x, cpu=_sine_squared_polynomial, default=lambda x: jnp.square(jnp.sin(x)))
+
+
+def snake(params: Params, x: jax.Array) -> jax.Array:
+    """x + sin²(x e^α) / (e^β + 1e-9), with α and β per channel."""
+    return x + sine_squared(x * jnp.exp(params["alpha"])) / (jnp.exp(params["beta"]) + SNAKE_FLOOR)
+
+
+@jax.jit
+def activation(params: Params, x: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Snake at twice the rate: up through the filter, snake, down through the filter.
+
+    Both filters are sums of shifted copies, 6 taps for each of the two phases: a grouped convolution does the same much
+    more slowly on a CPU, and the phases never need to be interleaved.
+
+    Args:
+      params: `{"act": {"alpha": [C], "beta": [C]}}`.
+      x: [B, T, C].
+      lengths: [B] true steps; what lies beyond is not read.
+    Returns:
+      [B, T, C], silent beyond the true end.
+    """
+    taps, steps, reach = filter_taps(), x.shape[1], FILTER_TAPS // 4
+    half = FILTER_TAPS // 2
+    x = hold_edges(x, lengths, reach)
+
+    def shifted(x: jax.Array, by: int) -> jax.Array:
+        return lax.slice_in_dim(x, reach + by, reach + by + steps, axis=1)
+
+    even = sum(2 * taps[2 * d + half - 1] * shifted(x, -d) for d in range(1 - reach, reach + 1))
+    odd = sum(2 * taps[2 * d + half] * shifted(x, -d) for d in range(-reach, reach))
+    even, odd = snake(params["act"], even), snake(params["act"], odd)
+    # At the double rate the signal begins with the first even value and ends with the last odd one.
+    t = jnp.arange(-reach, steps + reach)
+    first, last = even[:, :1], jnp.take_along_axis(odd, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
+    before, beyond = (t < 0)[:, None], (t >= lengths[:, None])[:, :, None]
+    even, odd = (
+        jnp.where(beyond, last, jnp.where(before, first, hold_edges(phase, lengths, reach))) for phase in (even, odd)
+    )
+    y = sum(taps[2 * d + half - 1] * shifted(even, d) for d in range(1 - reach, reach + 1))
+    y = y + sum(taps[2 * d + half] * shifted(odd, d) for d in range(-reach, reach))
+    return silence_padding(y, lengths)
+
+
+def same_conv(params: Params, x: jax.Array, dilation: int = 1) -> jax.Array:
+    """A convolution with zeros around. x: [B, T, in], silent beyond its true end; result [B, T, out], not silent."""
+    pad = (params["weight"].shape[2] - 1) * dilation // 2
+    y = lax.conv_general_dilated(
+        x, params["weight"], (1,), [(pad, pad)], rhs_dilation=(dilation,), dimension_numbers=("NWC", "OIW", "NWC")
+    )
+    return y + params["bias"] if "bias" in params else y
+
+
+def upsample(params: Params, x: jax.Array, rate: int) -> jax.Array:
+    """A transposed convolution as a plain one: `rate` outputs a step, side by side on the channel axis.
+
+    Args:
+      params: `weight` [in, out, K] and `bias` [out].
+      x: [B, T, in], silent beyond its true end.
+    Returns:
+      [B, rate T, out].
+    """
+    weight, bias = params["weight"], params["bias"]
+    into, out, width = weight.shape
+    if width < rate or (width - rate) % 2:
+        raise ValueError(f"upsample_kernel_sizes: width {width} must exceed rate {rate} by an even number")
+    crop = (width - rate) // 2
+    # Output rate·t + p takes tap k of step t + d where rate·d + k = p + crop.
+    low, high = -((width - 1 - crop) // rate), (rate - 1 + crop) // rate
+    kernel = jnp.pad(weight, ((0, 0), (0, 0), (rate * high, rate * (1 - low))))
+    phases = [
+        kernel[:, :, rate * high + p + crop - rate * d] for d in range(low, high + 1) for p in range(rate)
+    ]  # each [in, out]
+    kernel = jnp.stack(phases).reshape(high - low + 1, rate, into, out)
+    kernel = kernel.transpose(0, 2, 1, 3).reshape(high - low + 1, into, rate * out)
+    y = lax.conv_general_dilated(x, kernel, (1,), [(-low, high)], dimension_numbers=("NWC", "WIO", "NWC"))
+    return y.reshape(x.shape[0], x.shape[1] * rate, out) + bias
+
+
+def residual_block(params: Params, x: jax.Array, lengths: jax.Array, dilations: tuple[int, ...]) -> jax.Array:
+    """Activation, dilated convolution, activation, convolution, added to the input; once a dilation. [B, T, C]."""
+    for j, dilation in enumerate(dilations):
+        y = activation(params["activations"][str(2 * j)], x, lengths)
+        y = same_conv(params["convs1"][str(j)], y, dilation)
+        y = activation(params["activations"][str(2 * j + 1)], y, lengths)
+        x = x + same_conv(params["convs2"][str(j)], y)
+    return x
+
+
+def normalise_mel(mel: jax.Array) -> jax.Array:
+    """Natural-log mel to [-1, 1]: decibels with a floor of -115, less 20, scaled so that the floor is -1."""
+    db = 20 * jnp.log10(jnp.maximum(jnp.exp(mel), 10 ** (MIN_DB / 20))) - REFERENCE_DB
+    return jnp.clip(2 * (db - MIN_DB) / -MIN_DB - 1, -1, 1)
+
+
+def stage(params: Params, cfg: BigVGANConfig, index: int, x: jax.Array, lengths: jax.Array) -> jax.Array:
+    """One up-sampling and the mean of its residual blocks.
+
+    Args:
+      params: the whole tree.
+      x: [B, T, C], silent beyond `lengths` [B].
+    Returns:
+      [B, rate T, C / 2], silent beyond rate × `lengths`.
+    """
+    rate, kinds = cfg.upsample_rates[index], len(cfg.resblock_kernel_sizes)
+    x, lengths = upsample(params["ups"][str(index)]["0"], x, rate), lengths * rate
+    blocks = [
+        residual_block(params["resblocks"][str(index * kinds + j)], x, lengths, cfg.resblock_dilation_sizes[j])
+        for j in range(kinds)
+    ]
+    return silence_padding(functools.reduce(jnp.add, blocks) / kinds, lengths)
+
+
+def vocode(params: Params, cfg: BigVGANConfig, mel: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Mel frames to samples.
+
+    Args:
+      params: the published `code2wav_bigvgan_model` tree.
+      mel: [B, T, mel_dim] float32, natural-log mel; padding may hold anything finite.
+      lengths: [B] true frames of each row.
+    Returns:
+      [B, T × hop] float32 samples in [-1, 1], 0 beyond each row's lengths × hop.
+    """
+    x = same_conv(params["conv_pre"], silence_padding(normalise_mel(mel), lengths))
+    x = silence_padding(x, lengths)
+    for i in range(len(cfg.upsample_rates)):
+        x = stage(params, cfg, i, x, lengths)
+        lengths = lengths * cfg.upsample_rates[i]
+    x = activation(params["activation_post"], x, lengths)
+    return silence_padding(jnp.clip(same_conv(params["conv_post"], x), -1, 1), lengths)[..., 0]

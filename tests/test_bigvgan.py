@@ -1,0 +1,98 @@
+import functools
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from omni_jax import bigvgan
+from tests import tiny_token2wav as tiny
+
+CFG = tiny.BIGVGAN
+_stage = jax.jit(lambda p, i, x, n: bigvgan.stage(p, CFG, i, x, n), static_argnums=1)
+_vocode = jax.jit(lambda p, mel, n: bigvgan.vocode(p, CFG, mel, n))
+
+
+def _both():
+    params, reference = tiny.model()
+    return params["code2wav_bigvgan_model"], reference.code2wav_bigvgan_model
+
+
+def _mel(seed, frames):
+    return (np.random.default_rng(seed).normal(size=(frames, CFG.mel_dim)) * 3 - 3).astype(np.float32)
+
+
+def _padded(rows, length):
+    """Padding holds large values: whoever reads them is found out."""
+    out = np.full((len(rows), length, rows[0].shape[1]), 7.0, np.float32)
+    for to, row in zip(out, rows):
+        to[: len(row)] = row
+    return out
+
+
+def test_filter_is_the_oracles():
+    _, reference = _both()
+    for kind in (reference.activation_post.upsample, reference.activation_post.downsample):
+        np.testing.assert_allclose(bigvgan.filter_taps(), kind.filter.flatten().numpy(), atol=1e-8)
+
+
+def test_mel_normalisation_is_the_oracles():
+    mel = np.linspace(-20, 6, 100, dtype=np.float32)
+    want = _both()[1].process_mel_spectrogram(tiny.as_torch(mel)).numpy()
+    np.testing.assert_allclose(bigvgan.normalise_mel(mel), want, atol=1e-6)
+
+
+def test_sine_squared_on_cpu_is_precise():
+    x = np.concatenate([np.linspace(-20, 20, 4001), np.linspace(-300, 300, 4001)]).astype(np.float32)
+    np.testing.assert_allclose(jax.jit(bigvgan.sine_squared)(x), np.sin(x.astype(np.float64)) ** 2, atol=2e-6)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 7, 40])
+def test_activation_holds_the_true_edges(frames):
+    params, reference = _both()
+    rng = np.random.default_rng(frames)
+    channels = params["activation_post"]["act"]["alpha"].shape[0]
+    rows = [rng.normal(size=(n, channels)).astype(np.float32) for n in (frames, 40)]
+    got = bigvgan.activation(params["activation_post"], _padded(rows, 40), np.array([frames, 40]))
+    for row, y in zip(rows, np.asarray(got)):
+        with torch.no_grad():
+            want = reference.activation_post(tiny.as_torch(row.T)[None])[0].T.numpy()
+        np.testing.assert_allclose(y[: len(row)], want, atol=3e-6)
+        assert not y[len(row) :].any()
+
+
+@pytest.mark.parametrize("index", range(len(CFG.upsample_rates)))
+def test_each_stage_equals_oracle(index):
+    params, reference = _both()
+    channels, kinds = CFG.upsample_initial_channel >> index, len(CFG.resblock_kernel_sizes)
+    x = np.random.default_rng(index).normal(size=(1, 24, channels)).astype(np.float32)
+    x[:, 19:] = 0
+    got = _stage(params, index, x, np.array([19]))
+    with torch.no_grad():
+        up = reference.ups[index][0](tiny.as_torch(x[:, :19]).transpose(1, 2))
+        want = sum(reference.resblocks[index * kinds + j](up) for j in range(kinds)) / kinds
+    rate = CFG.upsample_rates[index]
+    np.testing.assert_allclose(
+        bigvgan.upsample(params["ups"][str(index)]["0"], x, rate)[:, : 19 * rate], up.transpose(1, 2), atol=5e-6
+    )
+    np.testing.assert_allclose(got[:, : 19 * rate], want.transpose(1, 2).numpy(), atol=2e-5)
+    assert not np.asarray(got)[:, 19 * rate :].any()
+
+
+def test_waveform_to_the_last_sample():
+    params, reference = _both()
+    rows, hop = [_mel(0, 33), _mel(1, 48), _mel(2, 5)], bigvgan.hop(CFG)
+    got = np.asarray(_vocode(params, _padded(rows, 48), np.array([33, 48, 5])))
+    for row, wave in zip(rows, got):
+        with torch.no_grad():
+            want = reference(tiny.as_torch(row.T)[None]).numpy()
+        assert want.shape == (len(row) * hop,)
+        np.testing.assert_allclose(wave[: len(want)], want, atol=2e-5)
+        assert not wave[len(want) :].any()
+        assert want.std() > 0.01
+
+
+def test_odd_upsampling_is_refused():
+    params = {"weight": np.zeros((4, 2, 6), np.float32), "bias": np.zeros(2, np.float32)}
+    with pytest.raises(ValueError, match="width 6"):
+        jax.eval_shape(functools.partial(bigvgan.upsample, rate=3), params, np.zeros((1, 5, 4), np.float32))
