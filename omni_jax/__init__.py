@@ -9,8 +9,13 @@ if TYPE_CHECKING:
     from omni_jax.omni import load as load
     from omni_jax.settings import GenerationSettings as GenerationSettings
     from omni_jax.settings import Reply as Reply
+    from omni_jax.settings import SpeechSettings as SpeechSettings
+    from omni_jax.speech import PARTS as PARTS
 
-_HOMES = {"Omni": "omni", "load": "omni", "GenerationSettings": "settings", "Reply": "settings"}
+_HOMES = {
+    "Omni": "omni", "load": "omni", "GenerationSettings": "settings", "Reply": "settings", "SpeechSettings": "settings",
+    "PARTS": "speech",
+}  # fmt: skip
 __all__ = sorted(_HOMES)
 
 

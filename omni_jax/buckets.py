@@ -81,5 +81,7 @@ def chunk_groups(chunks: int) -> Iterator[tuple[int, int]]:
 PROMPT = (64, 128, *(n for n in steps(65536, 2, 256)))
 # Slots of the KV cache: a prompt's bucket and the reply. Beyond the context, since padding takes slots too.
 CACHE = steps(131072, 2, 1024)
+# Vectors of a reply that the Talker hears.
+REPLY = steps(65536, 1, 64)
 # Conversations of one batch.
 BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omni_jax import audio, buckets, generation, thinker, vision
+from omni_jax import audio, buckets, generation, talker, thinker, token2wav, vision
 from omni_jax.checkpoint.load import load_params
+from omni_jax.checkpoint.speakers import load_voices
 from omni_jax.config import ConfigError, OmniConfig, load_config
 from omni_jax.errors import InputError
 from omni_jax.positions import next_position
@@ -26,8 +27,18 @@ from omni_jax.processing.processor import Processor, Prompt
 from omni_jax.processing.tokenizer import Tokenizer
 from omni_jax.reply import ReplyBuilder
 from omni_jax.sampling import Sampling
-from omni_jax.settings import DoneEvent, Event, GenerationSettings, Reply, TextEvent, TokenLogprob
+from omni_jax.settings import (
+    DoneEvent,
+    Event,
+    GenerationSettings,
+    Reply,
+    SpeechSettings,
+    TextEvent,
+    TokenLogprob,
+)
 from omni_jax.sharding import Rules, param_shardings
+from omni_jax.speech import PARTS, Recorder, Speech, SpeechError
+from omni_jax.voice import Voice
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
@@ -77,14 +88,19 @@ class Omni:
     Attributes:
       config: the configuration.
       params: `{"thinker": …}`, the parameter trees of the loaded parts.
+      voices: by name; empty where the model was loaded for text only.
       processor: messages to arrays.
       eos: ids that end a reply.
       dtype: of the computation.
       cache_dtype: of keys and values: float32 on CPU, where bf16 dots of few rows are slow, else `dtype`.
     """
 
-    def __init__(self, config: OmniConfig, params: Any, processor: Processor, eos: Sequence[int], dtype: Any):
+    def __init__(
+        self, config: OmniConfig, params: Any, processor: Processor, eos: Sequence[int], dtype: Any,
+        voices: Mapping[str, Voice] | None = None,
+    ):  # fmt: skip
         self.config, self.params, self.processor, self.eos = config, params, processor, tuple(eos)
+        self.voices = dict(voices or {})
         self.dtype = jnp.dtype(dtype)
         self.cache_dtype = jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else self.dtype
 
@@ -92,6 +108,13 @@ class Omni:
     def context(self) -> int:
         """Most tokens of prompt and reply together."""
         return self.config.thinker.text.max_position_embeddings
+
+    @property
+    def speech(self) -> Speech:
+        """Talker and Token2Wav. Raises SpeechError where they are not loaded."""
+        if self.config.talker is not None and "talker" not in self.params:
+            raise SpeechError("this model was loaded for text only; load it with parts=omni_jax.PARTS to have it speak")
+        return Speech(self.config, self.params, self.voices, self.cache_dtype)
 
     def prepare(self, messages: Conversation, **media_defaults: Any) -> Prompt:
         """Messages to ids, positions and media arrays. See `processing.processor.Processor`."""
@@ -188,7 +211,11 @@ class Omni:
         )  # fmt: skip
 
     def run(
-        self, prompts: Sequence[Prompt], settings: Sequence[GenerationSettings], steps: int = generation.LOOP_STEPS
+        self,
+        prompts: Sequence[Prompt],
+        settings: Sequence[GenerationSettings],
+        steps: int = generation.LOOP_STEPS,
+        recorder: Recorder | None = None,
     ) -> Generator[list[tuple[str, tuple[int, ...]]], None, list[Reply]]:
         """The loop below `generate` and `stream`: yields, after each call of the decode loop, the new text and ids of
         each prompt, and returns (as the generator's value) the replies.
@@ -197,6 +224,7 @@ class Omni:
           prompts: from `prepare`.
           settings: one per prompt.
           steps: ids to draw between two yields, at most `generation.LOOP_STEPS`.
+          recorder: takes what the Talker needs, where there is to be speech.
         """
         for prompt in prompts:
             self._check(prompt)
@@ -215,8 +243,11 @@ class Omni:
         capacity = buckets.bucket(batch.ids.shape[1] + most, buckets.CACHE)
         read = generation.prefill(cfg, params, batch, capacity=capacity, cache_dtype=self.cache_dtype)
         state, out = generation.first_draw(params, read.cache, read.seen, read.last, batch.next_position, sampling)
-        del read  # its embeddings and hidden states are the Talker's
         first = jax.device_get(out)
+        if recorder is not None:
+            recorder.read(batch, read)
+            recorder.wrote(first.hidden[None])
+        del read  # its embeddings and hidden states are the Talker's
         prefilled = clock()
         yield self._feed(builders, settings, jax.tree.map(lambda a: a[None], first), 1)
         while left := max(b.left for b in builders):
@@ -228,6 +259,8 @@ class Omni:
                 cfg, params, dataclasses.replace(state, done=done), sampling, np.int32(min(left, steps))
             )
             made, count = jax.device_get((made, count))
+            if recorder is not None:
+                recorder.wrote(made.hidden[: int(count)])
             yield self._feed(builders, settings, made, int(count))
         end = clock()
         timings = {"encode": encoded - begin, "prefill": prefilled - encoded, "decode": end - prefilled}
@@ -271,6 +304,7 @@ class Omni:
         messages: Conversation | Sequence[Conversation],
         settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
         *,
+        speech: SpeechSettings | Sequence[SpeechSettings | None] | None = None,
         media: Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> Any:
@@ -279,22 +313,29 @@ class Omni:
         Args:
           messages: the Hugging Face or OpenAI chat form: `[{"role": …, "content": …}, …]`; or a list of such lists.
           settings: how to write; one for all, or one for each conversation of a batch.
+          speech: how to speak the replies; one for all, or one for each (None there leaves it silent). By default the
+            answer is text only.
           media: defaults of media items: `use_audio_in_video`, `fps`, `max_frames`, `min_pixels`, `max_pixels`.
           **changes: fields of `GenerationSettings`, as a short form: `generate(messages, max_new_tokens=20)`.
         Returns:
           a `Reply`, or a list of them for a batch.
         Raises:
-          ValueError: bad messages, media, settings or an overlong prompt; one line that names it and the remedy.
+          ValueError: bad messages, media, settings or an overlong prompt, or speech of a model that has none; one line
+            that names it and the remedy.
         """
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Conversation], [messages] if single else messages)
         if not conversations:
             raise PromptError("there is no conversation to answer")
         each = self._settings(settings, changes, len(conversations))
+        spoken = self._speech_settings(speech, len(conversations))
         began = time.perf_counter()
         prompts = [self.prepare(c, **(media or {})) for c in conversations]
         processed = time.perf_counter() - began
-        replies = [_with_processing(r, processed) for r in _exhaust(self.run(prompts, each))]
+        recorder = Recorder() if any(spoken) else None
+        replies = [_with_processing(r, processed) for r in _exhaust(self.run(prompts, each, recorder=recorder))]
+        if recorder is not None:
+            replies = self.speech.speak(recorder, replies, spoken)
         return replies[0] if single else replies
 
     def stream(
@@ -302,23 +343,30 @@ class Omni:
         messages: Conversation,
         settings: GenerationSettings | None = None,
         *,
+        speech: SpeechSettings | None = None,
         media: Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> Iterator[Event]:
-        """Answers a conversation piece by piece: `TextEvent`s as text becomes certain, one `DoneEvent` at the end.
+        """Answers a conversation piece by piece: `TextEvent`s as text becomes certain, one `DoneEvent` at the end,
+        whose reply carries the speech.
 
-        Arguments and errors as for `generate`; the ids are the same.
+        Arguments and errors as for `generate`; the ids and the codes are the same.
         """
         each = self._settings(settings, changes, 1)
+        spoken = self._speech_settings(speech, 1)
         began = time.perf_counter()
         prompts = [self.prepare(messages, **(media or {}))]
         processed = time.perf_counter() - began
-        loop = self.run(prompts, each, STREAM_STEPS)
+        recorder = Recorder() if any(spoken) else None
+        loop = self.run(prompts, each, STREAM_STEPS, recorder)
         while True:
             try:
                 ((text, ids),) = next(loop)
             except StopIteration as stop:
-                yield DoneEvent(_with_processing(stop.value[0], processed))
+                replies = [_with_processing(stop.value[0], processed)]
+                if recorder is not None:
+                    replies = self.speech.speak(recorder, replies, spoken)
+                yield DoneEvent(replies[0])
                 return
             yield TextEvent(text, ids)
 
@@ -333,6 +381,16 @@ class Omni:
         each = [settings] * count if isinstance(settings, GenerationSettings) else list(settings)
         if len(each) != count:
             raise ValueError(f"{len(each)} settings do not fit {count} conversations")
+        return each
+
+    def _speech_settings(
+        self, speech: SpeechSettings | Sequence[SpeechSettings | None] | None, count: int
+    ) -> list[SpeechSettings | None]:
+        each = [speech] * count if speech is None or isinstance(speech, SpeechSettings) else list(speech)
+        if len(each) != count:
+            raise ValueError(f"{len(each)} speech settings do not fit {count} conversations")
+        if any(each):
+            self.speech.check(each)
         return each
 
 
@@ -353,6 +411,7 @@ def _with_processing(reply: Reply, seconds: float) -> Reply:
 def load(
     path: str | pathlib.Path,
     *,
+    parts: Sequence[str] = ("thinker",),
     dtype: Any = "bfloat16",
     mesh: jax.sharding.Mesh | None = None,
     rules: Rules | None = None,
@@ -362,7 +421,8 @@ def load(
     """Loads a published checkpoint folder.
 
     Args:
-      path: the folder: config.json, tokenizer files, safetensors.
+      path: the folder: config.json, tokenizer files, safetensors; for speech, voices.
+      parts: `PARTS` for a model that speaks; by default the Thinker alone, which takes less memory.
       dtype: of weights and computation, "bfloat16" or "float32".
       mesh: device mesh to shard the parameters over; None for one device.
       rules: logical axis → mesh axis; see `sharding.Rules`.
@@ -373,15 +433,23 @@ def load(
     """
     path = pathlib.Path(path)
     cfg = load_config(path)
+    if set(parts) not in ({"thinker"}, set(PARTS)):
+        raise ValueError(f"parts {tuple(parts)} are neither the Thinker alone nor {PARTS}")
+    speaks = "talker" in parts
+    if speaks and (cfg.talker is None or cfg.token2wav is None):
+        raise SpeechError(f"{path} has no Talker: this checkpoint answers in text only; leave speech out")
+    voices = load_voices(path) if speaks else {}
     processor = Processor.from_folder(path, cfg.thinker)
     unroll = (jax.default_backend() == "cpu" and mesh is None) if unroll is None else unroll
     shardings = None
     if mesh is not None:
         if unroll:
             raise ValueError("a mesh needs stacked layers: leave unroll off")
-        boxed = jax.eval_shape(functools.partial(thinker.init, cfg.thinker), jax.ShapeDtypeStruct((2,), jnp.uint32))
-        shardings = {"thinker": param_shardings(boxed, mesh, rules)}
+        inits = {"thinker": thinker.init, "talker": talker.init, "token2wav": token2wav.init}
+        key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+        shapes = {p: jax.eval_shape(functools.partial(inits[p], getattr(cfg, p)), key) for p in parts}
+        shardings = {p: param_shardings(boxed, mesh, rules) for p, boxed in shapes.items()}
     params = load_params(
-        path, cfg, parts=("thinker",), dtype=jnp.dtype(dtype), unroll=unroll, shardings=shardings, progress=progress
+        path, cfg, parts=parts, dtype=jnp.dtype(dtype), unroll=unroll, shardings=shardings, progress=progress
     )
-    return Omni(cfg, params, processor, stop_token_ids(path, cfg, processor.tokenizer), dtype)
+    return Omni(cfg, params, processor, stop_token_ids(path, cfg, processor.tokenizer), dtype, voices)

@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import numpy as np
 
 from omni_jax.errors import InputError
 from omni_jax.sampling import MAX_LOGPROBS
 
 FinishReason = Literal["eos", "stop", "length", "context"]
+SpeechFinishReason = Literal["eos", "length", "empty", "watchdog:length", "watchdog:loop", "watchdog:silence"]
+
+# Codes that the Talker may draw for one reply: 81.9 s.
+MAX_CODES = 4096
+
+
+def _check_ranges(settings: Any, limits: Mapping[str, tuple[float, float | None]]) -> None:
+    """Raises InputError naming a field outside [low, high]; a `repetition_penalty` must be above 0."""
+    for name, (low, high) in limits.items():
+        value = getattr(settings, name)
+        good = isinstance(value, int | float) and math.isfinite(value) and value >= low
+        if not good or (high is not None and value > high) or (name == "repetition_penalty" and value == 0):
+            most = f" and at most {high}" if high is not None else ""
+            least = "above 0" if name == "repetition_penalty" else f"at least {low}"
+            raise InputError(f"{name} is {value!r}; it must be {least}{most}")
+    if settings.top_p == 0:
+        raise InputError("top_p is 0; it must be above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -43,23 +63,73 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         """Raises InputError naming the setting that is out of range."""
-        limits = {
+        limits: dict[str, tuple[float, float | None]] = {
             "max_new_tokens": (1, None), "temperature": (0, None), "top_k": (0, None), "top_p": (0, 1), "min_p": (0, 1),
-            "repetition_penalty": (0, None), "seed": (0, 2**63 - 1), "logprobs": (0, MAX_LOGPROBS),
+            "repetition_penalty": (0, None), "seed": (0, 2**63 - 1),
         }  # fmt: skip
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if value is None and name == "logprobs":
-                continue
-            good = isinstance(value, int | float) and math.isfinite(value) and value >= low
-            if not good or (high is not None and value > high) or (name == "repetition_penalty" and value == 0):
-                most = f" and at most {high}" if high is not None else ""
-                least = "above 0" if name == "repetition_penalty" else f"at least {low}"
-                raise InputError(f"{name} is {value!r}; it must be {least}{most}")
-        if self.top_p == 0:
-            raise InputError("top_p is 0; it must be above 0 and at most 1")
+        if self.logprobs is not None:
+            limits["logprobs"] = (0, MAX_LOGPROBS)
+        _check_ranges(self, limits)
         if any(not s for s in self.stop):
             raise InputError("a stop string is empty; leave it out")
+
+
+@dataclass(frozen=True)
+class Watchdog:
+    """When speech is cut off: a Talker that has lost its text speaks for ever, says the same again, or falls silent.
+
+    Attributes:
+      codes_per_token, codes_at_least: most codes for a reply (50 codes are a second). Ordinary speech takes 10 to 20
+        codes a token; figures read aloud and slow voices take a few times that.
+      loop_turns, loop_codes: a stretch of codes, of any length up to `loop_longest`, that is said so many times in a
+        row and covers at least so many codes is a loop.
+      loop_longest: codes of the longest stretch that is looked for.
+      window, distinct: and so are this many codes in which less than this share of the runs of four are different.
+      silence: one code this many times in a row is silence (or one held sound).
+    """
+
+    codes_per_token: int = 75
+    codes_at_least: int = 500
+    loop_turns: int = 4
+    loop_codes: int = 150
+    loop_longest: int = 200
+    window: int = 500
+    distinct: float = 0.2
+    silence: int = 150
+
+
+@dataclass(frozen=True)
+class SpeechSettings:
+    """How the Talker speaks. The defaults are the reference's.
+
+    Attributes:
+      voice: its name; None for the checkpoint's default.
+      temperature: 0 is greedy (the penalty stays on).
+      top_k: keep the k best codes; 0 is off.
+      top_p: keep the best codes whose mass reaches p; 1 is off.
+      repetition_penalty: above 1 discourages codes that were said already.
+      max_codes: most codes (50 a second), the ending id not counted.
+      seed: of the random choices and of the noise that the sound is made of.
+      ode_steps: time points of Token2Wav; 10 are 9 steps.
+      watchdog: when to cut speech off; None for never.
+    """
+
+    voice: str | None = None
+    temperature: float = 0.9
+    top_k: int = 40
+    top_p: float = 0.8
+    repetition_penalty: float = 1.05
+    max_codes: int = MAX_CODES
+    seed: int = 0
+    ode_steps: int = 10
+    watchdog: Watchdog | None = Watchdog()
+
+    def __post_init__(self) -> None:
+        """Raises InputError naming the setting that is out of range."""
+        _check_ranges(self, {
+            "temperature": (0, None), "top_k": (0, None), "top_p": (0, 1), "repetition_penalty": (0, None),
+            "max_codes": (1, MAX_CODES), "seed": (0, 2**63 - 1), "ode_steps": (2, 1000),
+        })  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,7 +143,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the Thinker answered.
+    """What the model answered.
 
     Attributes:
       text: without special tokens and without the stop string.
@@ -83,6 +153,11 @@ class Reply:
         model's context is full).
       timings: seconds of processing, encoding (towers), prefill, decode and in total, and tokens per second of decode.
       logprobs: one entry per id, when asked for.
+      codes: what the Talker said (50 a second), without the ending id; None where no speech was asked for.
+      waveform: float32 [samples] at 24 kHz in [-1, 1]; None where no speech was asked for.
+      speech_finish_reason: `eos` (the Talker ended), `length` (max_codes), `empty` (the reply has less than two ids,
+        so that the Talker hears nothing), `watchdog:…` (cut off; see `Watchdog`).
+      seconds: length of the waveform.
     """
 
     text: str
@@ -91,13 +166,20 @@ class Reply:
     finish_reason: FinishReason
     timings: dict[str, float] = field(default_factory=dict)
     logprobs: tuple[TokenLogprob, ...] | None = None
+    codes: tuple[int, ...] | None = None
+    waveform: np.ndarray | None = field(default=None, compare=False)
+    speech_finish_reason: SpeechFinishReason | None = None
+    seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; `logprobs` only when asked for."""
-        out = dataclasses.asdict(self)
-        if self.logprobs is None:
-            del out["logprobs"]
-        return out
+        """Plain data for JSON; log-probabilities and speech only when asked for, the waveform never."""
+        out = dataclasses.asdict(dataclasses.replace(self, waveform=None))
+        del out["waveform"]
+        out["codec_ids"] = out.pop("codes")
+        absent = ["logprobs"] if self.logprobs is None else []
+        if self.codes is None:
+            absent += ["codec_ids", "speech_finish_reason", "seconds"]
+        return {name: value for name, value in out.items() if name not in absent}
 
 
 @dataclass(frozen=True)

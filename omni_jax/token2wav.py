@@ -23,6 +23,7 @@ import numpy as np
 from omni_jax import bigvgan, declare, dit, ode, speaker
 from omni_jax.buckets import bucket
 from omni_jax.config import DiTConfig, Token2WavConfig
+from omni_jax.errors import InputError
 from omni_jax.layers import Params
 from omni_jax.voice import Voice
 
@@ -35,7 +36,7 @@ REFERENCE_BUCKETS = (128, 256, 512, 1024, 2048)
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
 
-class CodeError(ValueError):
+class CodeError(InputError):
     """Codes that the DiT has no embedding for; the message names the code and its place."""
 
 

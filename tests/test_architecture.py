@@ -14,12 +14,12 @@ MAX_LINES = 500
 
 # The layers of omni_jax: a module imports its own layer and those before it. A new module must be entered here.
 LAYERS = (
-    {"errors", "config", "sharding", "buckets", "positions"},
+    {"errors", "config", "sharding", "buckets", "positions", "voice"},
     {"layers", "attention", "rope", "cache", "sampling", "ode", "declare", "kernels"},
     {"decoder", "vision", "audio", "speaker", "dit", "bigvgan"},
     {"thinker", "talker", "token2wav"},
     {"settings", "generation"},
-    {"reply", "omni"},
+    {"reply", "watchdog", "speech", "omni"},
     {"cli"},
 )
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}

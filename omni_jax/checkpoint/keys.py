@@ -43,6 +43,7 @@ STACKS = (
 # A buffer, not a weight: some writers leave it out, and then the formula holds.
 INV_FREQ = "token2wav.code2wav_dit_model.rotary_embed.inv_freq"
 LM_HEAD = "thinker.lm_head.weight"
+CODEC_HEAD = "talker.codec_head.weight"
 
 # Prefixes as transformers 5 writes them, and as published.
 _TRANSFORMERS5 = (

@@ -16,8 +16,11 @@ import numpy as np
 from omni_jax.checkpoint import keys, tokenizer_files
 from omni_jax.checkpoint.load import progress_bar
 from omni_jax.checkpoint.safetensors_io import BLOCK, CheckpointError, write_checkpoint
+from omni_jax.checkpoint.speakers import SPEAKERS_FILE, write_speakers
 from omni_jax.config import OmniConfig, to_dict
+from omni_jax.voice import Voice
 
+REFERENCE_FRAMES = (310, 257)  # of the two voices' reference mels: about three seconds
 HEAD_STD = 3.0  # of the logits: argmax is no tie, and sampling still chooses among several tokens
 
 
@@ -43,6 +46,18 @@ def _deviation(name: str, shape: tuple[int, ...], cfg: OmniConfig) -> tuple[floa
     return 0.0, gain / math.sqrt(fan_in)
 
 
+def random_voices(cfg: OmniConfig, seed: int) -> dict[str, Voice]:
+    """Two voices under the published names, with random vectors and log-mels of a plausible size."""
+    assert cfg.token2wav is not None
+    dit, voices = cfg.token2wav.dit, {}
+    for (name, bos_token), frames in zip(tokenizer_files.voice_token_ids(cfg).items(), REFERENCE_FRAMES, strict=True):
+        rng = np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed, *name.encode()])))
+        cond = rng.standard_normal(dit.enc_emb_dim, np.float32)
+        mel = rng.standard_normal((frames, dit.mel_dim), np.float32) * np.float32(2) - np.float32(5)
+        voices[name] = Voice(name, bos_token, cond, mel)
+    return voices
+
+
 def random_blocks(
     name: str, shape: tuple[int, ...], dtype: np.dtype, cfg: OmniConfig, seed: int
 ) -> Iterator[np.ndarray]:
@@ -57,6 +72,14 @@ def random_blocks(
     rng = np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed, *digest.tolist()])))
     mean, std = _deviation(name, shape, cfg)
     left = math.prod(shape)
+    if name == keys.CODEC_HEAD and cfg.talker is not None and cfg.token2wav is not None:
+        # A trained Talker never draws an id that Token2Wav has no embedding for; a logit of 0 keeps these unlikely.
+        values = rng.standard_normal(left, np.float32).reshape(shape) * np.float32(std)
+        ends = [cfg.talker.tts_codec_pad_token_id, cfg.talker.tts_codec_end_token_id]
+        mute = np.arange(shape[0]) > cfg.token2wav.dit.num_embeds
+        values[mute & ~np.isin(np.arange(shape[0]), ends)] = 0
+        yield values.astype(dtype, copy=False).reshape(-1)
+        return
     while left:
         n = min(left, BLOCK // 4)
         values = rng.standard_normal(n, np.float32)
@@ -80,8 +103,8 @@ def write_random(
     """Makes a complete checkpoint folder in the published layout, with random weights. This is `omni-jax init`.
 
     It holds the safetensors files (sharded, with an index, beyond `max_shard_bytes`), `config.json`,
-    `generation_config.json`, `preprocessor_config.json`, `chat_template.json` and the tokenizer's four files; not the
-    voices (`spk_dict.pt`). Everything is the same for the same arguments. Memory stays at one 32 MiB slice; the folder
+    `generation_config.json`, `preprocessor_config.json`, `chat_template.json`, the tokenizer's four files and, where the
+    model speaks, two voices (`spk_dict.pt`). Everything is the same for the same arguments. Memory stays at one 32 MiB slice; the folder
     takes its name only when it is whole.
 
     The tokenizer is a small one made here (about 1,500 pieces), under the published names of the special tokens. In a
@@ -119,6 +142,8 @@ def write_random(
         temporary.mkdir(parents=True)
         for name, text in texts.items():
             (temporary / name).write_text(text, "utf-8")
+        if cfg.talker is not None and cfg.token2wav is not None:
+            write_speakers(temporary / SPEAKERS_FILE, random_voices(cfg, seed))
         with progress_bar("writing", total, progress) as advance:
 
             def blocks(name: str) -> Iterator[np.ndarray]:

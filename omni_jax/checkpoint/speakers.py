@@ -23,6 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from omni_jax.errors import InputError
 from omni_jax.voice import Voice
 
 SPEAKERS_FILE = "spk_dict.pt"
@@ -43,7 +44,7 @@ _REBUILD = ("torch._utils", "_rebuild_tensor_v2")
 _ORDERED = ("collections", "OrderedDict")
 
 
-class VoiceError(ValueError):
+class VoiceError(InputError):
     """A voice file that cannot be used, or a voice that is not there; the message says which and why."""
 
 

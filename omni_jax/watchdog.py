@@ -1,0 +1,135 @@
+"""From drawn codes to the speech of one reply, one code at a time: its end, its limit, and the watchdogs.
+
+The decision falls at a code, not at the end of a call of the decode loop, so it is the same alone, in a batch and in a
+stream.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable
+
+import numpy as np
+
+from omni_jax.settings import SpeechFinishReason, SpeechSettings, Watchdog
+
+RUN = 4  # codes of the runs whose variety is counted
+
+
+class _Repeats:
+    """For each distance up to `longest`: how many codes up to now equal the one that far before."""
+
+    def __init__(self, longest: int):
+        self._past = np.full(longest, -1, np.int64)  # the latest first
+        self.lengths = np.zeros(longest, np.int64)
+
+    def push(self, code: int) -> None:
+        self.lengths = np.where(self._past == code, self.lengths + 1, 0)
+        self._past = np.concatenate([[code], self._past[:-1]])
+
+
+class _Variety:
+    """How many different runs of `RUN` codes the last `window` codes hold."""
+
+    def __init__(self, window: int):
+        self._last: collections.deque[int] = collections.deque(maxlen=RUN)
+        self._runs: collections.deque[tuple[int, ...]] = collections.deque()
+        self._counts: collections.Counter[tuple[int, ...]] = collections.Counter()
+        self._window = window
+
+    def push(self, code: int) -> None:
+        self._last.append(code)
+        if len(self._last) < RUN:
+            return
+        run = tuple(self._last)
+        self._runs.append(run)
+        self._counts[run] += 1
+        if len(self._runs) > self._window:
+            old = self._runs.popleft()
+            self._counts[old] -= 1
+            if not self._counts[old]:
+                del self._counts[old]
+
+    @property
+    def distinct(self) -> int | None:
+        """None while the window is not full."""
+        return len(self._counts) if len(self._runs) == self._window else None
+
+
+class Watch:
+    """Looks at the codes of one reply as they come.
+
+    Attributes:
+      keep: once `push` has given a reason: how many of the codes are worth speaking.
+    """
+
+    def __init__(self, settings: Watchdog, tokens: int):
+        """`tokens`: ids of the reply that is spoken."""
+        self._settings = settings
+        self._most = max(settings.codes_at_least, settings.codes_per_token * tokens)
+        self._repeats = _Repeats(settings.loop_longest)
+        self._variety = _Variety(settings.window)
+        distances = np.arange(1, settings.loop_longest + 1)
+        # A stretch that is said n times agrees with itself over n - 1 of its lengths.
+        self._loop = np.maximum((settings.loop_turns - 1) * distances, settings.loop_codes - distances)
+        self._loop[0] = settings.silence - 1
+        self._count = 0
+        self.keep = 0
+
+    def push(self, code: int) -> SpeechFinishReason | None:
+        """Takes the next code; gives the reason to stop with it, or None."""
+        s = self._settings
+        self._count += 1
+        self._repeats.push(code)
+        self._variety.push(code)
+        long = self._repeats.lengths >= self._loop
+        if long.any():
+            # One turn stays.
+            shortest = int(np.argmax(long))
+            self.keep = self._count - int(self._repeats.lengths[shortest])
+            return "watchdog:silence" if shortest == 0 else "watchdog:loop"
+        distinct = self._variety.distinct
+        if distinct is not None and distinct < s.distinct * s.window:
+            # What the window has of new runs is about what was said once.
+            self.keep = self._count - s.window + distinct
+            return "watchdog:loop"
+        if self._count >= self._most:
+            self.keep = self._count
+            return "watchdog:length"
+        return None
+
+
+class SpeechBuilder:
+    """Collects the codes of one reply.
+
+    Attributes:
+      codes: so far, without the ending id.
+      finish_reason: None while the speech goes on.
+    """
+
+    def __init__(self, settings: SpeechSettings, stop_ids: Iterable[int], tokens: int):
+        """`tokens`: ids of the reply; with less than two, the Talker has nothing to hear and says nothing."""
+        self._most, self._stop = settings.max_codes, frozenset(stop_ids)
+        self._watch = Watch(settings.watchdog, tokens) if settings.watchdog is not None else None
+        self.codes: list[int] = []
+        self.finish_reason: SpeechFinishReason | None = "empty" if tokens < 2 else None
+
+    @property
+    def left(self) -> int:
+        """Codes that may still be drawn."""
+        return 0 if self.finish_reason else self._most - len(self.codes)
+
+    def feed(self, code: int) -> None:
+        """Takes the next drawn id; ignored once the speech has ended."""
+        if self.finish_reason is not None:
+            return
+        if code in self._stop:
+            self.finish_reason = "eos"
+            return
+        self.codes.append(code)
+        if self._watch is not None:
+            self.finish_reason = self._watch.push(code)
+            if self.finish_reason is not None:
+                del self.codes[self._watch.keep :]
+        if self.finish_reason is None and len(self.codes) >= self._most:
+            self.finish_reason = "length"
