@@ -40,3 +40,28 @@ def oracle_thinker(checkpoint, model):
         state |= {k.removeprefix("thinker."): v for k, v in load_file(shard).items() if k.startswith("thinker.")}
     thinker.load_state_dict(state)
     return thinker.eval()
+
+
+@pytest.fixture(scope="session")
+def speaker(checkpoint):
+    """The same checkpoint with all its parts: a model that speaks."""
+    from omni_jax import PARTS, load
+
+    return load(checkpoint, parts=PARTS, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def oracle_omni(checkpoint, model):
+    """The reference's whole model with the checkpoint's weights and voices, float32."""
+    from safetensors.torch import load_file
+    from transformers import Qwen2_5OmniForConditionalGeneration
+
+    from tests import oracle
+
+    omni = Qwen2_5OmniForConditionalGeneration(oracle.torch_config(model.config))
+    state = {}
+    for shard in sorted(checkpoint.glob("*.safetensors")):
+        state |= load_file(shard)
+    omni.load_state_dict(state)
+    omni.load_speakers(checkpoint / "spk_dict.pt")
+    return omni.eval()
