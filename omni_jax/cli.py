@@ -16,6 +16,7 @@ import tyro
 from omni_jax.errors import InputError
 
 Strings = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+SpeechFormat = Literal["wav", "flac", "mp3", "opus"]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
@@ -38,6 +39,29 @@ def _messages_file(path: pathlib.Path) -> Any:
         raise InputError(
             f"--messages {path} cannot be read as JSON ({e}); give a file with a list of messages"
         ) from None
+
+
+def _array_file(path: pathlib.Path) -> Any:
+    import numpy as np
+
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise InputError(f"{path} cannot be read as .npy ({' '.join(str(e).split())})") from None
+
+
+def _codes_file(path: pathlib.Path) -> Any:
+    """Codes of a .npy or JSON file; what they are is checked where they are spoken."""
+    if path.suffix == ".npy":
+        return _array_file(path)
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise InputError(f"--codes {path} cannot be read as JSON ({e}); give a list of codes, or a .npy") from None
+    row = raw.get("codec_ids") if isinstance(raw, dict) else raw
+    if not isinstance(row, list) or not all(type(code) is int and abs(code) < 1 << 31 for code in row):
+        raise InputError(f"--codes {path} must hold a list of whole numbers, or an object with codec_ids")
+    return row
 
 
 def _conversation(
@@ -88,6 +112,16 @@ def generate(
     max_frames: int | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    speech: pathlib.Path | None = None,
+    voice: str | None = None,
+    talker_temperature: float = 0.9,
+    talker_top_k: int = 40,
+    talker_top_p: float = 0.8,
+    talker_repetition_penalty: float = 1.05,
+    max_codes: int = 4096,
+    ode_steps: int = 10,
+    speech_format: SpeechFormat | None = None,
+    no_watchdog: Flag = False,
     as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Answer a conversation with any mix of text, pictures, sound and video.
@@ -117,31 +151,55 @@ def generate(
       max_frames: Most frames taken from a clip.
       min_pixels: Fewest pixels of a picture or frame, by scaling up.
       max_pixels: Most pixels of a picture or frame, by scaling down.
+      speech: Also speak the answer, into this file; the flags below are about that.
+      voice: Who speaks; see `omni-jax voices`.
+      talker_temperature: 0 is greedy; the repetition penalty stays on.
+      talker_top_k: Keep the k best codes; 0 is off.
+      talker_top_p: Keep the best codes whose mass reaches p; 1 is off.
+      talker_repetition_penalty: Above 1 discourages codes that were said already.
+      max_codes: Most codes of the speech (50 are a second), the ending one not counted.
+      ode_steps: Time points in which sound is made; 10 are 9 steps.
+      speech_format: Of the file; by default what its suffix names, else wav.
+      no_watchdog: Let speech go on that loops, falls silent or outgrows its text.
       as_json: Print one line of JSON and nothing else.
     """
     from rich.console import Console
 
-    from omni_jax.settings import DoneEvent, GenerationSettings
+    from omni_jax.processing.encode import check_writable, write_sound
+    from omni_jax.settings import DoneEvent, GenerationSettings, SpeechSettings, Watchdog
 
     settings = GenerationSettings(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, logprobs=logprobs
     )
+    spoken = None
+    if speech is not None:
+        check_writable(speech)
+        spoken = SpeechSettings(
+            voice, talker_temperature, talker_top_k, talker_top_p, talker_repetition_penalty, max_codes, seed,
+            ode_steps, None if no_watchdog else Watchdog(),
+        )  # fmt: skip
     conversation = _conversation(text, messages, system, {"image": image, "audio": audio, "video": video})
     limits = {"fps": fps, "max_frames": max_frames, "min_pixels": min_pixels, "max_pixels": max_pixels}
     media = {"use_audio_in_video": use_audio_in_video} | {k: v for k, v in limits.items() if v is not None}
     notes = Console(stderr=True, highlight=False)
     _use_compilation_cache()
     from omni_jax import omni
+    from omni_jax.token2wav import SAMPLE_RATE
 
-    loaded = omni.load(model, dtype=dtype, progress=notes.is_terminal)
+    parts = ("thinker",) if spoken is None else omni.PARTS
+    loaded = omni.load(model, parts=parts, dtype=dtype, progress=notes.is_terminal)
     if as_json:
-        reply = loaded.generate(conversation, settings, media=media)
-        print(json.dumps(reply.to_dict(), ensure_ascii=False))
+        reply = loaded.generate(conversation, settings, speech=spoken, media=media)
+        answer = reply.to_dict()
+        if speech is not None:
+            write_sound(speech, reply.waveform, SAMPLE_RATE, speech_format)
+            answer["speech"] = str(speech)
+        print(json.dumps(answer, ensure_ascii=False))
         return
     status = notes.status("reading the prompt")
     status.start()
     try:
-        for event in loaded.stream(conversation, settings, media=media):
+        for event in loaded.stream(conversation, settings, speech=spoken, media=media):
             if isinstance(event, DoneEvent):
                 reply = event.reply
             else:
@@ -156,6 +214,72 @@ def generate(
         f"{len(reply.token_ids)} written at {times['tokens_per_second']:.1f}/s; ended by {reply.finish_reason}",
         style="dim",
     )
+    if speech is not None:
+        write_sound(speech, reply.waveform, SAMPLE_RATE, speech_format)
+        notes.print(
+            f"{reply.seconds:.2f} s of speech made in {times['talker'] + times['token2wav']:.2f} s; "
+            f"ended by {reply.speech_finish_reason}; written to {speech}",
+            style="dim",
+        )
+
+
+def vocode(
+    out: tyro.conf.Positional[pathlib.Path],
+    *,
+    model: pathlib.Path,
+    codes: pathlib.Path,
+    voice: str | None = None,
+    noise: pathlib.Path | None = None,
+    seed: int = 0,
+    ode_steps: int = 10,
+) -> None:
+    """Make sound of codes that are there already.
+
+    Args:
+      out: The file: a sound (wav, flac, mp3, opus, by its suffix), or .npy for float32 samples at 24 kHz.
+      model: Checkpoint folder in the published layout.
+      codes: A .npy row of whole numbers, or JSON: a list, or what `generate --json` prints.
+      voice: Who speaks; see `omni-jax voices`.
+      noise: A .npy of float32 (2 x codes, mel) to start from, instead of random noise.
+      seed: Of the noise.
+      ode_steps: Time points in which sound is made; 10 are 9 steps.
+    """
+    from omni_jax.processing.encode import check_writable, write_atomically, write_sound
+    from omni_jax.settings import SpeechSettings
+
+    check_writable(out)
+    settings = SpeechSettings(voice=voice, seed=seed, ode_steps=ode_steps)
+    row, start = _codes_file(codes), None if noise is None else [_array_file(noise)]
+    _use_compilation_cache()
+    import numpy as np
+
+    from omni_jax import speech, token2wav
+
+    wave = speech.Vocoder.from_folder(model)([row], [settings], start)[0]
+    if out.suffix == ".npy":
+        write_atomically(out, lambda file: np.save(file, wave))
+    else:
+        write_sound(out, wave, token2wav.SAMPLE_RATE)
+
+
+def voices(path: tyro.conf.Positional[pathlib.Path]) -> None:
+    """List the voices of a checkpoint or of a voice file.
+
+    Args:
+      path: Checkpoint folder, spk_dict.pt or voice pack.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from omni_jax.checkpoint.speakers import load_voices, pick_voice
+
+    found = load_voices(path)
+    default = pick_voice(found).name
+    table = Table("voice", "begins with id", "reference", "")
+    for name, voice in found.items():
+        seconds = len(voice.ref_mel) / 100
+        table.add_row(name, str(voice.bos_token), f"{seconds:.2f} s", "default" if name == default else "")
+    Console(highlight=False).print(table)
 
 
 def init(
@@ -205,7 +329,9 @@ def bench(
 
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
-    commands: dict[str, Any] = {"generate": generate, "init": init, "bench": bench}
+    commands: dict[str, Any] = {
+        "generate": generate, "vocode": vocode, "voices": voices, "init": init, "bench": bench,
+    }  # fmt: skip
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="omni-jax", description="Qwen2.5-Omni in JAX.")
     except InputError as e:

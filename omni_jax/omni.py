@@ -445,7 +445,7 @@ def load(
     if mesh is not None:
         if unroll:
             raise ValueError("a mesh needs stacked layers: leave unroll off")
-        inits = {"thinker": thinker.init, "talker": talker.init, "token2wav": token2wav.init}
+        inits: dict[str, Any] = {"thinker": thinker.init, "talker": talker.init, "token2wav": token2wav.init}
         key = jax.ShapeDtypeStruct((2,), jnp.uint32)
         shapes = {p: jax.eval_shape(functools.partial(inits[p], getattr(cfg, p)), key) for p in parts}
         shardings = {p: param_shardings(boxed, mesh, rules) for p, boxed in shapes.items()}

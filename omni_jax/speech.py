@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from omni_jax import buckets, generation, talker, token2wav
@@ -24,9 +25,10 @@ from omni_jax.voice import Voice
 from omni_jax.watchdog import SpeechBuilder
 
 PARTS = ("thinker", "talker", "token2wav")
-DEFAULT_VOICE = "Chelsie"
 # Sets the Talker's random numbers apart from those of the Thinker and of the noise, which have the plain seed.
 TALKER_SALT = 0x7A1CE500
+# For the rows of a batch that are not spoken.
+SILENT = SpeechSettings(temperature=0.0, max_codes=1)
 
 
 class SpeechError(InputError):
@@ -54,29 +56,74 @@ class Recorder:
         self.steps.append(hidden)
 
 
-def default_voice(voices: Mapping[str, Voice], name: str | None = None) -> Voice:
-    """A voice by name; without a name the reference's default, or the first where there is no such voice.
-
-    Raises:
-      VoiceError: an unknown name; the message lists the known ones.
-    """
-    return pick_voice(voices, DEFAULT_VOICE if name is None and DEFAULT_VOICE in voices else name)
-
-
-def draw_settings(
-    settings: Sequence[SpeechSettings], stop_ids: tuple[int, ...], salt: int = TALKER_SALT
-) -> Sampling:
+def draw_settings(settings: Sequence[SpeechSettings], stop_ids: tuple[int, ...], salt: int = TALKER_SALT) -> Sampling:
     """The Talker's sampling settings of each row as arrays."""
 
     def of(name: str, dtype: Any) -> np.ndarray:
         return np.array([getattr(s, name) for s in settings], dtype)
 
-    keys = np.array([[(s.seed >> 32) ^ salt, s.seed & 0xFFFFFFFF] for s in settings], np.uint32)
+    keys = np.array([[(s.seed >> 32) ^ TALKER_SALT, s.seed & 0xFFFFFFFF] for s in settings], np.uint32)
     return Sampling(
         of("temperature", np.float32), of("top_k", np.int32), of("top_p", np.float32),
         np.zeros(len(settings), np.float32), of("repetition_penalty", np.float32), keys,
         np.array([stop_ids] * len(settings), np.int32),
     )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocoder:
+    """Token2Wav of a checkpoint and its voices: codes to sound.
+
+    Attributes:
+      config, params: of Token2Wav, the parameters float32.
+      voices: by name.
+    """
+
+    config: Token2WavConfig
+    params: Any
+    voices: Mapping[str, Voice]
+
+    @classmethod
+    def from_folder(cls, path: str | pathlib.Path, *, progress: bool = False) -> Vocoder:
+        """Loads Token2Wav alone, for codes that are there already.
+
+        Raises:
+          InputError: a checkpoint without it, or files that are missing or broken.
+        """
+        cfg = load_config(path)
+        if cfg.token2wav is None:
+            raise SpeechError(f"{path} has no Token2Wav: this checkpoint answers in text only")
+        unroll = jax.default_backend() == "cpu"
+        params = load_params(path, cfg, parts=("token2wav",), unroll=unroll, progress=progress)
+        return cls(cfg.token2wav, params["token2wav"], load_voices(path))
+
+    def __call__(
+        self, codes: Sequence[Any], settings: Sequence[SpeechSettings], noise: Sequence[Any] | None = None
+    ) -> list[np.ndarray]:
+        """Speaks rows of codes, of unequal lengths; see `token2wav.token2wav`.
+
+        Args:
+          codes: one row of whole numbers for each request.
+          settings: voice, seed and ODE steps of each. Requests of equal steps share a call.
+          noise: float32 [2 n, mel] for each row of n codes; by default drawn from the seeds.
+        Returns:
+          float32 samples at 24 kHz for each row.
+        Raises:
+          CodeError: a code that there is no embedding for, or too many codes.
+          InputError: noise of another shape, or an unknown voice.
+        """
+        waves: list[np.ndarray] = [np.zeros(0, np.float32)] * len(codes)
+        for steps in sorted({s.ode_steps for s in settings}):
+            rows = [i for i, s in enumerate(settings) if s.ode_steps == steps]
+            made = token2wav.token2wav(
+                self.config, self.params, [codes[i] for i in rows],
+                [pick_voice(self.voices, settings[i].voice) for i in rows],
+                noise=None if noise is None else [noise[i] for i in rows],
+                seeds=[settings[i].seed for i in rows], flow=token2wav.Flow(steps),
+            )  # fmt: skip
+            for i, wave in zip(rows, made, strict=True):
+                waves[i] = wave
+        return waves
 
 
 class Speech:
@@ -93,7 +140,8 @@ class Speech:
         if config.talker is None or config.token2wav is None:
             raise SpeechError("this checkpoint has no Talker: it answers in text only")
         self.config, self.params, self.voices, self.cache_dtype = config, params, voices, cache_dtype
-        self.talker, self.token2wav = config.talker, config.token2wav
+        self.talker = config.talker
+        self.vocoder = Vocoder(config.token2wav, params["token2wav"], voices)
         self.stop_ids = (self.talker.tts_codec_pad_token_id, self.talker.tts_codec_end_token_id)
 
     def check(self, settings: Sequence[SpeechSettings | None]) -> None:
@@ -102,7 +150,7 @@ class Speech:
         marks = {"text end": cfg.tts_text_end_token_id, "text pad": cfg.tts_text_pad_token_id}
         for wanted in settings:
             if wanted is not None:
-                voice = default_voice(self.voices, wanted.voice)
+                voice = pick_voice(self.voices, wanted.voice)
                 marks[f"bos_token of voice {voice.name!r}"] = voice.bos_token
         for name, token in marks.items():
             if not 0 <= token < vocab:
@@ -122,42 +170,34 @@ class Speech:
         """
         self.check(settings)
         began = time.perf_counter()
-        builders = self._builders(replies, settings)
+        builders = self.builders(replies, settings)
         for _ in self.codes(recorder, replies, settings, builders):
             pass
         drawn = time.perf_counter()
-        waves = self.sound([b and b.codes for b in builders], settings)
+        wanted = [s for s in settings if s is not None]
+        waves = self.vocoder([b.codes for b in builders.values()], wanted)
         ended = time.perf_counter()
-        out = []
-        for reply, builder, wave in zip(replies, builders, waves, strict=True):
-            if builder is None or wave is None:
-                out.append(reply)
-                continue
-            times = reply.timings | {"talker": drawn - began, "token2wav": ended - drawn}
+        out = list(replies)
+        for (row, builder), wave in zip(builders.items(), waves, strict=True):
+            times = replies[row].timings | {"talker": drawn - began, "token2wav": ended - drawn}
             times["total"] = times.get("total", 0.0) + ended - began
-            seconds = len(wave) / token2wav.SAMPLE_RATE
-            out.append(
-                dataclasses.replace(
-                    reply, codes=tuple(builder.codes), waveform=wave, seconds=seconds, timings=times,
-                    speech_finish_reason=builder.finish_reason,
-                )
+            out[row] = dataclasses.replace(
+                replies[row], codes=tuple(builder.codes), waveform=wave, seconds=len(wave) / token2wav.SAMPLE_RATE,
+                speech_finish_reason=builder.finish_reason, timings=times,
             )  # fmt: skip
         return out
 
-    def _builders(
-        self, replies: Sequence[Reply], settings: Sequence[SpeechSettings | None]
-    ) -> list[SpeechBuilder | None]:
-        return [
-            None if s is None else SpeechBuilder(s, self.stop_ids, len(r.token_ids))
-            for r, s in zip(replies, settings, strict=True)
-        ]
+    def builders(self, replies: Sequence[Reply], settings: Sequence[SpeechSettings | None]) -> dict[int, SpeechBuilder]:
+        """Builders of the replies that are to be spoken, by row."""
+        rows = enumerate(zip(replies, settings, strict=True))
+        return {i: SpeechBuilder(s, self.stop_ids, len(r.token_ids)) for i, (r, s) in rows if s is not None}
 
     def codes(
         self,
         recorder: Recorder,
         replies: Sequence[Reply],
         settings: Sequence[SpeechSettings | None],
-        builders: Sequence[SpeechBuilder | None],
+        builders: Mapping[int, SpeechBuilder],
         steps: int = talker.LOOP_STEPS,
     ) -> Iterator[None]:
         """Feeds the builders; yields after each call of the decode loop.
@@ -165,93 +205,51 @@ class Speech:
         Args:
           steps: codes to draw between two yields, at most `talker.LOOP_STEPS`.
         """
-        live = [b for b in builders if b is not None]
-        if not any(b.left for b in live):
+        if not any(b.left for b in builders.values()):
             return
         cfg, params = self.talker, self.params["talker"]
         table = self.params["thinker"]["model"]["embed_tokens"]["weight"]
-        size = len(recorder.batch.start)
-        rows = [settings[i] if i < len(settings) else None for i in range(size)]
-        wanted = [s or SpeechSettings(temperature=0.0) for s in rows]
-        sampling = draw_settings(wanted, self.stop_ids)
-        first, vectors = talker.reply_vectors(cfg, table, *self._replies(recorder, replies, size))
+        batch, size = recorder.batch, len(recorder.batch.start)
+        rows = [(settings[i] if i < len(settings) else None) or SILENT for i in range(size)]
+        sampling = draw_settings(rows, self.stop_ids)
+        first, vectors = talker.reply_vectors(cfg, table, *reply_arrays(recorder, replies))
         prompt = talker.TalkerPrompt(
-            recorder.embeddings, recorder.hidden, recorder.batch.positions, recorder.batch.start,
-            recorder.batch.next_position, recorder.batch.media_index,
-            np.array([default_voice(self.voices, s.voice).bos_token for s in wanted], np.int32), first,
+            recorder.embeddings, recorder.hidden, batch.positions, batch.start, batch.next_position, batch.media_index,
+            np.array([pick_voice(self.voices, s.voice).bos_token for s in rows], np.int32), first,
         )  # fmt: skip
-        most = max(s.max_codes for s in rows if s is not None)
-        capacity = buckets.bucket(recorder.batch.ids.shape[1] + talker.EXTRA + most, buckets.CACHE)
+        most = max(s.max_codes for s in rows)
+        capacity = buckets.bucket(batch.ids.shape[1] + talker.EXTRA + most, buckets.CACHE)
         read = talker.prefill(cfg, params, table, prompt, capacity=capacity, cache_dtype=self.cache_dtype)
         state = talker.first_draw(cfg, params, read.cache, read.seen, read.last, read.position, sampling)
         made, count = np.asarray(state.token)[None], 1
         while True:
-            for i, builder in enumerate(builders):
-                for code in made[:count, i].tolist() if builder is not None else ():
+            for row, builder in builders.items():
+                for code in made[:count, row].tolist():
                     builder.feed(code)
             yield
-            if not (left := max(b.left for b in live)):
+            if not (left := max(b.left for b in builders.values())):
                 return
             # Rows that the host has ended are done before the device knows; rows without speech never began.
             done = np.ones(size, bool)
-            for i, builder in enumerate(builders):
-                done[i] = builder is None or builder.finish_reason is not None
+            done[list(builders)] = [b.finish_reason is not None for b in builders.values()]
             state, drawn, number = talker.decode_loop(
                 cfg, params, dataclasses.replace(state, done=done), vectors, sampling, np.int32(min(left, steps))
             )
             made, count = np.asarray(drawn), int(number)
 
-    @staticmethod
-    def _replies(
-        recorder: Recorder, replies: Sequence[Reply], size: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids and hidden states of the replies, each without its last id, and how many they are, padded to a bucket
-        with room for the two marks."""
-        # The first hidden state is the prompt's own: the first id was drawn from it.
-        hidden = np.concatenate(recorder.steps)[1:]
-        lengths = np.zeros(size, np.int32)
-        lengths[: len(replies)] = [max(0, len(r.token_ids) - 1) for r in replies]
-        width = buckets.bucket(int(lengths.max()) + 2, buckets.REPLY)
-        ids = np.zeros((size, width), np.int32)
-        vectors = np.zeros((size, width, hidden.shape[2]), hidden.dtype)
-        for i, reply in enumerate(replies):
-            n = lengths[i]
-            ids[i, :n], vectors[i, :n] = reply.token_ids[:n], hidden[:n, i]
-        return ids, vectors, lengths
 
-    def sound(
-        self,
-        codes: Sequence[Sequence[int] | None],
-        settings: Sequence[SpeechSettings | None],
-        noise: Sequence[np.ndarray] | None = None,
-    ) -> list[np.ndarray | None]:
-        """Speaks codes; None stays None. Replies of equal `ode_steps` share a call. See `token2wav.token2wav`."""
-        waves: list[np.ndarray | None] = [None] * len(codes)
-        groups: dict[int, list[int]] = {}
-        for i, s in enumerate(settings):
-            if s is not None and codes[i] is not None:
-                groups.setdefault(s.ode_steps, []).append(i)
-        for time_points, rows in groups.items():
-            chosen = [settings[i] or SpeechSettings() for i in rows]
-            made = token2wav.token2wav(
-                self.token2wav, self.params["token2wav"], [codes[i] for i in rows],
-                [default_voice(self.voices, s.voice) for s in chosen],
-                noise=None if noise is None else [noise[i] for i in rows],
-                seeds=[s.seed for s in chosen], flow=token2wav.Flow(time_points),
-            )  # fmt: skip
-            for i, wave in zip(rows, made, strict=True):
-                waves[i] = wave
-        return waves
-
-
-def load_vocoder(path: str | pathlib.Path, *, unroll: bool) -> tuple[Token2WavConfig, Any, dict[str, Voice]]:
-    """Token2Wav alone, for codes that are there already: its configuration, parameters and voices.
-
-    Raises:
-      InputError: a checkpoint without it, or files that are missing or broken.
-    """
-    cfg = load_config(path)
-    if cfg.token2wav is None:
-        raise SpeechError(f"{path} has no Token2Wav: this checkpoint answers in text only")
-    params = load_params(path, cfg, parts=("token2wav",), unroll=unroll)
-    return cfg.token2wav, params["token2wav"], load_voices(path)
+def reply_arrays(recorder: Recorder, replies: Sequence[Reply]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `talker.reply_vectors` takes: ids [B, R] and hidden states [B, R, E] of the replies, each without its last
+    id, and how many they are [B]; R is a bucket with room for the two marks."""
+    # The first hidden state is the prompt's own: the first id was drawn from it.
+    hidden = np.concatenate(recorder.steps)[1:]
+    size = hidden.shape[1]
+    lengths = np.zeros(size, np.int32)
+    lengths[: len(replies)] = [max(0, len(r.token_ids) - 1) for r in replies]
+    width = buckets.bucket(int(lengths.max()) + 2, buckets.REPLY)
+    ids = np.zeros((size, width), np.int32)
+    vectors = np.zeros((size, width, hidden.shape[2]), hidden.dtype)
+    for i, reply in enumerate(replies):
+        n = lengths[i]
+        ids[i, :n], vectors[i, :n] = reply.token_ids[:n], hidden[:n, i]
+    return ids, vectors, lengths

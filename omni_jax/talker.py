@@ -148,14 +148,17 @@ def forward(
 ) -> tuple[jax.Array, KVCache]:
     """Projects T new sums [B, T, E] and runs the decoder over them. See `decoder.decode`."""
     proj = params["thinker_to_talker_proj"]
-    return decode(
-        cfg.decoder, params["model"], linear(x, proj["weight"], proj["bias"]), positions, cache, first=first
-    )
+    return decode(cfg.decoder, params["model"], linear(x, proj["weight"], proj["bias"]), positions, cache, first=first)
 
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:
     """[..., D] last hidden states to [..., V] float32 logits."""
     return linear(hidden, params["codec_head"]["weight"], out_dtype=jnp.float32)
+
+
+def suppress(cfg: TalkerConfig, scores: jax.Array) -> jax.Array:
+    """[B, V] logits without the start id, which must never be drawn."""
+    return scores.at[:, cfg.tts_codec_start_token_id].set(-jnp.inf)
 
 
 @partial(jax.jit, static_argnames=("cfg", "capacity", "cache_dtype"))
@@ -191,7 +194,7 @@ def _draw(
     sampling: Sampling,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """From the last hidden state [B, D] to the next code; returns it and the updated seen, drawn, done."""
-    scores = logits(params, hidden).at[:, cfg.tts_codec_start_token_id].set(-jnp.inf)
+    scores = suppress(cfg, logits(params, hidden))
     token = sample(scores, seen, sampling, drawn)
     seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
     done = done | jnp.any(token[:, None] == sampling.stop_ids, axis=-1)

@@ -35,13 +35,21 @@ class Spoken:
 
 @torch.no_grad()
 def answer(
-    omni: Any, prompt: Prompt, eos: Sequence[int], *, tokens: int, codes: int, noise: np.ndarray | None = None, **talker: Any
+    omni: Any,
+    prompt: Prompt,
+    eos: Sequence[int],
+    *,
+    tokens: int,
+    codes: int,
+    speaker: str = "Chelsie",
+    noise: np.ndarray | None = None,
+    **talker: Any,
 ) -> Spoken:
     """The reference's `generate`: greedy text of `tokens` ids, greedy speech of at most `codes` codes.
 
     Args:
       noise: [frames, mel]: Token2Wav runs from it; without it, the vocoding is left out.
-      **talker: its settings, with or without the reference's prefix, such as `repetition_penalty=1.3`.
+      **talker: its settings, such as `repetition_penalty=1.3`.
     """
     sums, scores = [], []
 
@@ -62,14 +70,13 @@ def answer(
     real = omni.token2wav.forward
     options = {"do_sample": False, "pad_token_id": 0} | talker
     start = None if noise is None else torch.tensor(noise)[None]
+    vocoder = mock.patch.object(omni.token2wav, "forward", vocode)
     try:
-        with mock.patch.object(omni.token2wav, "forward", vocode), mock.patch.object(
-            torch, "randn", lambda *a, **k: start
-        ):
+        with vocoder, mock.patch.object(torch, "randn", return_value=start):
             ids, wave = omni.generate(
                 **conversations.oracle_inputs([prompt]), return_audio=True, thinker_max_new_tokens=tokens,
                 thinker_do_sample=False, thinker_eos_token_id=list(eos), thinker_pad_token_id=0,
-                talker_max_new_tokens=codes + 1, talker_eos_token_id=TALKER_ENDS,
+                talker_max_new_tokens=codes + 1, talker_eos_token_id=TALKER_ENDS, speaker=speaker,
                 **{f"talker_{k}": v for k, v in options.items()},
             )  # fmt: skip
     finally:

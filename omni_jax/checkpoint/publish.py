@@ -103,9 +103,9 @@ def write_random(
     """Makes a complete checkpoint folder in the published layout, with random weights. This is `omni-jax init`.
 
     It holds the safetensors files (sharded, with an index, beyond `max_shard_bytes`), `config.json`,
-    `generation_config.json`, `preprocessor_config.json`, `chat_template.json`, the tokenizer's four files and, where the
-    model speaks, two voices (`spk_dict.pt`). Everything is the same for the same arguments. Memory stays at one 32 MiB slice; the folder
-    takes its name only when it is whole.
+    `generation_config.json`, `preprocessor_config.json`, `chat_template.json`, the tokenizer's four files and,
+    where the model speaks, two voices (`spk_dict.pt`). Everything is the same for the same arguments. Memory stays at
+    one 32 MiB slice; the folder takes its name only when it is whole.
 
     The tokenizer is a small one made here (about 1,500 pieces), under the published names of the special tokens. In a
     vocabulary as large as the published one these have the published ids, but ordinary text gets other ids than

@@ -27,6 +27,7 @@ from omni_jax.errors import InputError
 from omni_jax.voice import Voice
 
 SPEAKERS_FILE = "spk_dict.pt"
+DEFAULT_VOICE = "Chelsie"
 PACK_FILE = "voices.safetensors"
 PACK_FORMAT = "omni-jax-voices-1"
 
@@ -299,8 +300,9 @@ def load_voices(folder: str | pathlib.Path) -> dict[str, Voice]:
 
 
 def pick_voice(voices: Mapping[str, Voice], name: str | None = None) -> Voice:
-    """A voice by name; without a name the first, which is the published default. Raises VoiceError with the names."""
-    name = next(iter(voices), None) if name is None else name
+    """A voice by name; without a name the reference's default, else the first. Raises VoiceError with the names."""
+    if name is None:
+        name = DEFAULT_VOICE if DEFAULT_VOICE in voices else next(iter(voices), None)
     if name is None or name not in voices:
         raise VoiceError(f"voice {name!r} is unknown; known are {', '.join(voices) or 'none'}")
     return voices[name]
