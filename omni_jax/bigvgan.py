@@ -67,7 +67,7 @@ def filter_taps() -> np.ndarray:
     """
     half = FILTER_TAPS // 2
     attenuation = 2.285 * (half - 1) * math.pi * 4 * 0.3 + 7.95
-    beta = 0.5842 * (attenuation - 21) ** 0.4 + 0.07886 * (attenuation - 21)  # for attenuations of 21 … 50 dB
+    beta = 0.1102 * (attenuation - 8.7)  # Kaiser's formula above 50 dB; this is 51
     taps = np.kaiser(FILTER_TAPS, beta) * np.sinc(0.5 * (np.arange(-half, half) + 0.5))
     return (taps / taps.sum()).astype(np.float32)
 

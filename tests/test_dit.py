@@ -149,8 +149,7 @@ def _flops(cfg, codes):
 
 def test_cost_grows_with_the_length_not_its_square():
     """A minute of speech costs at most 33 times two seconds of it, in arithmetic and in memory traffic."""
-    cfg = tiny.with_config(num_hidden_layers=3).dit
-    short, long = _flops(cfg, 108), _flops(cfg, 3024)
+    short, long = _flops(CFG, 108), _flops(CFG, 3024)
     assert long[0] <= 33 * short[0]
     assert long[1] <= 33 * short[1]
 
