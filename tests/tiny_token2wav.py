@@ -42,13 +42,14 @@ CFG = C.Token2WavConfig(DIT, BIGVGAN)
 def _leaf(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     values = rng.normal(size=shape)
     if name.endswith(("bias", "alpha", "beta")):
-        return values * 0.2
+        return values * 0.1
     if "codec_embed" in name:
         return values * 4
     if ".ups." in name:
         return values / np.sqrt(shape[0] * shape[2] / 2)
     fan_in = np.prod(shape[-1:] if "transformer_blocks" in name or len(shape) == 2 else shape[1:])
-    gain = 0.3 if ".convs" in name else 0.1 if "conv_post" in name else 1.0
+    # The vocoder squeezes the mel spectrogram to [-1, 1], so its first layer makes up for that.
+    gain = 0.3 if ".convs" in name else 0.1 if "conv_post" in name else 5.0 if "conv_pre" in name else 1.0
     return values * gain / np.sqrt(fan_in)
 
 
