@@ -22,6 +22,9 @@ from omni_jax import token2wav as W
 from omni_jax.layers import unstack
 from omni_jax.voice import Voice
 
+# The reference's operations are tiny here; handing them to several threads only costs.
+torch.set_num_threads(1)
+
 DIT = C.DiTConfig(
     hidden_size=32, num_hidden_layers=3, num_attention_heads=3, head_dim=16, emb_dim=24, num_embeds=40,
     look_ahead_layers=(2,), look_backward_layers=(0,), mel_dim=20, enc_emb_dim=12, enc_dim=8,
