@@ -67,7 +67,7 @@ def filter_taps() -> np.ndarray:
     """
     half = FILTER_TAPS // 2
     attenuation = 2.285 * (half - 1) * math.pi * 4 * 0.3 + 7.95
-    beta = 0.5842 * (attenuation - 21) ** 0.4 + 0.07886 * (attenuation - 21)  # for attenuations of 21 … 50 dB
+    beta = 0.1102 * (attenuation - 8.7)  # Kaiser's formula above 50 dB; this is 51
     taps = np.kaiser(FILTER_TAPS, beta) * np.sinc(0.5 * (np.arange(-half, half) + 0.5))
     return (taps / taps.sum()).astype(np.float32)
 
@@ -176,14 +176,13 @@ def upsample(params: Params, x: jax.Array, rate: int) -> jax.Array:
     if width < rate or (width - rate) % 2:
         raise ValueError(f"upsample_kernel_sizes: width {width} must exceed rate {rate} by an even number")
     crop = (width - rate) // 2
-    # Output rate·t + p takes tap k of step t + d where rate·d + k = p + crop.
+    # Output rate·t + p takes tap p + crop - rate·d of step t + d; so the taps, padded to whole groups of `rate`, are
+    # the phases of one step after another, the last step first.
     low, high = -((width - 1 - crop) // rate), (rate - 1 + crop) // rate
-    kernel = jnp.pad(weight, ((0, 0), (0, 0), (rate * high, rate * (1 - low))))
-    phases = [
-        kernel[:, :, rate * high + p + crop - rate * d] for d in range(low, high + 1) for p in range(rate)
-    ]  # each [in, out]
-    kernel = jnp.stack(phases).reshape(high - low + 1, rate, into, out)
-    kernel = kernel.transpose(0, 2, 1, 3).reshape(high - low + 1, into, rate * out)
+    steps, before = high - low + 1, rate * high - crop
+    kernel = jnp.pad(weight, ((0, 0), (0, 0), (before, rate * steps - width - before)))
+    kernel = kernel.reshape(into, out, steps, rate)[:, :, ::-1].transpose(2, 0, 3, 1)
+    kernel = kernel.reshape(steps, into, rate * out)
     y = lax.conv_general_dilated(x, kernel, (1,), [(-low, high)], dimension_numbers=("NWC", "WIO", "NWC"))
     return y.reshape(x.shape[0], x.shape[1] * rate, out) + bias
 

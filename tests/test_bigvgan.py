@@ -33,7 +33,7 @@ def _padded(rows, length):
 def test_filter_is_the_oracles():
     _, reference = _both()
     for kind in (reference.activation_post.upsample, reference.activation_post.downsample):
-        np.testing.assert_allclose(bigvgan.filter_taps(), kind.filter.flatten().numpy(), atol=1e-8)
+        np.testing.assert_allclose(bigvgan.filter_taps(), kind.filter.flatten().numpy(), atol=1e-7)
 
 
 def test_mel_normalisation_is_the_oracles():
@@ -57,8 +57,18 @@ def test_activation_holds_the_true_edges(frames):
     for row, y in zip(rows, np.asarray(got)):
         with torch.no_grad():
             want = reference.activation_post(tiny.as_torch(row.T)[None])[0].T.numpy()
-        np.testing.assert_allclose(y[: len(row)], want, atol=3e-6)
+        np.testing.assert_allclose(y[: len(row)], want, atol=2e-6)
         assert not y[len(row) :].any()
+
+
+@pytest.mark.parametrize(("rate", "width"), [(5, 11), (3, 7), (2, 4), (2, 2), (4, 16)])
+def test_upsampling_is_a_transposed_convolution(rate, width):
+    rng = np.random.default_rng(rate)
+    x, weight, bias = (rng.normal(size=s).astype(np.float32) for s in ((2, 9, 6), (6, 4, width), (4,)))
+    got = bigvgan.upsample({"weight": weight, "bias": bias}, x, rate)
+    ncw, kernel, bias = tiny.as_torch(x).transpose(1, 2), tiny.as_torch(weight), tiny.as_torch(bias)
+    want = torch.nn.functional.conv_transpose1d(ncw, kernel, bias, rate, (width - rate) // 2)
+    np.testing.assert_allclose(got, want.transpose(1, 2).numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("index", range(len(CFG.upsample_rates)))
@@ -72,10 +82,7 @@ def test_each_stage_equals_oracle(index):
         up = reference.ups[index][0](tiny.as_torch(x[:, :19]).transpose(1, 2))
         want = sum(reference.resblocks[index * kinds + j](up) for j in range(kinds)) / kinds
     rate = CFG.upsample_rates[index]
-    np.testing.assert_allclose(
-        bigvgan.upsample(params["ups"][str(index)]["0"], x, rate)[:, : 19 * rate], up.transpose(1, 2), atol=5e-6
-    )
-    np.testing.assert_allclose(got[:, : 19 * rate], want.transpose(1, 2).numpy(), atol=2e-5)
+    np.testing.assert_allclose(got[:, : 19 * rate], want.transpose(1, 2).numpy(), atol=5e-6)
     assert not np.asarray(got)[:, 19 * rate :].any()
 
 
@@ -87,9 +94,9 @@ def test_waveform_to_the_last_sample():
         with torch.no_grad():
             want = reference(tiny.as_torch(row.T)[None]).numpy()
         assert want.shape == (len(row) * hop,)
-        np.testing.assert_allclose(wave[: len(want)], want, atol=2e-5)
+        np.testing.assert_allclose(wave[: len(want)], want, atol=2e-6)
         assert not wave[len(want) :].any()
-        assert want.std() > 0.01
+        assert want.std() > 0.005
 
 
 def test_odd_upsampling_is_refused():

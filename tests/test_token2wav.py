@@ -36,7 +36,7 @@ def test_mel_equals_oracle(batch):
         params, CFG.dit, codes, np.array([29]), voices[0].cond[None], mel, np.array([len(mel[0])]), start
     )
     want = tiny.reference_mel(rows[0], voices[0], noises[0])
-    np.testing.assert_allclose(got[0, :58], want, atol=1e-3)
+    np.testing.assert_allclose(got[0, :58], want, atol=1e-4)
     print("mel error", np.abs(got[0, :58] - want).max())
 
 
@@ -44,7 +44,7 @@ def test_waveforms_equal_oracle_to_the_last_sample(batch):
     for row, voice, noise, wave in zip(*batch):
         want = tiny.reference_wave(row, voice, noise)
         assert wave.shape == want.shape == (len(row) * PER_CODE,)
-        np.testing.assert_allclose(wave, want, atol=1e-4)
+        np.testing.assert_allclose(wave, want, atol=1e-5)
         assert np.abs(want).max() > 0.03
         print("waveform error", np.abs(wave - want).max(), "of", np.abs(want).max())
 
@@ -52,7 +52,7 @@ def test_waveforms_equal_oracle_to_the_last_sample(batch):
 def test_batch_equals_each_alone(batch):
     for row, voice, noise, wave in zip(*batch):
         [alone] = _speak([row], voice, noise=[noise])
-        np.testing.assert_allclose(wave, alone, atol=2e-5)
+        np.testing.assert_allclose(wave, alone, atol=5e-6)
 
 
 def test_codes_voice_and_noise_reach_the_sound(batch):
@@ -60,27 +60,22 @@ def test_codes_voice_and_noise_reach_the_sound(batch):
     other = rows[0].copy()
     other[10:] = (other[10:] + 7) % CFG.dit.num_embeds
     base = waves[0]
-    for change in (
-        _speak([other], voices[0], noise=noises[:1])[0],
-        _speak(rows[:1], voices[1], noise=noises[:1])[0],
-        _speak(rows[:1], voices[0], seeds=5)[0],
+    for least, change in (
+        (0.3, _speak([other], voices[0], noise=noises[:1])),
+        (0.03, _speak(rows[:1], voices[1], noise=noises[:1])),
+        (0.3, _speak(rows[:1], voices[0], seeds=5)),
     ):
-        assert np.sqrt(np.mean((change - base) ** 2)) > 0.2 * base.std()
+        assert np.sqrt(np.mean((change[0] - base) ** 2)) > least * base.std()
 
 
 def test_fewer_points_and_cheaper_solvers(batch):
     rows, voices, noises, waves = batch
-    error = {}
-    for flow in (W.Flow(6), W.Flow(10, "midpoint"), W.Flow(10, "euler"), W.Flow(guidance=0)):
-        [wave] = _speak(rows[:1], voices[0], noise=noises[:1], flow=flow)
+    flows = (W.Flow(6), W.Flow(10, "euler", guidance=0))
+    fewer, cheaper = (_speak(rows[:1], voices[0], noise=noises[:1], flow=flow)[0] for flow in flows)
+    np.testing.assert_allclose(fewer, tiny.reference_wave(rows[0], voices[0], noises[0], num_steps=6), atol=1e-5)
+    for wave in (fewer, cheaper):
         assert wave.shape == waves[0].shape
-        assert np.isfinite(wave).all()
-        error[flow.solver, flow.time_points, flow.guidance] = np.abs(wave - waves[0]).max()
-    assert error["rk38", 6, 0.5] < error["midpoint", 10, 0.5] < error["euler", 10, 0.5]
-    np.testing.assert_allclose(
-        _speak(rows[:1], voices[0], noise=noises[:1], flow=W.Flow(6))[0],
-        tiny.reference_wave(rows[0], voices[0], noises[0], num_steps=6), atol=1e-4,
-    )  # fmt: skip
+        assert np.abs(wave - waves[0]).max() > 1e-4
     assert [W.Flow().evaluations, W.Flow(5, "euler").evaluations] == [36, 4]
 
 
@@ -88,7 +83,7 @@ def test_seeds(batch):
     rows, voices, _, _ = batch
     together = _speak(rows, voices, seeds=[3, 2**40, 3, 7])
     [alone] = _speak(rows[1:2], voices[1], seeds=2**40)
-    np.testing.assert_allclose(together[1], alone, atol=2e-5)
+    np.testing.assert_allclose(together[1], alone, atol=5e-6)
     assert np.abs(_speak(rows[1:2], voices[1], seeds=4)[0] - alone).max() > 1e-3
     long, short = (np.asarray(W.draw_noise(np.array([[0, 3]], np.uint32), n, 20)) for n in (48, 24))
     np.testing.assert_array_equal(long[:, :24], short)
@@ -101,7 +96,7 @@ def test_no_codes_make_no_sound(batch):
     assert [w.shape for w in _speak([empty, []], voices[0])] == [(0,), (0,)]
     first, none = _speak([rows[0], empty], voices[0], noise=[noises[0], np.zeros((0, 20), np.float32)])
     assert none.shape == (0,)
-    np.testing.assert_allclose(first, waves[0], atol=2e-5)
+    np.testing.assert_allclose(first, waves[0], atol=5e-6)
     assert _speak([], []) == []
 
 
@@ -143,7 +138,7 @@ def test_nothing_compiles_after_one_call_per_bucket(batch):
         _speak([tiny.codes(9, 33)], voices[3], seeds=[8])
         _speak([tiny.codes(9, 36), [], tiny.codes(8, 3), tiny.codes(8, 4)], voices[3], seeds=4)
         assert compiled == []
-        _speak([tiny.codes(9, 25)], voices[0], seeds=2, flow=W.Flow(3, "euler"))
+        _speak([tiny.codes(9, 25)], voices[0], seeds=2, flow=W.Flow(2))
         assert compiled
     finally:
         jax.monitoring.clear_event_listeners()

@@ -22,13 +22,22 @@ from omni_jax import token2wav as W
 from omni_jax.layers import unstack
 from omni_jax.voice import Voice
 
+# The reference's operations are tiny here; handing them to several threads only costs.
+torch.set_num_threads(1)
+
 DIT = C.DiTConfig(
-    hidden_size=32, num_hidden_layers=4, num_attention_heads=3, head_dim=16, emb_dim=24, num_embeds=40,
-    look_ahead_layers=(2,), look_backward_layers=(0, 3), mel_dim=20, enc_emb_dim=12, enc_dim=8,
-    enc_channels=(16, 16, 16, 16, 48), enc_attention_channels=8, enc_se_channels=8,
+    hidden_size=32, num_hidden_layers=3, num_attention_heads=3, head_dim=16, emb_dim=24, num_embeds=40,
+    look_ahead_layers=(2,), look_backward_layers=(0,), mel_dim=20, enc_emb_dim=12, enc_dim=8,
+    enc_channels=(16, 16, 16, 32), enc_kernel_sizes=(5, 3, 3, 1), enc_dilations=(1, 2, 3, 1),
+    enc_attention_channels=8, enc_se_channels=8,
 )  # fmt: skip
 BIGVGAN = C.BigVGANConfig(
-    mel_dim=20, upsample_initial_channel=32, upsample_rates=(5, 3, 2), upsample_kernel_sizes=(11, 7, 4)
+    mel_dim=20,
+    upsample_initial_channel=32,
+    upsample_rates=(5, 3),
+    upsample_kernel_sizes=(11, 7),
+    resblock_kernel_sizes=(3, 11),
+    resblock_dilation_sizes=((1, 3, 5), (1, 2, 4)),
 )
 CFG = C.Token2WavConfig(DIT, BIGVGAN)
 
@@ -36,13 +45,14 @@ CFG = C.Token2WavConfig(DIT, BIGVGAN)
 def _leaf(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     values = rng.normal(size=shape)
     if name.endswith(("bias", "alpha", "beta")):
-        return values * 0.2
+        return values * 0.1
     if "codec_embed" in name:
-        return values
+        return values * 4
     if ".ups." in name:
         return values / np.sqrt(shape[0] * shape[2] / 2)
     fan_in = np.prod(shape[-1:] if "transformer_blocks" in name or len(shape) == 2 else shape[1:])
-    gain = 0.3 if ".convs" in name else 0.1 if "conv_post" in name else 1.0
+    # The vocoder squeezes the mel spectrogram to [-1, 1], so its first layer makes up for that.
+    gain = 0.3 if ".convs" in name else 0.1 if "conv_post" in name else 5.0 if "conv_pre" in name else 1.0
     return values * gain / np.sqrt(fan_in)
 
 
