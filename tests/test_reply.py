@@ -42,7 +42,7 @@ def test_held_text_is_released():
 
 
 def test_no_half_characters():
-    builder, pieces = feed(bytes_of("é🙂x"), GenerationSettings())
+    _, pieces = feed(bytes_of("é🙂x"), GenerationSettings())
     assert pieces == ["", "é", "", "", "", "🙂", "x"]
     cut, _ = feed(bytes_of("é🙂")[:-1], GenerationSettings(max_new_tokens=5))
     assert cut.text == "é\N{REPLACEMENT CHARACTER}"
