@@ -41,8 +41,8 @@ def bucket(n: int, sizes: Sequence[int]) -> int:
 # Attention windows of one vision frame. 12.8 megapixels (the reference's limit) are 1024 whole windows, and more at
 # extreme aspect ratios, where windows at the edge are partial.
 WINDOWS = steps(4096, 8)
-# Patches of one call of the vision tower; one frame may have more. Rows enough for any device to be bound by arithmetic,
-# and few enough that temporaries at 3B shapes stay near 250 MiB.
+# Patches of one call of the vision tower; one frame may have more. Rows enough for any device to be bound by
+# arithmetic, and few enough that temporaries at 3B shapes stay near 250 MiB.
 VISION_PATCHES = 4096
 # A remainder of frames is padded where that wastes at most this many patches, and split into powers of two elsewhere.
 VISION_PATCHES_PADDED = 1024
