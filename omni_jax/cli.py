@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -133,10 +134,14 @@ def generate(
     _use_compilation_cache()
     from omni_jax import omni
 
+    began = time.perf_counter()
     loaded = omni.load(model, dtype=dtype, progress=notes.is_terminal)
+    load_seconds = time.perf_counter() - began
     if as_json:
         reply = loaded.generate(conversation, settings, media=media)
-        print(json.dumps(reply.to_dict(), ensure_ascii=False))
+        out = reply.to_dict()
+        out["timings"] = {"load": load_seconds} | out["timings"]
+        print(json.dumps(out, ensure_ascii=False))
         return
     status = notes.status("reading the prompt")
     status.start()
@@ -203,9 +208,29 @@ def bench(
     benchmark.main(stages, preset, pairs, layers, as_json)
 
 
+def footprint(
+    model: pathlib.Path,
+    *,
+    preset: Literal["3b", "7b", "nano"] = "3b",
+    layers: int | None = None,
+    as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Measure start-up times and resident memory: import, first token, peak of a run, vision tower over long clips.
+
+    Args:
+      model: Checkpoint folder to run, bf16.
+      preset: Whose shapes the vision tower has.
+      layers: Cut the vision tower to this many layers; by default none is cut.
+      as_json: Print one line of JSON and nothing else.
+    """
+    from infer import footprint as measure
+
+    measure.main(model, preset, layers, as_json)
+
+
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
-    commands: dict[str, Any] = {"generate": generate, "init": init, "bench": bench}
+    commands: dict[str, Any] = {"generate": generate, "init": init, "bench": bench, "footprint": footprint}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="omni-jax", description="Qwen2.5-Omni in JAX.")
     except InputError as e:

@@ -66,7 +66,7 @@ def test_json_is_one_line_and_equals_python(command, model):
     }
     assert got["token_ids"] == list(want["token_ids"])
     assert [len(t["top"]) for t in got["logprobs"]] == [2] * 5
-    assert set(got["timings"]) == {"process", "encode", "prefill", "decode", "total", "tokens_per_second"}
+    assert set(got["timings"]) == {"load", "process", "encode", "prefill", "decode", "total", "tokens_per_second"}
 
 
 def test_text_goes_to_stdout_and_progress_to_stderr(command, model):
