@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Options for pytest, e.g. make test PYTEST="tests/test_keys.py -x"
 PYTEST ?=
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench footprint clean
 .DELETE_ON_ERROR:
 
 # Stamps: installation is skipped until pyproject.toml changes.
@@ -24,8 +24,16 @@ $(VENV)/.installed-test: pyproject.toml $(VENV)/.installed
 out/nano/config.json: | $(VENV)/.installed
 	$(BIN)/omni-jax init out/nano --preset nano
 
+# The main job on real input: a photograph, speech, and a clip with its sound.
 demo: $(VENV)/.installed out/nano/config.json
-	$(BIN)/omni-jax generate --model out/nano --text 'What do you see?' --max-new-tokens 16
+	$(BIN)/omni-jax generate --model out/nano --max-new-tokens 32 --image docs/media/cat.jpg \
+	  --text 'What is in this picture?'
+	$(BIN)/omni-jax generate --model out/nano --max-new-tokens 32 --audio docs/media/speech.flac \
+	  --text 'What does the voice say?'
+	$(BIN)/omni-jax generate --model out/nano --max-new-tokens 32 --video docs/media/clip.mp4 --use-audio-in-video \
+	  --text 'What happens, and what is said?'
+	$(BIN)/omni-jax generate --model out/nano --max-new-tokens 32 --image docs/media/cat.jpg \
+	  --audio docs/media/speech.flac --video docs/media/clip.mp4 --text 'Do they belong together?' --json
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -33,6 +41,17 @@ lint: $(VENV)/.installed-test
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST)
+
+# The figures of docs/performance.md. bench takes the better part of an hour where the CPU has no bf16 instructions;
+# footprint first makes a random 3B checkpoint (11 GB under out/).
+bench: $(VENV)/.installed-test
+	$(BIN)/omni-jax bench
+
+out/3b/config.json: | $(VENV)/.installed
+	$(BIN)/omni-jax init out/3b --preset 3b
+
+footprint: $(VENV)/.installed-test out/3b/config.json
+	$(BIN)/omni-jax footprint --model out/3b
 
 clean:
 	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -360,14 +360,20 @@ def markdown(rows: Iterable[Mapping[str, Any]], title: str) -> str:
     return "\n".join(lines)
 
 
-def measured(command: list[str]) -> tuple[str, float, float]:
-    """Runs a command; its stdout, wall seconds, and peak resident memory in bytes (of this one process)."""
+def measured(command: list[str], **env: str) -> tuple[str, float, float]:
+    """Runs a command, with these variables in its environment.
+
+    Returns:
+      its stdout, wall seconds, and peak resident memory in bytes (of this one process).
+    Raises:
+      InputError: it failed.
+    """
     code = (
         "import resource, subprocess, sys; r = subprocess.run(sys.argv[1:]); "
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024, file=sys.stderr); sys.exit(r.returncode)"
     )
     begin = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, env=os.environ | env)
     seconds = time.perf_counter() - begin
     if done.returncode:
         raise InputError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-2:]}")

@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from omni_jax.errors import InputError as InputError
     from omni_jax.omni import Omni as Omni
     from omni_jax.omni import load as load
+    from omni_jax.settings import DoneEvent as DoneEvent
     from omni_jax.settings import GenerationSettings as GenerationSettings
     from omni_jax.settings import Reply as Reply
     from omni_jax.settings import SpeechSettings as SpeechSettings
+    from omni_jax.settings import TextEvent as TextEvent
     from omni_jax.speech import PARTS as PARTS
 
 _HOMES = {
-    "Omni": "omni", "load": "omni", "GenerationSettings": "settings", "Reply": "settings", "SpeechSettings": "settings",
-    "PARTS": "speech",
+    "Omni": "omni", "load": "omni", "InputError": "errors", "GenerationSettings": "settings", "Reply": "settings",
+    "SpeechSettings": "settings", "TextEvent": "settings", "DoneEvent": "settings", "PARTS": "speech",
 }  # fmt: skip
 __all__ = sorted(_HOMES)
 

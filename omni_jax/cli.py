@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -187,14 +188,17 @@ def generate(
     from omni_jax.token2wav import SAMPLE_RATE
 
     parts = ("thinker",) if spoken is None else omni.PARTS
+    began = time.perf_counter()
     loaded = omni.load(model, parts=parts, dtype=dtype, progress=notes.is_terminal)
+    load_seconds = time.perf_counter() - began
     if as_json:
         reply = loaded.generate(conversation, settings, speech=spoken, media=media)
-        answer = reply.to_dict()
+        out = reply.to_dict()
+        out["timings"] = {"load": load_seconds} | out["timings"]
         if speech is not None:
             write_sound(speech, reply.waveform, SAMPLE_RATE, speech_format)
-            answer["speech"] = str(speech)
-        print(json.dumps(answer, ensure_ascii=False))
+            out["speech"] = str(speech)
+        print(json.dumps(out, ensure_ascii=False))
         return
     status = notes.status("reading the prompt")
     status.start()
@@ -327,10 +331,30 @@ def bench(
     benchmark.main(stages, preset, pairs, layers, as_json)
 
 
+def footprint(
+    model: pathlib.Path,
+    *,
+    preset: Literal["3b", "7b", "nano"] = "3b",
+    layers: int | None = None,
+    as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Measure start-up times and resident memory: import, first token, peak of a run, vision tower over long clips.
+
+    Args:
+      model: Checkpoint folder to run, bf16.
+      preset: Whose shapes the vision tower has.
+      layers: Cut the vision tower to this many layers; by default none is cut.
+      as_json: Print one line of JSON and nothing else.
+    """
+    from infer import footprint as measure
+
+    measure.main(model, preset, layers, as_json)
+
+
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
     commands: dict[str, Any] = {
-        "generate": generate, "vocode": vocode, "voices": voices, "init": init, "bench": bench,
+        "generate": generate, "vocode": vocode, "voices": voices, "init": init, "bench": bench, "footprint": footprint,
     }  # fmt: skip
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="omni-jax", description="Qwen2.5-Omni in JAX.")

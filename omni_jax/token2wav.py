@@ -150,6 +150,9 @@ def _checked_codes(cfg: DiTConfig, codes: Any, row: int) -> np.ndarray:
         return np.zeros(0, np.int32)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise CodeError(f"codes of request {row} must be one row of whole numbers, not {array.dtype}{array.shape}")
+    most = BLOCK_BUCKETS[-1] * cfg.block_size // cfg.repeats
+    if len(array) > most:
+        raise CodeError(f"request {row} has {len(array)} codes; at most {most} are spoken in one go, cut them up")
     size = cfg.num_embeds + 1
     wrong = np.flatnonzero((array < 0) | (array >= size))
     if wrong.size:
@@ -162,13 +165,16 @@ def _checked_codes(cfg: DiTConfig, codes: Any, row: int) -> np.ndarray:
 def _check_voice(cfg: DiTConfig, voice: Voice) -> None:
     shortest = speaker.shortest_mel(cfg)
     if voice.cond.shape != (cfg.enc_emb_dim,) or voice.ref_mel.shape[1:] != (cfg.mel_dim,):
-        raise ValueError(
+        raise InputError(
             f"voice {voice.name!r} has a cond of {voice.cond.shape} and a ref_mel of {voice.ref_mel.shape}; this model "
             f"takes ({cfg.enc_emb_dim},) and (frames, {cfg.mel_dim})"
         )
     if len(voice.ref_mel) < shortest:
         frames = len(voice.ref_mel)
-        raise ValueError(f"voice {voice.name!r} has {frames} reference frames; at least {shortest} are needed")
+        raise InputError(f"voice {voice.name!r} has {frames} reference frames; at least {shortest} are needed")
+    if len(voice.ref_mel) > REFERENCE_BUCKETS[-1]:
+        frames, most = len(voice.ref_mel), REFERENCE_BUCKETS[-1]
+        raise InputError(f"voice {voice.name!r} has {frames} reference frames; at most {most} fit, cut it")
 
 
 def _padded(rows: Sequence[np.ndarray], count: int, length: int) -> np.ndarray:
@@ -255,5 +261,5 @@ def token2wav(
 def _checked_noise(noise: Any, frames: int, mel_dim: int, row: int) -> np.ndarray:
     array = np.asarray(noise, np.float32)
     if array.ndim != 2 or array.shape[1] != mel_dim or len(array) < frames:
-        raise ValueError(f"noise of request {row} has shape {array.shape}; ({frames}, {mel_dim}) is needed")
+        raise InputError(f"noise of request {row} has shape {array.shape}; ({frames}, {mel_dim}) is needed")
     return array[:frames]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 
 import pytest
+
+# Tests that call the command in this process must not switch a persistent cache on: compilations are counted.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 
 
 @pytest.fixture(scope="session")

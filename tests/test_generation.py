@@ -149,7 +149,7 @@ def test_logprobs(model, oracle_thinker):
 
 
 def test_nothing_compiles_twice(model):
-    """A second prompt of the same buckets, other settings, 10 or 500 ids: nothing compiles, eager operations included."""
+    """A second prompt of the same buckets, other settings, 10 or 500 ids: nothing compiles, eager included."""
     model.generate(KINDS["image"], max_new_tokens=10)
     other = [
         KINDS["image"][0],

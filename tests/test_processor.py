@@ -212,6 +212,11 @@ def test_templates_that_do_not_fit(processor, template, message):
     assert message in str(e.value)
 
 
+def test_a_template_that_writes_nothing(processor):
+    with pytest.raises(ConversationError, match="the chat template wrote nothing"):
+        dataclasses.replace(processor, template="{# #}")([user(text("hm"))])
+
+
 def test_bad_media_are_named(processor, tmp_path):
     (tmp_path / "cat.jpg").write_text("no picture")
     (tmp_path / "silent.mp4").write_bytes(clip(1.0))

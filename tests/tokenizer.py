@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from omni_jax import config as C
-from omni_jax.processing.tokenizer import SPLIT
+from omni_jax.processing.tokenizer import SPLIT, Tokenizer
 from tests.tiny import tiny_config
 
 SPECIALS = [
@@ -71,3 +71,9 @@ def config_with_tokenizer() -> C.OmniConfig:
     }  # fmt: skip
     ids = {field: backend.token_to_id(name) for field, name in names.items()}
     return dataclasses.replace(cfg, thinker=dataclasses.replace(cfg.thinker, **ids))
+
+
+@functools.lru_cache
+def small_tokenizer() -> Tokenizer:
+    """The trained tokenizer as the library reads it."""
+    return Tokenizer(tokenizers.Tokenizer.from_str(trained()))

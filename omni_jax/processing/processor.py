@@ -157,6 +157,8 @@ class Processor:
             if i < len(media):
                 segments.append(media[i].segment)
                 ids.append(P.media_ids(media[i].segment, self.cfg))
+        if not ids:
+            raise chat.ConversationError("the chat template wrote nothing; use the checkpoint's own template")
         return Prompt(
             text.replace(mark, ""),
             np.concatenate(ids),

@@ -1,0 +1,133 @@
+"""`omni-jax footprint`: what a run costs beside its arithmetic: start-up times, and resident memory.
+
+Each figure comes from a process of its own, so that none sees another's memory or compiled programs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+
+from infer.bench import SharedWeights, machine, measured
+from omni_jax import buckets, vision
+from omni_jax import config as C
+from omni_jax.cache import init_cache
+from omni_jax.checkpoint import keys
+from omni_jax.processing.video import FPS
+from omni_jax.settings import GenerationSettings
+
+IMPORTS = 5  # processes whose median start-up is taken
+NEW_TOKENS = 8
+SIDE = 224  # pixels of the test clip's frames
+QUESTION = "Name three things that a cat does in the morning."
+
+
+def weights_and_cache(cfg: C.OmniConfig, prompt_tokens: int) -> tuple[int, int]:
+    """Bytes of the Thinker's bf16 parameters, and of the float32 cache that a CPU run of such a prompt allocates."""
+    import jax
+    import jax.numpy as jnp
+
+    weights = sum(
+        int(np.prod(shape)) * 2 for name, shape in keys.tensor_shapes(cfg).items() if keys.part_of(name) == "thinker"
+    )
+    most = GenerationSettings().max_new_tokens
+    capacity = buckets.bucket(buckets.bucket(prompt_tokens, buckets.PROMPT) + most, buckets.CACHE)
+    make = functools.partial(init_cache, cfg.thinker.text, 1, capacity, jnp.float32, unroll=False)
+    cache = jax.eval_shape(make, jax.ShapeDtypeStruct((1,), jnp.int32))
+    return weights, sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in (cache.k, cache.v))
+
+
+def _timed_imports() -> dict[str, float]:
+    commands = {
+        "import omni_jax": ["-c", "import omni_jax"],
+        "import omni_jax, load resolved (jax and all)": ["-c", "import omni_jax; omni_jax.load"],
+        "omni-jax --help": ["-m", "omni_jax.cli", "--help"],
+    }
+    return {
+        name: statistics.median(measured([sys.executable, *args])[1] for _ in range(IMPORTS))
+        for name, args in commands.items()
+    }
+
+
+def _generation(model: pathlib.Path) -> dict[str, Any]:
+    """Two runs of the command with one compile cache: the first compiles, the second does not."""
+    runs = []
+    command = [sys.executable, "-m", "omni_jax.cli", "generate", "--model", str(model), "--text", QUESTION, "--json"]
+    command += ["--max-new-tokens", str(NEW_TOKENS)]
+    with tempfile.TemporaryDirectory() as cache:
+        for _ in range(2):
+            out, seconds, peak = measured(command, JAX_COMPILATION_CACHE_DIR=cache)
+            reply = json.loads(out)
+            runs.append((reply, seconds - reply["timings"]["decode"], peak))
+    (_, cold, _), (reply, warm, peak) = runs
+    weights, kv = weights_and_cache(C.load_config(model), reply["prompt_tokens"])
+    return {
+        "prompt_tokens": reply["prompt_tokens"], "first_token_cold_s": cold, "first_token_warm_s": warm,
+        "load_s": reply["timings"]["load"], "prefill_warm_s": reply["timings"]["prefill"],
+        "tokens_per_second": reply["timings"]["tokens_per_second"],
+        "peak_bytes": peak, "weights_bytes": weights, "cache_bytes": kv, "ratio": peak / (weights + kv),
+    }  # fmt: skip
+
+
+def encode_clip(preset: str, seconds: float, layers: int | None) -> None:
+    """The vision tower over a clip of random frames at the default sampling; run in a process of its own."""
+    import dataclasses
+
+    import ml_dtypes
+
+    cfg = C.preset(preset)
+    part = cfg.thinker.vision
+    if layers is not None:
+        full = tuple(i for i in part.fullatt_block_indexes if i < layers)
+        part = dataclasses.replace(part, depth=layers, fullatt_block_indexes=full)
+        cfg = dataclasses.replace(cfg, thinker=dataclasses.replace(cfg.thinker, vision=part))
+    params = SharedWeights(cfg, "thinker.visual.").tree()
+    side = SIDE // part.patch_size
+    grid = (round(seconds * FPS) // part.temporal_patch_size, side, side)
+    pixels = np.random.default_rng(0).standard_normal((int(np.prod(grid)), part.patch_dim), dtype=np.float32)
+    vision.vision_features(vision.vision_program(part), params, part, [(pixels, grid)], ml_dtypes.bfloat16)
+
+
+def _vision(preset: str, layers: int | None) -> dict[str, float]:
+    peaks = {}
+    for seconds in (30, 60):
+        code = f"from infer.footprint import encode_clip; encode_clip({preset!r}, {seconds}, {layers!r})"
+        begin = time.perf_counter()
+        peaks[f"peak_{seconds}_s_bytes"] = measured([sys.executable, "-c", code])[2]
+        peaks[f"wall_{seconds}_s"] = time.perf_counter() - begin
+    return peaks | {"ratio": peaks["peak_60_s_bytes"] / peaks["peak_30_s_bytes"]}
+
+
+def main(model: pathlib.Path, preset: str, layers: int | None, as_json: bool) -> None:
+    """The command behind `omni-jax footprint`."""
+    imports, run, clip = _timed_imports(), _generation(model), _vision(preset, layers)
+    if as_json:
+        print(json.dumps({"machine": machine(), "imports": imports, "generate": run, "vision": clip}))
+        return
+    where, gib = machine(), 2**30
+    clips = f"vision tower, {preset}{'' if layers is None else f', {layers} layers'}, {SIDE}×{SIDE} clip"
+    rows = [(name, f"{seconds:.2f} s") for name, seconds in imports.items()]
+    rows += [
+        (f"loading {model}", f"{run['load_s']:.1f} s"),
+        (f"first token of a prompt of {run['prompt_tokens']}, process start included, cold compile cache",
+         f"{run['first_token_cold_s']:.1f} s"),
+        ("the same, warm compile cache", f"{run['first_token_warm_s']:.1f} s"),
+        ("prefill of it, warm compile cache", f"{run['prefill_warm_s']:.1f} s"),
+        ("peak resident memory", f"{run['peak_bytes'] / gib:.2f} GiB"),
+        ("weights + cache", f"{run['weights_bytes'] / gib:.2f} + {run['cache_bytes'] / gib:.2f} GiB"),
+        ("peak / (weights + cache)", f"{run['ratio']:.3f}"),
+        (f"{clips} of 30 s: peak", f"{clip['peak_30_s_bytes'] / gib:.2f} GiB"),
+        ("the same, 60 s", f"{clip['peak_60_s_bytes'] / gib:.2f} GiB"),
+        ("peak at 60 s / peak at 30 s", f"{clip['ratio']:.2f}"),
+    ]  # fmt: skip
+    print(f"{where['cpu']}, {where['cores']} cores, {where['vector']}, jax {where['jax']}.\n")
+    print("| what | figure |\n|---|---|")
+    print("\n".join(f"| {what} | {figure} |" for what, figure in rows))

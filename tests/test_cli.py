@@ -1,0 +1,225 @@
+"""The command: its output forms, and one clear line for each kind of bad input."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from omni_jax import cli
+from omni_jax.processing.chat import SPEECH_SYSTEM_MESSAGE
+from tests import media
+
+MEDIA = pathlib.Path(__file__).parent.parent / "docs" / "media"
+
+
+def run(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["omni-jax", *map(str, args)])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as e:
+        code = e.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, checkpoint):
+    """`generate` on the small checkpoint."""
+
+    def call(*args: object, model: pathlib.Path = checkpoint) -> tuple[int, str, str]:
+        return run(monkeypatch, capsys, "generate", "--model", model, "--dtype", "float32", *args)
+
+    return call
+
+
+def test_json_is_one_line_and_equals_python(command, model):
+    code, out, err = command(
+        "--text", "What is this?", "--image", MEDIA / "cat.jpg", "--max-pixels", 30000, "--max-new-tokens", 5,
+        "--logprobs", 2, "--json",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert out.count("\n") == 1
+    got = json.loads(out)
+    want = model.generate(
+        [
+            {"role": "system", "content": SPEECH_SYSTEM_MESSAGE},
+            {"role": "user", "content": [
+                {"type": "image", "image": str(MEDIA / "cat.jpg"), "max_pixels": 30000},
+                {"type": "text", "text": "What is this?"},
+            ]},
+        ],
+        max_new_tokens=5, logprobs=2,
+    ).to_dict()  # fmt: skip
+    assert set(got) == {"text", "token_ids", "prompt_tokens", "finish_reason", "timings", "logprobs"}
+    assert {k: got[k] for k in ("text", "prompt_tokens", "finish_reason")} == {
+        k: want[k] for k in ("text", "prompt_tokens", "finish_reason")
+    }
+    assert got["token_ids"] == list(want["token_ids"])
+    assert [len(t["top"]) for t in got["logprobs"]] == [2] * 5
+    assert set(got["timings"]) == {"load", "process", "encode", "prefill", "decode", "total", "tokens_per_second"}
+
+
+def test_text_goes_to_stdout_and_progress_to_stderr(command, model):
+    code, out, err = command("--text", "Hi", "--system", "Be brief.", "--max-new-tokens", 4)
+    want = model.generate(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}], max_new_tokens=4
+    )
+    assert (code, out) == (0, want.text + "\n")
+    assert "ended by length" in err
+
+
+def test_order_of_media(monkeypatch, capsys, checkpoint, model, tmp_path):
+    """Images, audios, videos, then the text, whatever the order of the flags; and a messages file says the same."""
+    seen = []
+    monkeypatch.setattr(type(model), "prepare", lambda self, messages, **k: seen.append((messages, k)) or 1 / 0)
+    flags = ["--video", "v.mp4", "--text", "T", "--audio", "a.wav", "--image", "1.png", "--image", "2.png"]
+    with pytest.raises(ZeroDivisionError):
+        run(monkeypatch, capsys, "generate", "--model", checkpoint, *flags, "--fps", 3, "--use-audio-in-video")
+    (messages, options), = seen  # fmt: skip
+    assert [(p["type"], p[p["type"]]) for p in messages[1]["content"]] == [
+        ("image", "1.png"), ("image", "2.png"), ("audio", "a.wav"), ("video", "v.mp4"), ("text", "T"),
+    ]  # fmt: skip
+    assert messages[0] == {"role": "system", "content": SPEECH_SYSTEM_MESSAGE}
+    assert options == {"use_audio_in_video": True, "fps": 3.0}
+    file = tmp_path / "m.json"
+    file.write_text(json.dumps(messages))
+    with pytest.raises(ZeroDivisionError):
+        run(monkeypatch, capsys, "generate", "--model", checkpoint, "--messages", file, "--max-frames", 8)
+    assert seen[1] == (messages, {"use_audio_in_video": False, "max_frames": 8})
+
+
+def _bad_inputs(tmp: pathlib.Path) -> dict[str, tuple[list, str]]:
+    """Name → (arguments, what the line must say). Every file that the command may meet, broken."""
+    (tmp / "half.jpg").write_bytes((MEDIA / "cat.jpg").read_bytes()[:9000])
+    (tmp / "not.png").write_text("this is not a picture")
+    (tmp / "empty.wav").write_bytes(media.encode_sound(np.zeros(0, np.float32), 16000, "WAV"))
+    bad = media.tone(1.0)
+    bad[100] = np.nan
+    import soundfile
+
+    soundfile.write(tmp / "nan.wav", bad, 16000, subtype="FLOAT")
+    (tmp / "silent.mp4").write_bytes(media.encode_clip([media.picture(56, 56, i) for i in range(10)]))
+    (tmp / "half.mp4").write_bytes((MEDIA / "clip.mp4").read_bytes()[:20000])
+    (tmp / "role.json").write_text(json.dumps([{"role": "wizard", "content": "hi"}]))
+    (tmp / "type.json").write_text(json.dumps([{"role": "user", "content": [{"type": "smell", "smell": "x"}]}]))
+    (tmp / "broken.json").write_text("[")
+    ask = ["--text", "What?"]
+    return {
+        "missing picture": ([*ask, "--image", tmp / "none.jpg"], "none.jpg"),
+        "truncated picture": ([*ask, "--image", tmp / "half.jpg"], "half.jpg"),
+        "not a picture": ([*ask, "--image", tmp / "not.png"], "not.png"),
+        "no samples": ([*ask, "--audio", tmp / "empty.wav"], "empty.wav"),
+        "NaN in samples": ([*ask, "--audio", tmp / "nan.wav"], "nan.wav"),
+        "a folder": ([*ask, "--audio", tmp], tmp.name),
+        "clip without sound": ([*ask, "--video", tmp / "silent.mp4", "--use-audio-in-video"], "silent.mp4"),
+        "truncated clip": ([*ask, "--video", tmp / "half.mp4"], "half.mp4"),
+        "unknown role": (["--messages", tmp / "role.json"], "wizard"),
+        "unknown content": (["--messages", tmp / "type.json"], "smell"),
+        "broken messages": (["--messages", tmp / "broken.json"], "broken.json"),
+        "overlong prompt": (["--text", "word " * 40000], "context of 32768"),
+        "nothing to answer": ([], "--text"),
+        "both forms": ([*ask, "--messages", tmp / "role.json"], "either"),
+        "media beside messages": (["--messages", tmp / "role.json", "--image", "x.png"], "--image"),
+        "temperature": ([*ask, "--temperature", "-1"], "temperature"),
+        "model": ([*ask, "--model", tmp / "nowhere"], "nowhere"),
+    }
+
+
+def test_bad_input_is_one_line(command, tmp_path):
+    for name, (args, says) in _bad_inputs(tmp_path).items():
+        code, out, err = command(*args)
+        assert (code, out) == (2, ""), name
+        assert err.startswith("omni-jax: "), name
+        assert err.count("\n") == 1, (name, err)
+        assert says in err, (name, err)
+        assert "Traceback" not in err
+
+
+def test_a_checkpoint_lacking_a_shard(command, checkpoint, tmp_path):
+    from omni_jax import config as C
+    from omni_jax.checkpoint.publish import write_random
+
+    broken = tmp_path / "broken"
+    write_random(broken, C.preset("nano"), max_shard_bytes=2_000_000)
+    shard = sorted(broken.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    code, out, err = command("--text", "hi", model=broken)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert shard.name in err
+
+
+def test_openai_items(command, tmp_path):
+    """A picture and a sound as data, in OpenAI's form."""
+    picture = base64.b64encode((MEDIA / "cat.jpg").read_bytes()).decode()
+    sound = base64.b64encode(media.encode_sound(media.tone(0.4), 16000, "WAV")).decode()
+    messages = [
+        {"role": "user", "content": [
+            {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{picture}"}},
+            {"type": "input_audio", "input_audio": {"data": sound, "format": "wav"}},
+            {"type": "text", "text": "What?"},
+        ]},
+    ]  # fmt: skip
+    file = tmp_path / "m.json"
+    file.write_text(json.dumps(messages))
+    code, out, _ = command("--messages", file, "--max-new-tokens", 2, "--max-pixels", 30000, "--json")
+    assert code == 0
+    assert len(json.loads(out)["token_ids"]) == 2
+
+
+def test_init_makes_a_folder_once(monkeypatch, capsys, tmp_path):
+    code, _, _ = run(monkeypatch, capsys, "init", tmp_path / "new", "--seed", 3)
+    assert code == 0
+    assert (tmp_path / "new" / "config.json").exists()
+    code, _, err = run(monkeypatch, capsys, "init", tmp_path / "new")
+    assert (code, err.count("\n")) == (2, 1)
+
+
+def test_from_an_empty_folder_on_eight_devices(checkpoint, model, tmp_path):
+    """The installed entry point elsewhere; and the parameters over a mesh of virtual devices give the same ids."""
+    code = f"""
+import json, jax
+from omni_jax import load
+mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+model = load({str(checkpoint)!r}, dtype="float32", mesh=mesh)
+q = model.params["thinker"]["model"]["layers"]["self_attn"]["q_proj"]["weight"]
+reply = model.generate([{{"role": "user", "content": "Hello there"}}], max_new_tokens=12)
+print(json.dumps([list(q.sharding.spec), len(jax.devices()), list(reply.token_ids)]))
+"""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(MEDIA.parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | flags, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    spec, devices, ids = json.loads(done.stdout)
+    assert (spec, devices) == ([None, "model", None], 8)
+    want = model.generate([{"role": "user", "content": "Hello there"}], max_new_tokens=12)
+    assert ids == list(want.token_ids)
+
+
+def test_where_the_ending_ids_come_from(checkpoint, model, tmp_path):
+    """generation_config.json, else config.json, else tokenizer_config.json."""
+    from omni_jax.config import from_dict
+    from omni_jax.omni import stop_token_ids
+
+    folder = tmp_path / "c"
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    tokenizer = model.processor.tokenizer
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert stop_token_ids(folder, model.config, tokenizer) == (5, 6)
+    (folder / "generation_config.json").write_text("{}")
+    raw["thinker_config"]["eos_token_id"] = 7
+    assert stop_token_ids(folder, from_dict(raw), tokenizer) == (7,)
+    del raw["thinker_config"]["eos_token_id"]
+    (folder / "generation_config.json").unlink()
+    assert stop_token_ids(folder, from_dict(raw), tokenizer) == (tokenizer.id("<|im_end|>"),)
