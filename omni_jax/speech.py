@@ -142,7 +142,11 @@ class Speech:
         self.config, self.params, self.voices, self.cache_dtype = config, params, voices, cache_dtype
         self.talker = config.talker
         self.vocoder = Vocoder(config.token2wav, params["token2wav"], voices)
-        self.stop_ids = (self.talker.tts_codec_pad_token_id, self.talker.tts_codec_end_token_id)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end speech: pad and end."""
+        return (self.talker.tts_codec_pad_token_id, self.talker.tts_codec_end_token_id)
 
     def check(self, settings: Sequence[SpeechSettings | None]) -> None:
         """Raises VoiceError or SpeechError before anything is computed: an unknown voice, a mark without a vector."""

@@ -8,7 +8,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
-import torch
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -24,6 +23,7 @@ from omni_jax.checkpoint import keys, tokenizer_files
 from omni_jax.checkpoint.load import load_params, open_checkpoint
 from omni_jax.checkpoint.publish import write_random
 from omni_jax.checkpoint.safetensors_io import CheckpointError
+from omni_jax.checkpoint.speakers import load_voices
 
 TEXTS = [
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|audio_bos|><|AUDIO|><|audio_eos|>",
@@ -50,7 +50,7 @@ def test_files(nano):
     names = {f.name for f in folder.iterdir()}
     assert {
         "config.json", "generation_config.json", "preprocessor_config.json", "chat_template.json", "tokenizer.json",
-        "vocab.json", "merges.txt", "tokenizer_config.json", "model.safetensors.index.json",
+        "vocab.json", "merges.txt", "tokenizer_config.json", "model.safetensors.index.json", "spk_dict.pt",
     } <= names  # fmt: skip
     assert sum(name.endswith(".safetensors") for name in names) > 2
     tensors = open_checkpoint(folder, cfg)
@@ -65,7 +65,8 @@ def test_same_arguments_same_bytes(nano, tmp_path):
     assert digests(tmp_path / "again") == digests(folder)
     write_random(tmp_path / "other", C.preset("nano"), max_shard_bytes=2_000_000, seed=1)
     mine, other = digests(folder), digests(tmp_path / "other")
-    assert {n for n in mine if mine[n] != other[n]} == {n for n in mine if n.endswith(".safetensors")}
+    weights = {n for n in mine if n.endswith(".safetensors")}
+    assert {n for n in mine if mine[n] != other[n]} == weights | {"spk_dict.pt"}
 
 
 def test_whole_or_absent(tmp_path, nano, monkeypatch):
@@ -90,14 +91,15 @@ def test_whole_or_absent(tmp_path, nano, monkeypatch):
 
 def test_transformers_loads_the_whole_model(nano):
     folder, cfg = nano
-    torch.save({}, folder / "spk_dict.pt")  # from_pretrained insists on the voices, which are not made here
-    try:
-        model = Qwen2_5OmniForConditionalGeneration.from_pretrained(folder)
-        _, info = PreTrainedModel.from_pretrained.__func__(
-            Qwen2_5OmniForConditionalGeneration, folder, output_loading_info=True
-        )
-    finally:
-        (folder / "spk_dict.pt").unlink()
+    model = Qwen2_5OmniForConditionalGeneration.from_pretrained(folder)
+    _, info = PreTrainedModel.from_pretrained.__func__(
+        Qwen2_5OmniForConditionalGeneration, folder, output_loading_info=True
+    )
+    voices = load_voices(folder)
+    assert list(model.speaker_map) == list(voices) == ["Chelsie", "Ethan"]
+    for name, voice in voices.items():
+        assert model.speaker_map[name]["bos_token"] == voice.bos_token < cfg.thinker.text.vocab_size
+        np.testing.assert_array_equal(model.speaker_map[name]["ref_mel"][0], voice.ref_mel)
     assert not any(info.values()), info
     assert model.thinker.generation_config.eos_token_id == [cfg.thinker.eos_token_id[0]]
     params = load_params(folder, cfg, parts=("thinker", "talker", "token2wav"), dtype=np.float32, unroll=False)
@@ -211,3 +213,13 @@ def test_signals_keep_their_size(nano):
     inv_freq = np.asarray(params["token2wav"]["code2wav_dit_model"]["rotary_embed"]["inv_freq"])
     np.testing.assert_array_equal(inv_freq, inv_freq.astype(ml_dtypes.bfloat16).astype(np.float32))
     np.testing.assert_allclose(inv_freq, 10000.0 ** -(np.arange(0, 16, 2) / 16), rtol=4e-3)
+
+
+def test_no_code_without_an_embedding_is_likely(nano):
+    """The rows of the Talker's head that Token2Wav could not speak are silent, but for those that end the speech."""
+    folder, cfg = nano
+    head = np.asarray(load_params(folder, cfg, parts=("talker",), unroll=False)["talker"]["codec_head"]["weight"])
+    mute = np.flatnonzero(~head.any(axis=1))
+    ends = {cfg.talker.tts_codec_pad_token_id, cfg.talker.tts_codec_end_token_id}
+    beyond = set(range(cfg.token2wav.dit.num_embeds + 1, cfg.talker.decoder.vocab_size))
+    assert set(mute.tolist()) == beyond - ends
