@@ -34,6 +34,8 @@ from omni_jax.errors import InputError
 from omni_jax.sampling import Sampling
 
 STAGES = ("decode", "prefill", "audio", "vision")
+# Of infer/bench_speech.py.
+SPEECH_STAGES = ("talker", "dit", "vocoder", "token2wav")
 PROMPT_TOKENS = 512
 AUDIO_FRAMES = 1000  # 10 s
 PICTURE = 448
@@ -60,7 +62,8 @@ class Row:
         }  # fmt: skip
 
 
-def _torch() -> Any:
+def reference_torch() -> Any:
+    """torch, two threads on two cores. Raises InputError where the reference is not installed."""
     try:
         import torch
         import transformers
@@ -72,7 +75,7 @@ def _torch() -> Any:
 
 
 class SharedWeights:
-    """Random bf16 tensors of the published names, each in one buffer that both frameworks read."""
+    """Random tensors of the published names and dtypes, each in one buffer that both frameworks read."""
 
     def __init__(self, cfg: C.OmniConfig, prefix: str, seed: int = 0):
         rng = np.random.default_rng(seed)
@@ -81,12 +84,12 @@ class SharedWeights:
         for name, shape in keys.tensor_shapes(cfg).items():
             if not name.startswith(prefix):
                 continue
-            out = aligned_empty(shape, ml_dtypes.bfloat16)
+            out = aligned_empty(shape, keys.published_dtype(name))
             flat = out.reshape(-1)
             one_d = len(shape) == 1
             scale = 0.02 if one_d else 1 / math.sqrt(math.prod(shape[1:]))
             shift = 1.0 if one_d and "bias" not in name else 0.0
-            values = (block * scale + shift).astype(ml_dtypes.bfloat16)
+            values = (block * scale + shift).astype(out.dtype)
             for i in range(0, flat.size, block.size):
                 flat[i : i + block.size] = values[: min(block.size, flat.size - i)]
             self.arrays[name] = out
@@ -111,6 +114,8 @@ class SharedWeights:
         """The same memory as torch tensors, names below the prefix."""
         return {
             name.removeprefix(self.prefix): torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
+            if a.dtype == ml_dtypes.bfloat16
+            else torch.from_numpy(a)
             for name, a in self.arrays.items()
         }
 
@@ -123,7 +128,7 @@ def _tuples(node: Any) -> Any:
     return {k: _tuples(v) for k, v in node.items()}
 
 
-def _pairs(theirs: Callable[[], Any], ours: Callable[[], Any], pairs: int, tick: Callable[[], None]) -> tuple:
+def timed_pairs(theirs: Callable[[], Any], ours: Callable[[], Any], pairs: int, tick: Callable[[], None]) -> tuple:
     """Runs both once to warm up, then in turn; seconds of each."""
     theirs()
     ours()
@@ -137,18 +142,21 @@ def _pairs(theirs: Callable[[], Any], ours: Callable[[], Any], pairs: int, tick:
     return times
 
 
-def _reference_config(cfg: C.OmniConfig) -> Any:
+def reference_config(cfg: C.OmniConfig) -> Any:
+    """The reference's configuration object, with sdpa attention in every part."""
     from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniConfig
 
-    thinker = Qwen2_5OmniConfig(**C.to_dict(cfg)).thinker_config
-    for part in (thinker, thinker.text_config, thinker.audio_config, thinker.vision_config):
+    config = Qwen2_5OmniConfig(**C.to_dict(cfg))
+    thinker = config.thinker_config
+    parts = (thinker.text_config, thinker.audio_config, thinker.vision_config, config.talker_config)
+    for part in (config, thinker, *parts, config.token2wav_config):
         part._attn_implementation = "sdpa"
-    return thinker
+    return config
 
 
 def _text_rows(cfg: C.OmniConfig, pairs: int, stages: Iterable[str], tick: Callable[[], None]) -> list[Row]:
     """Prefill and decode of the Thinker's decoder with the output head, batch 1."""
-    torch = _torch()
+    torch = reference_torch()
     from transformers import DynamicCache
     from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as M
 
@@ -157,7 +165,7 @@ def _text_rows(cfg: C.OmniConfig, pairs: int, stages: Iterable[str], tick: Calla
     for name in [n for n in weights.arrays if ".visual." in n or ".audio_tower." in n]:
         del weights.arrays[name]
     state = weights.state_dict(torch)
-    reference_cfg = _reference_config(cfg).text_config
+    reference_cfg = reference_config(cfg).thinker_config.text_config
     with torch.device("meta"):
         model = M.Qwen2_5OmniThinkerTextModel._from_config(reference_cfg)
     model.load_state_dict(
@@ -205,7 +213,7 @@ def _text_rows(cfg: C.OmniConfig, pairs: int, stages: Iterable[str], tick: Calla
 
     rows = []
     if "prefill" in stages:
-        times = _pairs(their_prefill, our_prefill, pairs, tick)
+        times = timed_pairs(their_prefill, our_prefill, pairs, tick)
         rows.append(Row("prefill", f"{PROMPT_TOKENS} tokens and the first one drawn, batch 1", *times))
     else:
         # The reference's cache is filled by hand: its prefill can take minutes on a CPU without bf16 instructions.
@@ -216,17 +224,17 @@ def _text_rows(cfg: C.OmniConfig, pairs: int, stages: Iterable[str], tick: Calla
             theirs["cache"].update(torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16(), layer)
         theirs["token"] = torch.tensor([[1]])
     if "decode" in stages:
-        times = _pairs(lambda: their_step(theirs["token"]), our_decode, 3 * pairs, tick)
+        times = timed_pairs(lambda: their_step(theirs["token"]), our_decode, 3 * pairs, tick)
         rows.insert(0, Row("decode", f"one token after {PROMPT_TOKENS}, batch 1", *times))
     return rows
 
 
 def _audio_row(cfg: C.OmniConfig, pairs: int, tick: Callable[[], None]) -> Row:
-    torch = _torch()
+    torch = reference_torch()
     from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as M
 
     weights = SharedWeights(cfg, "thinker.audio_tower.")
-    reference_cfg = _reference_config(cfg).audio_config
+    reference_cfg = reference_config(cfg).thinker_config.audio_config
     with torch.device("meta"):
         tower = M.Qwen2_5OmniAudioEncoder._from_config(reference_cfg)
     tower.load_state_dict(weights.state_dict(torch), assign=True)
@@ -244,17 +252,17 @@ def _audio_row(cfg: C.OmniConfig, pairs: int, tick: Callable[[], None]) -> Row:
     def ours() -> None:
         audio.audio_features(run, params, cfg.thinker.audio, [mel], ml_dtypes.bfloat16)
 
-    return Row("audio", f"audio tower, {AUDIO_FRAMES / 100:g} s of sound", *_pairs(theirs, ours, pairs, tick))
+    return Row("audio", f"audio tower, {AUDIO_FRAMES / 100:g} s of sound", *timed_pairs(theirs, ours, pairs, tick))
 
 
 def _vision_row(cfg: C.OmniConfig, pairs: int, tick: Callable[[], None]) -> Row:
-    torch = _torch()
+    torch = reference_torch()
     from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as M
 
     part = cfg.thinker.vision
     weights = SharedWeights(cfg, "thinker.visual.")
     with torch.device("meta"):
-        tower = M.Qwen2_5OmniVisionEncoder._from_config(_reference_config(cfg).vision_config)
+        tower = M.Qwen2_5OmniVisionEncoder._from_config(reference_config(cfg).thinker_config.vision_config)
     tower.load_state_dict(weights.state_dict(torch), assign=True)
     tower.rotary_pos_emb = M.Qwen2_5_VisionRotaryEmbedding(part.hidden_size // part.num_heads // 2)
     tower.eval()
@@ -270,7 +278,7 @@ def _vision_row(cfg: C.OmniConfig, pairs: int, tick: Callable[[], None]) -> Row:
     def ours() -> None:
         vision.vision_features(run, params, part, [(patches, (1, side, side))], ml_dtypes.bfloat16)
 
-    return Row("vision", f"vision tower, one picture {PICTURE}×{PICTURE}", *_pairs(theirs, ours, pairs, tick))
+    return Row("vision", f"vision tower, one picture {PICTURE}×{PICTURE}", *timed_pairs(theirs, ours, pairs, tick))
 
 
 def machine() -> dict[str, Any]:
@@ -315,7 +323,7 @@ def run(
     """Times the stages; see the module's text.
 
     Args:
-      stages: of STAGES.
+      stages: of STAGES and SPEECH_STAGES.
       preset: whose shapes.
       pairs: interleaved pairs of each stage; decode takes three times as many, its runs being short.
       layers: cut every stack to this many layers (None: all).
@@ -323,16 +331,16 @@ def run(
     Raises:
       InputError: an unknown stage, or the reference is not installed.
     """
-    if unknown := sorted(set(stages) - set(STAGES)):
-        raise InputError(f"unknown stages {unknown}; known are {', '.join(STAGES)}")
+    if unknown := sorted(set(stages) - {*STAGES, *SPEECH_STAGES}):
+        raise InputError(f"unknown stages {unknown}; known are {', '.join((*STAGES, *SPEECH_STAGES))}")
     from rich.console import Console
     from rich.progress import Progress
 
     cfg = shallow(C.preset(preset), layers)
-    stages = [s for s in STAGES if s in stages]
+    stages = [s for s in (*STAGES, *SPEECH_STAGES) if s in stages]
     rows: list[Row] = []
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task("pairs", total=pairs * (len(stages) + 2 * ("decode" in stages)))
+        task = bar.add_task("pairs", total=None)
         tick = functools.partial(bar.advance, task)
         if {"decode", "prefill"} & set(stages):
             rows += _text_rows(cfg, pairs, stages, tick)
@@ -342,6 +350,11 @@ def run(
             gc.collect()
         if "vision" in stages:
             rows.append(_vision_row(cfg, pairs, tick))
+            gc.collect()
+        if set(stages) & set(SPEECH_STAGES):
+            from infer import bench_speech
+
+            rows += bench_speech.rows(cfg, pairs, stages, tick)
     return rows
 
 

@@ -309,7 +309,15 @@ def init(
 
 def bench(
     *,
-    stages: tuple[Literal["decode", "prefill", "audio", "vision"], ...] = ("decode", "prefill", "audio", "vision"),
+    stages: tuple[Literal["decode", "prefill", "audio", "vision", "talker", "dit", "vocoder", "token2wav"], ...] = (
+        "decode",
+        "prefill",
+        "audio",
+        "vision",
+        "talker",
+        "dit",
+        "vocoder",
+    ),
     preset: Literal["3b", "7b", "nano"] = "3b",
     pairs: int = 7,
     layers: int | None = None,
@@ -320,7 +328,7 @@ def bench(
     Needs the `bench` extra. Prints a Markdown table of medians and ratios (torch / jax: above 1 we are faster).
 
     Args:
-      stages: Which ones.
+      stages: Which ones. token2wav, the whole way from codes to sound, takes minutes a pair.
       preset: Whose shapes.
       pairs: Interleaved pairs of each stage.
       layers: Cut every stack to this many layers; by default none is cut.
