@@ -66,7 +66,7 @@ def _codes_file(path: pathlib.Path) -> Any:
 
 
 def _conversation(
-    text: str | None,
+    text: str,
     messages: pathlib.Path | None,
     system: str | None,
     media: dict[str, tuple[str, ...]],
@@ -75,7 +75,7 @@ def _conversation(
     from omni_jax.processing.chat import SPEECH_SYSTEM_MESSAGE
 
     given = [f"--{kind}" for kind, files in media.items() if files] + (["--system"] if system is not None else [])
-    if (text is None) == (messages is None):
+    if bool(text) == (messages is not None):
         raise InputError("give either --text or --messages FILE.json")
     if messages is not None:
         if given:
@@ -92,7 +92,7 @@ def _conversation(
 def generate(
     model: pathlib.Path,
     *,
-    text: str | None = None,
+    text: str = "",
     image: Strings = (),
     audio: Strings = (),
     video: Strings = (),

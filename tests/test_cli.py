@@ -70,9 +70,9 @@ def test_json_is_one_line_and_equals_python(command, model):
 
 
 def test_text_goes_to_stdout_and_progress_to_stderr(command, model):
-    code, out, err = command("--text", "Hi", "--system", "Be brief.", "--max-new-tokens", 4)
+    code, out, err = command("--text", "None", "--system", "Be brief.", "--max-new-tokens", 4)
     want = model.generate(
-        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}], max_new_tokens=4
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "None"}], max_new_tokens=4
     )
     assert (code, out) == (0, want.text + "\n")
     assert "ended by length" in err
