@@ -81,6 +81,19 @@ def silence_padding(x: jax.Array, lengths: jax.Array) -> jax.Array:
     return jnp.where(_is_inside(x, lengths), x, 0)
 
 
+def hold_by_gathering(x: jax.Array, lengths: jax.Array, pad: int) -> jax.Array:
+    """`hold_edges` as one gather: on a CPU one pass, and the quickest of the ways tried."""
+    t = jnp.clip(jnp.arange(-pad, x.shape[1] + pad), 0, jnp.maximum(lengths[:, None] - 1, 0))
+    return jnp.take_along_axis(x, t[:, :, None], axis=1, mode="clip")
+
+
+def hold_by_selecting(x: jax.Array, lengths: jax.Array, pad: int) -> jax.Array:
+    """`hold_edges` as a selection, which accelerators fuse into what follows where they would gather row by row."""
+    last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1, mode="clip")
+    x = jnp.where(_is_inside(x, lengths), x, last)
+    return jnp.concatenate([jnp.repeat(x[:, :1], pad, axis=1), x, jnp.repeat(last, pad, axis=1)], axis=1)
+
+
 def hold_edges(x: jax.Array, lengths: jax.Array, pad: int) -> jax.Array:
     """`pad` more steps on both sides; the first value before the start, the last true value beyond the true end.
 
@@ -90,8 +103,8 @@ def hold_edges(x: jax.Array, lengths: jax.Array, pad: int) -> jax.Array:
     Returns:
       [B, T + 2 pad, C].
     """
-    t = jnp.clip(jnp.arange(-pad, x.shape[1] + pad), 0, jnp.maximum(lengths[:, None] - 1, 0))
-    return jnp.take_along_axis(x, t[:, :, None], axis=1, mode="clip")
+    gather, select = (functools.partial(f, pad=pad) for f in (hold_by_gathering, hold_by_selecting))
+    return lax.platform_dependent(x, lengths, cpu=gather, default=select)
 
 
 def _sine_squared_polynomial(x: jax.Array) -> jax.Array:
