@@ -34,6 +34,8 @@ demo: $(VENV)/.installed out/nano/config.json
 	  --text 'What happens, and what is said?'
 	$(BIN)/omni-jax generate --model out/nano --max-new-tokens 32 --image docs/media/cat.jpg \
 	  --audio docs/media/speech.flac --video docs/media/clip.mp4 --text 'Do they belong together?' --json
+	$(BIN)/omni-jax generate --model out/nano --max-new-tokens 32 --image docs/media/cat.jpg \
+	  --audio docs/media/speech.flac --text 'Do they belong together?' --speech out/answer.wav --max-codes 250
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

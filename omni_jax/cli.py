@@ -224,6 +224,7 @@ def generate(
             f"{reply.seconds:.2f} s of speech made in {times['talker'] + times['token2wav']:.2f} s; "
             f"ended by {reply.speech_finish_reason}; written to {speech}",
             style="dim",
+            soft_wrap=True,
         )
 
 

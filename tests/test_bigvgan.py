@@ -47,6 +47,12 @@ def test_sine_squared_on_cpu_is_precise():
     np.testing.assert_allclose(jax.jit(bigvgan.sine_squared)(x), np.sin(x.astype(np.float64)) ** 2, atol=2e-6)
 
 
+def test_edges_are_held_at_the_true_end():
+    x, lengths = np.random.default_rng(0).normal(size=(3, 9, 2)).astype(np.float32), np.array([1, 5, 9])
+    for row, y, n in zip(x, np.asarray(bigvgan.hold_edges(x, lengths, 3)), lengths):
+        np.testing.assert_array_equal(y[: n + 6], np.pad(row[:n], ((3, 3), (0, 0)), mode="edge"))
+
+
 @pytest.mark.parametrize("frames", [1, 2, 7, 40])
 def test_activation_holds_the_true_edges(frames):
     params, reference = _both()

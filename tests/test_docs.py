@@ -15,7 +15,7 @@ def test_the_python_page_runs(checkpoint, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     names: dict = {"folder": checkpoint}
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "docs/python.md", "exec"), names)
     assert "length" in capsys.readouterr().out

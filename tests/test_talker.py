@@ -73,6 +73,20 @@ def test_prompt_vectors_logits_and_codes_of_every_kind(kind, speaker, oracle_omn
     print("errors: sums", oracle.relative_error(sums[0], want.sums), "logits", error)
 
 
+def test_positions_of_the_first_code(speaker):
+    """Mark and first vector continue the prompt's last segment; codes continue after the largest id of all."""
+    replies, _, recorder = codes_of(speaker, KINDS["text"], GREEDY, 24)
+    cfg, table = speaker.config.talker, speaker.params["thinker"]["model"]["embed_tokens"]["weight"]
+    first, _ = talker.reply_vectors(cfg, table, *speech.reply_arrays(recorder, replies))
+    batch = recorder.batch
+    for largest, want in ((batch.next_position, batch.positions[0, :, -1] + 3), (np.array([900], np.int32), [900])):
+        asked = talker.TalkerPrompt(
+            recorder.embeddings, recorder.hidden, batch.positions, batch.start, largest, None, np.array([5]), first
+        )
+        read = talker.prefill(cfg, speaker.params["talker"], table, asked, capacity=1024, cache_dtype=jnp.float32)
+        assert read.position.tolist() == list(want)
+
+
 def test_penalty_of_the_oracle(speaker, oracle_omni):
     """A strong penalty changes the codes of both alike, the synthetic prompt's marks in its history."""
     ask = KINDS["text"]
