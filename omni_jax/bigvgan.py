@@ -97,9 +97,11 @@ def overwrite_edges(x: jax.Array, lengths: jax.Array, pad: int, first: jax.Array
       lengths: [B] true steps.
       first, last: [B, 1, C].
     """
-    beyond = pad + lengths[:, None] + jnp.arange(pad)
-    x = x.at[:, :pad].set(first)
-    return x.at[jnp.arange(len(x))[:, None], beyond].set(last, mode="promise_in_bounds", unique_indices=True)
+
+    def overwrite(x: jax.Array, length: jax.Array, last: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(x, jnp.repeat(last, pad, axis=0), length + pad, axis=0)
+
+    return jax.vmap(overwrite)(x.at[:, :pad].set(first), lengths, last)
 
 
 def hold_edges(x: jax.Array, lengths: jax.Array, pad: int) -> jax.Array:
