@@ -26,9 +26,9 @@ RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in module
 # These stand beside leaves and parts: they see the first layer only, and the layer of `omni` is the first to see them.
 BESIDE = {"processing", "checkpoint"}
 OMNI = RANK["omni"]
-# Only the tests and this file may run the reference.
+# Only the tests and the benchmarks may run the reference.
 REFERENCE = {"torch", "torchvision", "torchaudio", "transformers"}
-BENCH = ROOT / "infer" / "bench.py"
+BENCHMARKS = {ROOT / "infer" / "bench.py", ROOT / "infer" / "bench_speech.py"}
 # Importing the package, or asking the command for help, must not load these.
 HEAVY = ("jax", "flax", "orbax", "tensorstore", "grain", "av", "soundfile", "PIL", "tokenizers", "huggingface_hub")
 
@@ -113,7 +113,7 @@ def test_imports_point_one_way(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_the_reference_is_not_imported(path):
-    if path != BENCH:
+    if path not in BENCHMARKS:
         assert not {m.split(".")[0] for m, _ in imports(path)} & REFERENCE
 
 

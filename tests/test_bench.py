@@ -28,16 +28,18 @@ def test_both_sides_share_their_weights():
 
 
 def test_every_stage_runs(capsys):
-    bench.main(bench.STAGES, "nano", 1, 2, as_json=True)
+    bench.main((*bench.STAGES, "talker", "dit", "vocoder"), "nano", 1, 2, as_json=True)
     out = json.loads(capsys.readouterr().out)
-    assert [r["stage"] for r in out["rows"]] == ["decode", "prefill", "audio", "vision"]
+    assert [r["stage"] for r in out["rows"]] == [
+        "decode", "prefill", "audio", "vision", "talker", "dit", "dit", "vocoder",
+    ]  # fmt: skip
     for row in out["rows"]:
         assert row["ratio"] == pytest.approx(row["torch_s"] / row["jax_s"])
         assert row["jax_s"] > 0
     table = bench.markdown(out["rows"], "nano")
-    assert table.count("\n| ") == 5
+    assert table.count("\n| ") == 9
     with pytest.raises(InputError, match="decode, prefill, audio, vision"):
-        bench.run(["decode", "vocoder"], preset="nano")
+        bench.run(["decode", "singer"], preset="nano")
 
 
 def test_weights_and_cache(model):
