@@ -99,7 +99,13 @@ def _attend_new(q: jax.Array, k: jax.Array, v: jax.Array, old: tuple | None, liv
     scale = q.shape[-1] ** -0.5
 
     def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:
-        s = jnp.einsum("bkgth,bksh->bkgts", q.astype(keys.dtype), keys, preferred_element_type=jnp.float32)
+        queries = q.astype(keys.dtype)
+        if q.shape[3] == 1:
+            # Keys first: with the thin side first XLA:CPU would transpose the whole cache.
+            s = jnp.einsum("bksh,bkgh->bksg", keys, queries[:, :, :, 0], preferred_element_type=jnp.float32)
+            s = jnp.moveaxis(s, 2, 3)[:, :, :, None]
+        else:
+            s = jnp.einsum("bkgth,bksh->bkgts", queries, keys, preferred_element_type=jnp.float32)
         return jnp.where(mask, s * scale, MASKED)
 
     def weigh(weights: jax.Array, values: jax.Array) -> jax.Array:
