@@ -26,12 +26,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from omni_jax import audio, generation, vision
+from omni_jax import audio, buckets, generation, vision
 from omni_jax import config as C
 from omni_jax.checkpoint import keys
 from omni_jax.checkpoint.safetensors_io import aligned_empty
 from omni_jax.errors import InputError
 from omni_jax.sampling import Sampling
+from omni_jax.settings import GenerationSettings
 
 STAGES = ("decode", "prefill", "audio", "vision")
 # Of infer/bench_speech.py.
@@ -187,20 +188,21 @@ def _text_rows(cfg: C.OmniConfig, pairs: int, stages: Iterable[str], tick: Calla
         one(0, np.float32), one(0, np.int32), one(1, np.float32), one(0, np.float32), one(1, np.float32),
         np.zeros((1, 2), np.uint32), np.full((1, 4), -1, np.int32),
     )  # fmt: skip
+    # What `Omni.run` gives such a prompt by default.
+    capacity = buckets.bucket(PROMPT_TOKENS + GenerationSettings().max_new_tokens, buckets.CACHE)
     ours: dict[str, Any] = {}
     theirs: dict[str, Any] = {}
 
     def our_prefill() -> None:
         ours.clear()
-        read = generation.prefill(cfg.thinker, params, prompt, capacity=2048, cache_dtype=jnp.float32)
+        read = generation.prefill(cfg.thinker, params, prompt, capacity=capacity, cache_dtype=jnp.float32)
         state, out = generation.first_draw(params, read.cache, read.seen, read.last, prompt.next_position, sampling)
         ours["state"] = state
         jax.block_until_ready(out)
 
     def our_decode() -> None:
-        state, out, _ = generation.decode_loop(cfg.thinker, params, ours["state"], sampling, np.int32(1))
-        ours["state"] = state
-        jax.block_until_ready(out)
+        ours["state"], _, _ = generation.advance(cfg.thinker, params, ours["state"], sampling, 1)
+        jax.block_until_ready(ours["state"].cache.length)
 
     @torch.inference_mode()
     def their_step(tokens: Any) -> None:

@@ -95,24 +95,32 @@ class Decoder(nn.Module):
         return RMSNorm(cfg.rms_norm_eps, name="norm")(x), rows
 
 
-def decode(
+def read(
     cfg: DecoderConfig, params: Any, x: jax.Array, positions: jax.Array, cache: KVCache, *, first: bool = False
-) -> tuple[jax.Array, KVCache]:
-    """`params, cache, inputs → hidden, cache`: the pure function that prefill and decode steps are made of.
+) -> tuple[jax.Array, Any]:
+    """`params, cache, inputs → hidden, new rows`: what prefill and decode steps are made of.
 
     Args:
       params: `{"layers", "norm"}`.
       x: [B, T, D] input embeddings.
       positions: int32 [3, B, T].
-      cache: donated by the caller's jit; must have T free slots.
+      cache: what came before.
       first: the cache is known to be empty, so that only the new tokens are attended to.
     Returns:
-      hidden [B, T, D] after the final norm, and the cache with T more slots.
+      hidden [B, T, D] after the final norm, and the rows for `append_rows`, in the dtype of the cache.
     """
     tree = {"layers": params["layers"], "norm": params["norm"]}
-    old = None if first else cache
-    hidden, rows = Decoder(cfg).apply({"params": tree}, x, positions, cache.start, old)
-    if first:
-        dtype = (cache.k[0] if isinstance(cache.k, tuple) else cache.k).dtype
-        rows = jax.tree.map(lambda a: a.astype(dtype), rows)
+    hidden, rows = Decoder(cfg).apply({"params": tree}, x, positions, cache.start, None if first else cache)
+    dtype = (cache.k[0] if isinstance(cache.k, tuple) else cache.k).dtype
+    return hidden, jax.tree.map(lambda a: a.astype(dtype), rows)
+
+
+def decode(
+    cfg: DecoderConfig, params: Any, x: jax.Array, positions: jax.Array, cache: KVCache, *, first: bool = False
+) -> tuple[jax.Array, KVCache]:
+    """`read`, and the rows written: hidden [B, T, D], and the cache with T more slots.
+
+    The caller's jit donates the cache, which must have T free slots.
+    """
+    hidden, rows = read(cfg, params, x, positions, cache, first=first)
     return hidden, append_rows(cache, rows)

@@ -5,17 +5,20 @@ Letters: B batch, T prompt tokens (a bucket), V vocabulary, D hidden, M media ve
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 
 from omni_jax import thinker
-from omni_jax.cache import KVCache, init_cache
+from omni_jax.cache import KVCache, append_rows, init_cache
 from omni_jax.config import ThinkerConfig
+from omni_jax.decoder import read
 from omni_jax.layers import Params
 from omni_jax.sampling import MAX_LOGPROBS, Array, Sampling, log_probs, sample
 
@@ -151,15 +154,58 @@ def first_draw(
     return DecodeState(cache, out.token, next_position, seen, drawn, done), out
 
 
+def _read_step(
+    cfg: ThinkerConfig, params: Params, state: DecodeState, sampling: Sampling
+) -> tuple[Any, DecodeState, StepOutput]:
+    """A step up to the writing of its rows: they, the state with the old cache in it, and the output."""
+    x = thinker.embed(params, state.token[:, None])
+    positions = jnp.broadcast_to(state.position[None, :, None], (3, *state.position.shape, 1))
+    hidden, rows = read(cfg.text, params["model"], x, positions, state.cache)
+    out, seen, drawn, done = _draw(params, hidden[:, -1], state.seen, state.drawn, state.done, sampling)
+    return rows, DecodeState(state.cache, out.token, state.position + 1, seen, drawn, done), out
+
+
 def decode_step(
     cfg: ThinkerConfig, params: Params, state: DecodeState, sampling: Sampling
 ) -> tuple[DecodeState, StepOutput]:
     """Reads the last id of each row and draws the next. Rows that are done go on harmlessly; the host ignores them."""
-    x = thinker.embed(params, state.token[:, None])
-    positions = jnp.broadcast_to(state.position[None, :, None], (3, *state.position.shape, 1))
-    hidden, cache = thinker.forward(cfg, params, x, positions, state.cache)
-    out, seen, drawn, done = _draw(params, hidden[:, -1], state.seen, state.drawn, state.done, sampling)
-    return DecodeState(cache, out.token, state.position + 1, seen, drawn, done), out
+    rows, state, out = _read_step(cfg, params, state, sampling)
+    return dataclasses.replace(state, cache=append_rows(state.cache, rows)), out
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _read_only(
+    cfg: ThinkerConfig, params: Params, state: DecodeState, sampling: Sampling
+) -> tuple[Any, DecodeState, StepOutput]:
+    rows, state, out = _read_step(cfg, params, state, sampling)
+    # The cache itself stays out of the outputs: there it would be a copy.
+    return rows, dataclasses.replace(state, cache=None), out  # type: ignore[arg-type]
+
+
+_write = jax.jit(append_rows, donate_argnums=0)
+
+
+def advance(
+    cfg: ThinkerConfig, params: Params, state: DecodeState, sampling: Sampling, steps: int
+) -> tuple[DecodeState, StepOutput, int]:
+    """Up to `steps` decode steps, at most LOOP_STEPS; stops early when every row is done. The state is used up.
+
+    Stacked layers run `decode_loop`, one program for all steps. Layers in a tuple (CPU) run two programs a step: one
+    reads the cache, one writes it. In one program XLA:CPU would copy each layer's cache before writing to it.
+
+    Returns:
+      the state, outputs [steps made or more, B, ...] on the host, and how many steps were made.
+    """
+    if not isinstance(params["model"]["layers"], tuple):
+        state, made, count = decode_loop(cfg, params, state, sampling, np.int32(steps))
+        made, count = jax.device_get((made, count))
+        return state, made, int(count)
+    outputs: list[StepOutput] = []
+    while len(outputs) < steps and not (outputs and np.asarray(state.done).all()):
+        rows, after, out = _read_only(cfg, params, state, sampling)
+        state = dataclasses.replace(after, cache=_write(state.cache, rows))
+        outputs.append(jax.device_get(out))
+    return state, jax.tree.map(lambda *a: np.stack(a), *outputs), len(outputs)
 
 
 @partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))

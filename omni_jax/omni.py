@@ -255,13 +255,11 @@ class Omni:
             done = np.array(
                 [b.finish_reason is not None for b in builders] + [True] * (len(batch.start) - len(builders))
             )
-            state, made, count = generation.decode_loop(
-                cfg, params, dataclasses.replace(state, done=done), sampling, np.int32(min(left, steps))
-            )
-            made, count = jax.device_get((made, count))
+            state = dataclasses.replace(state, done=done)
+            state, made, count = generation.advance(cfg, params, state, sampling, min(left, steps))
             if recorder is not None:
-                recorder.wrote(made.hidden[: int(count)])
-            yield self._feed(builders, settings, made, int(count))
+                recorder.wrote(np.asarray(made.hidden)[:count])
+            yield self._feed(builders, settings, made, count)
         end = clock()
         timings = {"encode": encoded - begin, "prefill": prefilled - encoded, "decode": end - prefilled}
         return [self._reply(b, p, s, timings) for b, p, s in zip(builders, prompts, settings, strict=True)]
