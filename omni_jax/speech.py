@@ -56,7 +56,7 @@ class Recorder:
         self.steps.append(hidden)
 
 
-def draw_settings(settings: Sequence[SpeechSettings], stop_ids: tuple[int, ...], salt: int = TALKER_SALT) -> Sampling:
+def draw_settings(settings: Sequence[SpeechSettings], stop_ids: tuple[int, ...]) -> Sampling:
     """The Talker's sampling settings of each row as arrays."""
 
     def of(name: str, dtype: Any) -> np.ndarray:
