@@ -19,6 +19,7 @@ import numpy as np
 
 from omni_jax import audio, buckets, generation, talker, thinker, token2wav, vision
 from omni_jax.checkpoint.load import load_params
+from omni_jax.checkpoint.sources import local_files
 from omni_jax.checkpoint.speakers import load_voices
 from omni_jax.config import ConfigError, OmniConfig, load_config
 from omni_jax.errors import InputError
@@ -414,22 +415,32 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     rules: Rules | None = None,
     unroll: bool | None = None,
+    adapter: str | pathlib.Path | None = None,
     progress: bool = False,
 ) -> Omni:
-    """Loads a published checkpoint folder.
+    """Loads a checkpoint: a folder in the published layout or one that `omni-jax convert` made.
 
     Args:
-      path: the folder: config.json, tokenizer files, safetensors; for speech, voices.
+      path: the folder: config.json, tokenizer files, weights; for speech, voices. Also a hub id
+        (`Qwen/Qwen2.5-Omni-3B`), or the URL of a converted folder.
       parts: `PARTS` for a model that speaks; by default the Thinker alone, which takes less memory.
       dtype: of weights and computation, "bfloat16" or "float32".
       mesh: device mesh to shard the parameters over; None for one device.
       rules: logical axis → mesh axis; see `sharding.Rules`.
       unroll: loop over the layers instead of scanning them; by default on one CPU device, where scanning is slow.
+      adapter: folder of a PEFT adapter (LoRA) to merge into the weights.
       progress: show a bar on stderr.
     Raises:
       ValueError: files that are missing, broken or of another model; one line that names them.
     """
-    path = pathlib.Path(path)
+    with local_files(path) as (files, arrays):
+        return _load(files, arrays, parts, dtype, mesh, rules, unroll, adapter, progress)
+
+
+def _load(
+    path: pathlib.Path, arrays: str | None, parts: Sequence[str], dtype: Any, mesh: jax.sharding.Mesh | None,
+    rules: Rules | None, unroll: bool | None, adapter: str | pathlib.Path | None, progress: bool,
+) -> Omni:  # fmt: skip
     cfg = load_config(path)
     if set(parts) not in ({"thinker"}, set(PARTS)):
         raise ValueError(f"parts {tuple(parts)} are neither the Thinker alone nor {PARTS}")
@@ -448,6 +459,7 @@ def load(
         shapes = {p: jax.eval_shape(functools.partial(inits[p], getattr(cfg, p)), key) for p in parts}
         shardings = {p: param_shardings(boxed, mesh, rules) for p, boxed in shapes.items()}
     params = load_params(
-        path, cfg, parts=parts, dtype=jnp.dtype(dtype), unroll=unroll, shardings=shardings, progress=progress
-    )
+        path, cfg, parts=parts, dtype=jnp.dtype(dtype), unroll=unroll, shardings=shardings, progress=progress,
+        adapter=adapter, arrays=arrays,
+    )  # fmt: skip
     return Omni(cfg, params, processor, stop_token_ids(path, cfg, processor.tokenizer), dtype, voices)
