@@ -137,7 +137,8 @@ def apply_adapter(tensors: Mapping[str, Stored], folder: str | pathlib.Path) -> 
         if match := _KEY.fullmatch(name):
             pairs.setdefault(match["module"], {})[match["side"]] = tensor
         elif (match := _WHOLE.fullmatch(name)) and ".lora_" not in name:
-            wholes[match["name"]] = tensor
+            # With adapted embeddings or heads, peft stores their own weights as well.
+            wholes[match["name"].replace(".base_layer.", ".")] = tensor
         else:
             raise CheckpointError(f"{folder}: tensor {name[:200]!r} is not part of a plain LoRA; merge with peft")
     if not pairs:

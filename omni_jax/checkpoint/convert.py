@@ -198,7 +198,11 @@ def _origins(files: pathlib.Path, tensors: Mapping[str, Stored], whole: bool) ->
         listed = orbax_io.read_manifest(files)["tensors"]
         out = {n: {k: e[k] for k in ("dtype", "file") if k in e} for n, e in listed.items() if n in tensors}
     else:
-        placed = {n: t.base if isinstance(t, adapters.Merged) else t for n, t in tensors.items()}
+        placed = {}
+        for name, tensor in tensors.items():
+            while isinstance(tensor, adapters.Merged):
+                tensor = tensor.base
+            placed[name] = tensor
         order = sorted(placed.items(), key=lambda item: (str(item[1].file), item[1].offset))  # type: ignore[attr-defined]
         out = {n: {"dtype": t.dtype.name, "file": t.file.name} for n, t in order if isinstance(t, Tensor)}
     return out if whole else {n: {"dtype": e["dtype"]} for n, e in out.items()}
