@@ -96,9 +96,7 @@ class Vocoder:
             if cfg.token2wav is None:
                 raise SpeechError(f"{path} has no Token2Wav: this checkpoint answers in text only")
             unroll = jax.default_backend() == "cpu"
-            params = load_params(
-                files, cfg, parts=("token2wav",), unroll=unroll, progress=progress, arrays=arrays
-            )
+            params = load_params(files, cfg, parts=("token2wav",), unroll=unroll, progress=progress, arrays=arrays)
             return cls(cfg.token2wav, params["token2wav"], load_voices(files))
 
     def __call__(

@@ -74,7 +74,8 @@ def do_init(path: str, preset: str, layers: str = "") -> None:
     if layers:
         n = int(layers)
         t, k, w = cfg.thinker, cfg.talker, cfg.token2wav
-        assert k is not None and w is not None
+        assert k is not None
+        assert w is not None
         thinker = dataclasses.replace(
             t, text=dataclasses.replace(t.text, num_hidden_layers=n),
             vision=dataclasses.replace(t.vision, depth=n, fullatt_block_indexes=(n - 1,)),
@@ -182,7 +183,11 @@ def main() -> None:
         elif step == "generate":
             answers = [child("do_generate", folder) for folder in (converted, src)]
             for kind, made in zip(("converted", "published"), answers, strict=True):
-                report(f"load and generate, {kind}", made, f"load {made['result']['load']:.1f} s; {made['result']['token_ids']}")
+                report(
+                    f"load and generate, {kind}",
+                    made,
+                    f"load {made['result']['load']:.1f} s; {made['result']['token_ids']}",
+                )
             assert answers[0]["result"]["token_ids"] == answers[1]["result"]["token_ids"]
         elif step == "shard":
             for folder in (converted, src):

@@ -33,7 +33,7 @@ def peft_adapter(oracle_thinker, tmp_path_factory):
     torch.manual_seed(0)
     model = peft.get_peft_model(copy.deepcopy(oracle_thinker), config)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.requires_grad:
                 p.normal_(std=0.1)
     folder = tmp_path_factory.mktemp("adapter")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import filecmp
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -401,7 +400,7 @@ print(size, peak("VmHWM") - start)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_what_is_in_flight(tmp_path):
-    """With slices of 4 MiB and 16 in flight, a checkpoint of 230 MB takes little more than what TensorStore is made of."""
+    """With slices of 4 MiB and 16 in flight, one of 230 MB takes little more than TensorStore itself."""
     cfg = C.preset("nano")
     text = dataclasses.replace(
         cfg.thinker.text, vocab_size=64000, hidden_size=512, intermediate_size=4096, num_hidden_layers=8

@@ -90,7 +90,9 @@ def command(hub, tmp_path, *args):
     env |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "home")}
     env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     # The library writes what has come in pieces of 10 MB, more than this checkpoint has.
-    code = "import huggingface_hub.constants as c; c.DOWNLOAD_CHUNK_SIZE = 1 << 18; from omni_jax import cli; cli.main()"
+    code = (
+        "import huggingface_hub.constants as c; c.DOWNLOAD_CHUNK_SIZE = 1 << 18; from omni_jax import cli; cli.main()"
+    )
     run = [sys.executable, "-c", code, *map(str, args)]
     return subprocess.run(run, env=env, capture_output=True, text=True)
 

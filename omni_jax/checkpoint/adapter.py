@@ -68,7 +68,8 @@ class Merged:
         if self.whole is not None:
             self.whole.read(out, index)
             return
-        assert self.a is not None and self.b is not None
+        assert self.a is not None
+        assert self.b is not None
         full = index + (slice(None),) * (2 - len(index))
         rows, columns = (slice(*s.indices(n)[:2]) for s, n in zip(full, self.shape, strict=True))
         a = self.a[:, columns]
@@ -99,7 +100,9 @@ def _config(folder: pathlib.Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: peft_type {str(raw.get('peft_type'))[:40]!r} cannot be merged; only LORA can")
     for field, plain in _PLAIN.items():
         if raw.get(field) not in plain:
-            raise CheckpointError(f"{file}: {field} is {str(raw[field])[:40]!r}, which is not supported; merge with peft")
+            raise CheckpointError(
+                f"{file}: {field} is {str(raw[field])[:40]!r}, which is not supported; merge with peft"
+            )
     patterns = raw.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise CheckpointError(f"{file}: alpha_pattern is not an object; save the adapter again")

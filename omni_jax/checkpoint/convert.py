@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import math
@@ -93,7 +92,7 @@ def building(dst: str | os.PathLike[str], size: int) -> Iterator[str]:
         free = shutil.disk_usage(temporary).free
         if free < size:
             raise CheckpointError(
-                f"{dst} takes {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left; make room, or go elsewhere"
+                f"{dst} takes {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left; make room"
             )
         yield str(temporary)
         _sync(temporary)
