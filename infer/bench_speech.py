@@ -17,7 +17,7 @@ import numpy as np
 
 from infer.bench import Row, SharedWeights, reference_config, reference_torch, timed_pairs
 from omni_jax import config as C
-from omni_jax import dit, talker, token2wav
+from omni_jax import dit, speech, talker, token2wav
 from omni_jax.cache import init_cache
 from omni_jax.sampling import Sampling
 from omni_jax.voice import Voice
@@ -61,11 +61,13 @@ def _talker_row(cfg: C.OmniConfig, pairs: int, tick: Tick) -> Row:
         one(0, np.float32), one(0, np.int32), one(1, np.float32), one(0, np.float32), one(1.05, np.float32),
         np.zeros((1, 2), np.uint32), np.full((1, 2), -1, np.int32),
     )  # fmt: skip
-    reply = np.random.default_rng(0).standard_normal((1, 64, part.embedding_size)).astype(jnp.bfloat16)
+    reply: Any = np.random.default_rng(0).standard_normal((1, 64, part.embedding_size)).astype(jnp.bfloat16)
+
+    slots = speech.cache_slots(HISTORY, speech.GROWTH)
 
     @jax.jit
     def begin() -> talker.TalkerState:
-        cache = init_cache(decoder, 1, 2048, jnp.float32, jnp.zeros(1, jnp.int32), unroll=True)
+        cache = init_cache(decoder, 1, slots, jnp.float32, jnp.zeros(1, jnp.int32), unroll=True)
         cache = dataclasses.replace(cache, length=jnp.int32(HISTORY))
         seen = jnp.zeros((1, decoder.vocab_size), bool)
         return talker.TalkerState(
@@ -81,9 +83,7 @@ def _talker_row(cfg: C.OmniConfig, pairs: int, tick: Tick) -> Row:
     seen_ids = torch.ones((1, HISTORY), dtype=torch.long)
 
     def our_step() -> None:
-        state, made, _ = talker.decode_loop(part, params, ours["state"], reply, sampling, np.int32(1))
-        ours["state"] = state
-        jax.block_until_ready(made)
+        ours["state"], _ = talker.advance(part, params, ours["state"], reply, sampling, 1)
 
     @torch.inference_mode()
     def their_step() -> None:

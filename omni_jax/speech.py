@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from omni_jax import buckets, generation, talker, token2wav
+from omni_jax.cache import grow
 from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.speakers import load_voices, pick_voice
 from omni_jax.config import OmniConfig, Token2WavConfig, load_config
@@ -27,6 +28,8 @@ from omni_jax.watchdog import SpeechBuilder
 PARTS = ("thinker", "talker", "token2wav")
 # Sets the Talker's random numbers apart from those of the Thinker and of the noise, which have the plain seed.
 TALKER_SALT = 0x7A1CE500
+# Codes that the Talker's cache has room for before it must grow: 10 s of speech.
+GROWTH = 512
 # For the rows of a batch that are not spoken.
 SILENT = SpeechSettings(temperature=0.0, max_codes=1)
 
@@ -222,13 +225,14 @@ class Speech:
             np.array([pick_voice(self.voices, s.voice).bos_token for s in rows], np.int32), first,
         )  # fmt: skip
         most = max(s.max_codes for s in rows)
-        capacity = buckets.bucket(batch.ids.shape[1] + talker.EXTRA + most, buckets.CACHE)
+        places = batch.ids.shape[1] + talker.EXTRA
+        capacity = cache_slots(places, most)
         read = talker.prefill(cfg, params, table, prompt, capacity=capacity, cache_dtype=self.cache_dtype)
         state = talker.first_draw(cfg, params, read.cache, read.seen, read.last, read.position, sampling)
-        made, count = np.asarray(state.token)[None], 1
+        made = np.asarray(state.token)[None]
         while True:
             for row, builder in builders.items():
-                for code in made[:count, row].tolist():
+                for code in made[:, row].tolist():
                     builder.feed(code)
             yield
             if not (left := max(b.left for b in builders.values())):
@@ -236,10 +240,18 @@ class Speech:
             # Rows that the host has ended are done before the device knows; rows without speech never began.
             done = np.ones(size, bool)
             done[list(builders)] = [b.finish_reason is not None for b in builders.values()]
-            state, drawn, number = talker.decode_loop(
-                cfg, params, dataclasses.replace(state, done=done), vectors, sampling, np.int32(min(left, steps))
-            )
-            made, count = np.asarray(drawn), int(number)
+            left = min(left, steps)
+            if places + left > capacity:
+                capacity = cache_slots(places, max(b.left for b in builders.values()))
+                state = dataclasses.replace(state, cache=grow(state.cache, capacity=capacity))
+            state, made = talker.advance(cfg, params, dataclasses.replace(state, done=done), vectors, sampling, left)
+            places += len(made)
+
+
+def cache_slots(places: int, left: int) -> int:
+    """Slots of the Talker's cache: a bucket for the places that are taken and the codes to come, but for no more than
+    GROWTH of them: speech may last 4096 codes and mostly ends far sooner, and each step reads the whole cache."""
+    return buckets.bucket(places + min(left, GROWTH), buckets.CACHE)
 
 
 def reply_arrays(recorder: Recorder, replies: Sequence[Reply]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
