@@ -18,6 +18,7 @@ from omni_jax.errors import InputError
 
 Strings = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 SpeechFormat = Literal["wav", "flac", "mp3", "opus"]
+Solver = Literal["rk38", "midpoint", "euler"]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
@@ -121,6 +122,7 @@ def generate(
     talker_repetition_penalty: float = 1.05,
     max_codes: int = 4096,
     ode_steps: int = 10,
+    ode_solver: Solver = "rk38",
     speech_format: SpeechFormat | None = None,
     no_watchdog: Flag = False,
     as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
@@ -160,6 +162,7 @@ def generate(
       talker_repetition_penalty: Above 1 discourages codes that were said already.
       max_codes: Most codes of the speech (50 are a second), the ending one not counted.
       ode_steps: Time points in which sound is made; 10 are 9 steps.
+      ode_solver: How; the cheaper ones are midpoint and euler (see `omni-jax solvers`).
       speech_format: Of the file; by default what its suffix names, else wav.
       no_watchdog: Let speech go on that loops, falls silent or outgrows its text.
       as_json: Print one line of JSON and nothing else.
@@ -177,7 +180,7 @@ def generate(
         check_writable(speech)
         spoken = SpeechSettings(
             voice, talker_temperature, talker_top_k, talker_top_p, talker_repetition_penalty, max_codes, seed,
-            ode_steps, None if no_watchdog else Watchdog(),
+            ode_steps, ode_solver, None if no_watchdog else Watchdog(),
         )  # fmt: skip
     conversation = _conversation(text, messages, system, {"image": image, "audio": audio, "video": video})
     limits = {"fps": fps, "max_frames": max_frames, "min_pixels": min_pixels, "max_pixels": max_pixels}
@@ -237,6 +240,7 @@ def vocode(
     noise: pathlib.Path | None = None,
     seed: int = 0,
     ode_steps: int = 10,
+    ode_solver: Solver = "rk38",
 ) -> None:
     """Make sound of codes that are there already.
 
@@ -248,12 +252,13 @@ def vocode(
       noise: A .npy of float32 (2 x codes, mel) to start from, instead of random noise.
       seed: Of the noise.
       ode_steps: Time points in which sound is made; 10 are 9 steps.
+      ode_solver: How; the cheaper ones are midpoint and euler (see `omni-jax solvers`).
     """
     from omni_jax.processing.encode import check_writable, write_atomically, write_sound
     from omni_jax.settings import SpeechSettings
 
     check_writable(out)
-    settings = SpeechSettings(voice=voice, seed=seed, ode_steps=ode_steps)
+    settings = SpeechSettings(voice=voice, seed=seed, ode_steps=ode_steps, ode_solver=ode_solver)
     row, start = _codes_file(codes), None if noise is None else [_array_file(noise)]
     _use_compilation_cache()
     import numpy as np
@@ -360,10 +365,37 @@ def footprint(
     measure.main(model, preset, layers, as_json)
 
 
+def solvers(
+    model: pathlib.Path,
+    *,
+    codes: pathlib.Path | None = None,
+    voice: str | None = None,
+    seed: int = 0,
+    runs: int = 1,
+    as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Measure what fewer time points and cheaper solvers of the speech decoder lose and save on this checkpoint.
+
+    Args:
+      model: Checkpoint folder.
+      codes: What is spoken: a .npy row or JSON, as for `vocode`; 100 random codes (2 s) by default.
+      voice: Who speaks; see `omni-jax voices`.
+      seed: Of the noise, and of random codes.
+      runs: Timed runs of each row.
+      as_json: Print one line of JSON and nothing else.
+    """
+    from infer import solvers as table
+
+    given = None if codes is None else _codes_file(codes)
+    _use_compilation_cache()
+    table.main(model, given, voice, seed, runs, as_json)
+
+
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
     commands: dict[str, Any] = {
         "generate": generate, "vocode": vocode, "voices": voices, "init": init, "bench": bench, "footprint": footprint,
+        "solvers": solvers,
     }  # fmt: skip
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="omni-jax", description="Qwen2.5-Omni in JAX.")

@@ -107,7 +107,7 @@ class Vocoder:
 
         Args:
           codes: one row of whole numbers for each request.
-          settings: voice, seed and ODE steps of each. Requests of equal steps share a call.
+          settings: voice, seed, ODE steps and solver of each. Requests of equal steps and solver share a call.
           noise: float32 [2 n, mel] for each row of n codes; by default drawn from the seeds.
         Returns:
           float32 samples at 24 kHz for each row.
@@ -116,13 +116,14 @@ class Vocoder:
           InputError: noise of another shape, or an unknown voice.
         """
         waves: list[np.ndarray] = [np.zeros(0, np.float32)] * len(codes)
-        for steps in sorted({s.ode_steps for s in settings}):
-            rows = [i for i, s in enumerate(settings) if s.ode_steps == steps]
+        flows = [token2wav.Flow(s.ode_steps, s.ode_solver) for s in settings]
+        for flow in dict.fromkeys(flows):
+            rows = [i for i, wanted in enumerate(flows) if wanted == flow]
             made = token2wav.token2wav(
                 self.config, self.params, [codes[i] for i in rows],
                 [pick_voice(self.voices, settings[i].voice) for i in rows],
                 noise=None if noise is None else [noise[i] for i in rows],
-                seeds=[settings[i].seed for i in rows], flow=token2wav.Flow(steps),
+                seeds=[settings[i].seed for i in rows], flow=flow,
             )  # fmt: skip
             for i, wave in zip(rows, made, strict=True):
                 waves[i] = wave
