@@ -1,5 +1,4 @@
-"""Attention, and the one place that chooses its form: a kernel where the program is to run on a TPU, cuDNN on a GPU that
-has it, plain jnp elsewhere.
+"""Attention, and the one place that chooses its form: a kernel on TPU, cuDNN on a GPU that has it, else plain jnp.
 
 The choice falls when a program is lowered, by `jax.lax.platform_dependent`: so it is right as well where one platform
 compiles for another, and `jax.default_backend()` would not be.
@@ -17,13 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from omni_jax.kernels import decode, plain, prefill
-from omni_jax.kernels.plain import CAUSAL_SCORE_BYTES, MIN_QUERIES, SCORE_BYTES, query_block
-
-__all__ = ["CAUSAL_SCORE_BYTES", "MIN_QUERIES", "SCORE_BYTES", "Past", "causal_attention", "full_attention", "query_block"]
+from omni_jax.kernels import cudnn, decode, plain, prefill
+from omni_jax.kernels.plain import SCORE_BYTES
 
 # New tokens from which on their attention to each other is worth a kernel beside that over the cache.
 KERNEL_TOKENS = 128
+# Cells of fewer tokens (windows, chunks) are left to the TPU's compiler, which keeps their scores on the chip.
+KERNEL_CELL = 512
 
 
 class Past(NamedTuple):
@@ -42,7 +41,8 @@ class Past(NamedTuple):
         """Keys and values of this layer alone, [B, K, C, H]."""
         if self.layer is None:
             return self.k, self.v
-        return tuple(lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.k, self.v))  # type: ignore
+        k, v = (lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.k, self.v))
+        return k, v
 
 
 def full_attention(
@@ -64,21 +64,24 @@ def full_attention(
       key_mask: [..., S] bool, true for valid keys; None where all are. A row whose keys are all masked gives finite
         values without meaning.
       scale: factor of the scores; default D ** -0.5.
-      score_bytes: see `query_block`; scores that stay below it are left to the compiler on every platform.
+      score_bytes: see `query_block`.
     Returns:
       [..., T, H, D] in the dtype of `q`.
     """
-    *lead, T, H, D = q.shape
-    S = k.shape[-3]
+    T, D, S = q.shape[-3], q.shape[-1], k.shape[-3]
     scale = D**-0.5 if scale is None else scale
-    flat = tuple(x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
+    shape = q.shape
+    q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
     mask = None if key_mask is None else key_mask.reshape(-1, S)
-    by_plain = functools.partial(plain.full_attention, scale=scale, score_bytes=score_bytes)
-    if query_block(len(flat[0]), H, T, S, score_bytes) == T:
-        return by_plain(*flat, mask).reshape(q.shape)
+
+    def by_plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+        return plain.full_attention(q, k, v, mask, scale=scale, score_bytes=score_bytes)
+
+    if max(T, S) < KERNEL_CELL:
+        return by_plain(q, k, v, mask).reshape(shape)
     if mask is None:
-        mask = jnp.ones(flat[1].shape[:2], bool)
-    return _chosen(functools.partial(prefill.full_attention, scale=scale), by_plain)(*flat, mask).reshape(q.shape)
+        mask = jnp.ones(k.shape[:2], bool)
+    return _chosen(functools.partial(prefill.full_attention, scale=scale), by_plain)(q, k, v, mask).reshape(shape)
 
 
 def causal_attention(
@@ -110,10 +113,14 @@ def causal_attention(
         def by_plain(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, segments: Any) -> jax.Array:
             return plain.causal_attention(q, k, v, None, start, jnp.zeros((), jnp.int32), segments)
 
-        return _chosen(by_kernel, by_plain)(q, k, v, start, segments)
+        def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, segments: Any) -> jax.Array:
+            return cudnn.causal_attention(q, k, v, start)
 
-    def with_plain(q: jax.Array, k: jax.Array, v: jax.Array, old: Past, start: jax.Array, length: jax.Array) -> jax.Array:
-        return plain.causal_attention(q, k, v, old.of_layer(), start, length)
+        on_gpu = by_cudnn if segments is None and cudnn.supported(k.dtype, q.shape[-1]) else by_plain
+        return _chosen(by_kernel, by_plain, on_gpu)(q, k, v, start, segments)
+
+    def with_plain(q: jax.Array, k: jax.Array, v: jax.Array, old: Past, *at: jax.Array) -> jax.Array:
+        return plain.causal_attention(q, k, v, old.of_layer(), *at)
 
     inputs = (q, k, v, old, start, length)
     if segments is not None:
@@ -130,6 +137,7 @@ def _with_live_cache(
     b, t, n, h = q.shape
     heads = k.shape[1]
     rows = q.reshape(b, t, heads, n // heads, h).transpose(0, 2, 3, 1, 4).reshape(b, heads, -1, h)
+    assert old.layer is not None
     past = decode.live_parts(rows, old.k, old.v, old.layer, start, length, interpret=interpret)
     # Slots of the new rows begin at `length`; a row may still be in its padding there.
     begin = jnp.maximum(start - length, 0)
@@ -140,37 +148,36 @@ def _with_live_cache(
     else:
         out, sums = prefill.causal_attention(q, k, v, begin, residuals=True, interpret=interpret)
         weighted = out.astype(jnp.float32).reshape(b, t, heads, n // heads, h).transpose(0, 2, 3, 1, 4)
-        assert sums is not None
         new = decode.Parts(weighted.reshape(rows.shape), sums.reshape(b, heads, -1), jnp.ones(rows.shape[:3]))
     out = decode.merge(past, new).reshape(b, heads, n // heads, t, h)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(q.dtype)
 
 
-def _chosen(by_kernel: Any, by_plain: Any) -> Any:
-    """One function of (q, k, v, …) of two that are equal: the kernel on TPU, plain jnp elsewhere.
+def _chosen(on_tpu: Any, elsewhere: Any, on_gpu: Any = None) -> Any:
+    """One function of (q, k, v, …) of several that are equal, by the platform that it is lowered for.
 
     The backward pass chooses again and computes the forward one again: differentiated through, the choice would keep
-    what either form saves for it, whole scores among them.
+    what each form saves for it, whole scores among them.
     """
-
-    def choose(tpu: Any, default: Any, *inputs: Any) -> Any:
-        return lax.platform_dependent(*inputs, tpu=tpu, default=default)
+    forms = {"tpu": on_tpu, "default": elsewhere, "cuda": on_gpu or elsewhere}
 
     @jax.custom_vjp
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, rest: tuple) -> jax.Array:
-        return choose(lambda *x: by_kernel(*x[:3], *x[3]), lambda *x: by_plain(*x[:3], *x[3]), q, k, v, rest)
+        return lax.platform_dependent(q, k, v, *rest, **forms)
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, rest: tuple) -> tuple[jax.Array, tuple]:
         return attend(q, k, v, rest), (q, k, v, rest)
 
     def backward(saved: tuple, given: jax.Array) -> tuple:
         def pull(form: Any) -> Any:
-            def run(q: jax.Array, k: jax.Array, v: jax.Array, rest: tuple, given: jax.Array) -> tuple:
+            def run(given: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> tuple:
                 return jax.vjp(lambda q, k, v: form(q, k, v, *rest), q, k, v)[1](given)
 
             return run
 
-        return (*choose(pull(by_kernel), pull(by_plain), *saved, given), None)
+        q, k, v, rest = saved
+        backwards = {platform: pull(form) for platform, form in forms.items()}
+        return (*lax.platform_dependent(given, q, k, v, *rest, **backwards), None)
 
     attend.defvjp(forward, backward)
     return lambda q, k, v, *rest: attend(q, k, v, rest)

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from omni_jax.kernels import on_mesh
 from omni_jax.kernels.plain import MASKED
 
 # Slots of the cache fetched at a time, the largest that divides it: 256 KiB of keys and values of two heads of 128.
@@ -76,8 +77,8 @@ def live_parts_plain(
 
 
 def supported(capacity: int) -> bool:
-    """Whether the kernel can take a cache of so many slots."""
-    return capacity % BLOCKS[-1] == 0
+    """Whether the kernel can take a cache of so many slots, which the active layout may split."""
+    return capacity % (BLOCKS[-1] * on_mesh.ways("cache_length")) == 0
 
 
 def _blocks(start: jax.Array, length: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
@@ -87,7 +88,7 @@ def _blocks(start: jax.Array, length: jax.Array, block: int) -> tuple[jax.Array,
     return jnp.minimum(lax.div(start, jnp.int32(block)), last), last
 
 
-def _kernel(layer, start, length, q, k, v, weighted, top, total, *, block, scale):  # type: ignore[no-untyped-def]
+def _kernel(layer, start, length, q, k, v, weighted, top, total, *, block, scale):
     del layer
     b, step = pl.program_id(0), pl.program_id(2)
     first, last = _blocks(start[b], length[0], block)
@@ -119,20 +120,11 @@ def _kernel(layer, start, length, q, k, v, weighted, top, total, *, block, scale
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
-def live_parts(
+def _live_parts(
     q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, start: jax.Array, length: jax.Array, *,
     interpret: bool = False,
 ) -> Parts:  # fmt: skip
-    """The softmax of the query rows over one layer's live slots, in parts.
-
-    Args:
-      q: [B, K, R, H].
-      k, v: [L, B, K, C, H], the cache; C is a multiple of 128 (`supported`).
-      layer: int32 [].
-      start: int32 [B], first live slot of each row of the batch.
-      length: int32 [], slots written so far; those from `start` to here are live.
-      interpret: run without a TPU, slowly.
-    """
+    """`live_parts` on one device, where `length` may differ between devices."""
     b, heads, rows, size = q.shape
     capacity = k.shape[3]
     block = next(n for n in BLOCKS if capacity % n == 0)
@@ -141,10 +133,10 @@ def live_parts(
     padded = -(-padded // tile) * tile
     q = jnp.pad(q.astype(k.dtype), ((0, 0), (0, 0), (0, padded - rows), (0, 0)))
 
-    def row_map(b, r, step, *_):  # type: ignore[no-untyped-def]
+    def row_map(b, r, step, *_):
         return b, 0, r, 0
 
-    def cache_map(b, r, step, layer, start, length):  # type: ignore[no-untyped-def]
+    def cache_map(b, r, step, layer, start, length):
         first, last = _blocks(start[b], length[0], block)
         # Steps beyond the last live block name it again: a block that is there already is not fetched.
         return layer[0], b, 0, jnp.minimum(first + step, last), 0
@@ -176,3 +168,42 @@ def live_parts(
         name="live_cache_attention",
     )(layer.reshape(1), start, length.reshape(1), q, k, v)
     return Parts(weighted[:, :, :rows], top[:, :, :rows, 0], total[:, :, :rows, 0])
+
+
+def live_parts(
+    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, start: jax.Array, length: jax.Array, *,
+    interpret: bool = False,
+) -> Parts:  # fmt: skip
+    """The softmax of the query rows over one layer's live slots, in parts.
+
+    Where the slots lie on several devices, each reads its own; one collective brings the parts together.
+
+    Args:
+      q: [B, K, R, H].
+      k, v: [L, B, K, C, H], the cache; C is a multiple of 128 on each device (`supported`).
+      layer: int32 [].
+      start: int32 [B], first live slot of each row of the batch.
+      length: int32 [], slots written so far; those from `start` to here are live.
+      interpret: run without a TPU, slowly.
+    """
+    axes = on_mesh.mesh_axes("cache_length")
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, start: jax.Array, length: jax.Array) -> tuple:
+        if not axes:
+            return tuple(_live_parts(q, k, v, layer, start, length, interpret=interpret))
+        here = k.shape[3]
+        before = lax.axis_index(axes) * here
+        own = _live_parts(
+            q, k, v, layer, jnp.clip(start - before, 0, here), jnp.clip(length - before, 0, here), interpret=interpret
+        )
+        packed = jnp.concatenate([own.weighted, own.top[..., None], own.total[..., None]], axis=-1)
+        each = lax.all_gather(packed, axes)
+        weighted, tops, totals = each[..., :-2], each[..., -2], each[..., -1]
+        top = jnp.max(tops, axis=0)
+        share = jnp.exp(tops - top)
+        return jnp.sum(weighted * share[..., None], axis=0), top, jnp.sum(totals * share, axis=0)
+
+    rows = ("cache_batch", "cache_kv_heads", None)
+    cache = ("layers", "cache_batch", "cache_kv_heads", "cache_length", None)
+    ins = ((*rows, None), cache, cache, (), ("cache_batch",), ())
+    return Parts(*on_mesh.on_mesh(run, ins, ((*rows, None), rows, rows))(q, k, v, layer, start, length))

@@ -9,12 +9,16 @@ B batch, T queries, S keys, N query heads, K key heads, H head size.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+from omni_jax.kernels import on_mesh
 
 # Rows of a block are whole lanes of the chip's registers.
 LANES = 128
@@ -47,34 +51,72 @@ def padded_length(n: int) -> int:
     return -(-n // unit) * unit
 
 
-def _block_sizes(queries: int, keys: int) -> splash.BlockSizes:
-    q, k = (next(b for b in BLOCKS if n % b == 0) for n in (queries, keys))
-    return splash.BlockSizes(
+def _kernel(
+    heads: int, queries: int, keys: int, *, causal: bool, residuals: bool, interpret: bool, parts: int = 1
+) -> splash.SplashAttentionKernel:
+    """The library's kernel for one row; `parts` is how many devices share the queries."""
+    q, k = (next(b for b in BLOCKS if n % b == 0) for n in (queries // parts, keys))
+    sizes = splash.BlockSizes(
         block_q=q, block_kv=k, block_kv_compute=k, block_q_dkv=q, block_kv_dkv=k, block_kv_dkv_compute=k,
         block_q_dq=q, block_kv_dq=k,
     )  # fmt: skip
-
-
-def _run(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: tuple[jax.Array, jax.Array], mask: masks.Mask, scale: float,
-    residuals: bool, interpret: bool,
-) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
-    """q [B, N, T, H], k and v [B, K, S, H], segments [B, T] and [B, S] -> [B, N, T, H], log of the sums [B, N, T]."""
-    kernel = splash.make_splash_mha_single_device(
-        masks.MultiHeadMask([mask] * q.shape[1]), block_sizes=_block_sizes(q.shape[2], k.shape[2]),
-        save_residuals=residuals, interpret=interpret,
+    mask = CausalMask((queries, keys), shard_count=parts) if causal else masks.FullMask((queries, keys))
+    return splash.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads), block_sizes=sizes, save_residuals=residuals, interpret=interpret,
+        head_shards=1, q_seq_shards=parts,
     )  # fmt: skip
-    # The kernel takes no scale. A power of two would be exact; the rest of it is rounded with the queries.
-    ids = splash.SegmentIds(*segments)
-    out = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids))((q * scale).astype(k.dtype), k, v, ids)
-    return (out[0], out[1][0]) if residuals else (out, None)
+
+
+def _own_heads(queries: int, group: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Of a device's key heads those that its query heads use: the queries of one key head may lie on several devices.
+
+    Args:
+      queries: query heads of the device.
+      group: query heads of one key head.
+      arrays: [B, K, S, H].
+    """
+    axes = on_mesh.mesh_axes("act_heads")[len(on_mesh.mesh_axes("act_kv_heads")) :]
+    if not axes or arrays[0].shape[1] == 1:
+        return arrays
+    first = lax.axis_index(axes) * queries
+    if queries % group and group % queries:
+        own = (first + jnp.arange(queries)) // group
+        return tuple(x[:, own] for x in arrays)
+    return tuple(lax.dynamic_slice_in_dim(x, first // group, max(1, queries // group), 1) for x in arrays)
+
+
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, ids: tuple[jax.Array, jax.Array], scale: float, *,
+    causal: bool, residuals: bool, interpret: bool, parts: int = 1,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """Lengths are whole blocks.
+
+    q [B, N, T, H], k and v [B, K, S, H], ids [B, T] and [B, S] -> [B, N, T, H] and, if asked for, log of the sums
+    [B, N, T].
+    """
+    n, t = q.shape[1:3]
+    group, local = n // k.shape[1], n // on_mesh.ways("act_heads")
+    kernel = _kernel(local, t, k.shape[2], causal=causal, residuals=residuals, interpret=interpret, parts=parts)
+    length = "attend_length" if parts > 1 else None
+
+    def run(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> tuple[jax.Array, ...]:
+        k, v = _own_heads(q.shape[1], group, k, v)
+        out = jax.vmap(lambda q, k, v, *ids: kernel(q, k, v, segment_ids=splash.SegmentIds(*ids)))(q, k, v, *ids)
+        return (out[0], out[1][0]) if residuals else (out,)
+
+    blocks = on_mesh.REPLICATED if parts == 1 else kernel.manual_sharding_spec(on_mesh.sharding(None, length))
+    rows, keys = ("attend_batch", "act_heads", length, None), ("attend_batch", "act_kv_heads", None, None)
+    ins = (blocks, rows, keys, keys, ("attend_batch", length), ("attend_batch", None))
+    # The kernel takes no scale: it is rounded with the queries.
+    scaled = (q.astype(jnp.float32) * scale).astype(k.dtype)
+    return on_mesh.on_mesh(run, ins, (rows, rows[:3]) if residuals else (rows,))(kernel, scaled, k, v, *ids)
 
 
 @functools.partial(jax.jit, static_argnames=("residuals", "interpret"))
 def causal_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, segments: jax.Array | None = None, *,
     residuals: bool = False, interpret: bool = False,
-) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
+) -> tuple[jax.Array, ...]:  # fmt: skip
     """Causal grouped-query attention of tokens to themselves.
 
     Args:
@@ -85,22 +127,25 @@ def causal_attention(
       residuals: also give the logarithm of each softmax's sum, for `decode.merge`; then there is no gradient.
       interpret: run without a TPU, slowly.
     Returns:
-      [B, T, N, H] in the dtype of `q` (of padding: finite, without meaning), and float32 [B, N, T] or None.
+      [B, T, N, H] in the dtype of `q` (of padding: finite, without meaning), and float32 [B, N, T] if asked for.
     """
     length = q.shape[1]
-    pad = padded_length(length) - length
-    # Padding goes to the left, where there may be some already.
-    q, k, v = jnp.pad(q.swapaxes(1, 2), _left(2, pad)), jnp.pad(k, _left(2, pad)), jnp.pad(v, _left(2, pad))
+    parts = on_mesh.ways("attend_length")
+    if length % (parts * LANES):
+        parts = 1  # too short to be shared: each device takes all queries
+    pad = padded_length(length) - length if parts == 1 else 0
+
+    def longer(x: jax.Array, axis: int) -> jax.Array:
+        """Padding goes to the left, where there may be some already."""
+        return jnp.pad(x, [(pad, 0) if i == axis else (0, 0) for i in range(x.ndim)])
+
     own = jnp.zeros((len(q), length), jnp.int32) if segments is None else segments.astype(jnp.int32)
-    live = jnp.arange(pad + length) >= start[:, None] + pad
-    ids = jnp.where(live, jnp.pad(own, _left(1, pad, 2)), PADDING)
-    size = pad + length
-    out, sums = _run(q, k, v, (ids, ids), CausalMask((size, size)), q.shape[-1] ** -0.5, residuals, interpret)
-    return out[:, :, pad:].swapaxes(1, 2), None if sums is None else sums[:, :, pad:]
-
-
-def _left(axis: int, pad: int, rank: int = 4) -> list[tuple[int, int]]:
-    return [(pad, 0) if i == axis else (0, 0) for i in range(rank)]
+    ids = jnp.where(jnp.arange(pad + length) >= start[:, None] + pad, longer(own, 1), PADDING)
+    out, *sums = _attend(
+        longer(q.swapaxes(1, 2), 2), longer(k, 2), longer(v, 2), (ids, ids), q.shape[-1] ** -0.5,
+        causal=True, residuals=residuals, interpret=interpret, parts=parts,
+    )  # fmt: skip
+    return out[:, :, pad:].swapaxes(1, 2).astype(q.dtype), *(s[:, :, pad:] for s in sums)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
@@ -115,11 +160,14 @@ def full_attention(
     Returns:
       [B, T, H, D] in the dtype of `q`; a row whose keys are all masked gives finite values without meaning.
     """
-    queries, keys = q.shape[1], k.shape[1]
-    more_q, more_k = padded_length(queries) - queries, padded_length(keys) - keys
-    q = jnp.pad(q.swapaxes(1, 2), ((0, 0), (0, 0), (0, more_q), (0, 0)))
-    k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, more_k), (0, 0))) for x in (k, v))
-    ids = jnp.where(jnp.pad(key_mask, ((0, 0), (0, more_k))), 0, PADDING)
-    seen = jnp.zeros((len(q), queries + more_q), jnp.int32)
-    out, _ = _run(q, k, v, (seen, ids), masks.FullMask((q.shape[2], k.shape[2])), scale, False, interpret)
-    return out[:, :, :queries].swapaxes(1, 2)
+    length = q.shape[1]
+
+    def longer(x: jax.Array, axis: int) -> jax.Array:
+        pad = padded_length(x.shape[axis]) - x.shape[axis]
+        return jnp.pad(x, [(0, pad) if i == axis else (0, 0) for i in range(x.ndim)])
+
+    q, k, v = (longer(x.swapaxes(1, 2), 2) for x in (q, k, v))
+    ids = jnp.where(longer(key_mask, 1), 0, PADDING)
+    seen = jnp.zeros((len(q), q.shape[2]), jnp.int32)
+    (out,) = _attend(q, k, v, (seen, ids), scale, causal=False, residuals=False, interpret=interpret)
+    return out[:, :, :length].swapaxes(1, 2).astype(q.dtype)
