@@ -1,6 +1,7 @@
 """The kernels in interpret mode beside their references, and compiled by the real TPU compiler."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -85,16 +86,17 @@ def _cache(L, B, K, C, H):
     return tuple(rng.normal(size=(L, B, K, C, H)).astype(np.float32) for _ in range(2))
 
 
-@pytest.mark.parametrize("T", [1, 5, 130], ids=lambda n: f"{n} new")
-@pytest.mark.parametrize("length", [0, 1, 127, 300])
-def test_decode_over_a_cache(T, length):
-    q, k, v = _qkv(2, T, 6, 2, 16)
-    old = Past(*_cache(3, 2, 2, 384, 16), np.int32(1))
-    start = np.array([0, min(100, length)], np.int32)
+@pytest.mark.parametrize(("T", "size"), [(1, 128), (1, 16), (5, 16), (130, 16)])
+def test_decode_over_a_cache(T, size):
+    """Narrow heads are read with the slots innermost, wide ones with the features."""
+    q, k, v = _qkv(2, T, 6, 2, size)
+    old = Past(*_cache(3, 2, 2, 384, size), np.int32(1))
     run = jax.jit(lambda *x: _with_live_cache(*x, interpret=True))
-    ours = run(q, k, v, old, start, np.int32(length))
-    theirs = plain.causal_attention(q, k, v, (old.k[1], old.v[1]), start, np.int32(length))
-    assert relative_error(ours, theirs) < 1e-6
+    for length in (0, 1, 127, 300):
+        start = np.array([0, min(100, length)], np.int32)
+        ours = run(q, k, v, old, start, np.int32(length))
+        theirs = plain.causal_attention(q, k, v, (old.k[1], old.v[1]), start, np.int32(length))
+        assert relative_error(ours, theirs) < 1e-6
 
 
 def test_prompts_still_in_their_padding():
@@ -103,7 +105,7 @@ def test_prompts_still_in_their_padding():
     old = Past(*_cache(1, 3, 1, 128, 16), np.int32(0))
     start, length = np.array([0, 10, 13], np.int32), np.int32(10)
     ours = _with_live_cache(q, k, v, old, start, length, interpret=True)
-    theirs = plain.causal_attention(q, k, v, (old.k[0], old.v[0]), start, length)
+    theirs = plain.causal_attention(q, k, v, old.of_layer(), start, length)
     for a, b in zip(_live(ours, [0, 0, 3]), _live(theirs, [0, 0, 3])):
         assert relative_error(a, b) < 1e-6
 
@@ -193,9 +195,11 @@ def test_decode_compiles_without_a_copy_of_the_cache(heads, kv, size, T):
 
     shapes = (_struct(8, T, heads, size), new, new, cache, cache, _int(), _int(8), _int())
     compiled = tpu.compile_for("v5e", attend, *shapes)
-    assert "live_cache_attention" in compiled.as_text()
-    layer = 8 * kv * 4096 * 128 * 2 / 2**20
-    assert tpu.temporaries(compiled) < (layer / 4 if T == 1 else 3 * layer)
+    text = compiled.as_text()
+    assert "live_cache_attention" in text
+    assert not re.search(rf"bf16\[(4,)?8,{kv},(4096,{size}|{size},4096)\]\S* (copy|fusion|slice|dynamic-slice)\(", text)
+    # The query rows and their sums: 29 MiB at most in float32, in a few forms.
+    assert tpu.temporaries(compiled) < (1 if T == 1 else 128)
 
 
 def test_full_frames_compile():
@@ -221,7 +225,7 @@ def array(*shape):
     return rng.normal(size=shape).astype(np.float32)
 
 rng = np.random.default_rng(0)
-q, k, v, start = array(2, 512, 8, 16), array(2, 4, 512, 16), array(2, 4, 512, 16), np.array([0, 140], np.int32)
+q, k, v, start = array(2, 256, 8, 16), array(2, 4, 256, 16), array(2, 4, 256, 16), np.array([0, 140], np.int32)
 want = plain.causal_attention(q, k, v, None, start, jnp.int32(0))
 forms = {
     "rows and heads": dict(attend_batch=("data",), act_heads=("tensor",), act_kv_heads=("tensor",)),
@@ -229,7 +233,7 @@ forms = {
     "queries apart": dict(act_heads=("tensor",), act_kv_heads=("tensor",), attend_length=("sequence",)),
 }
 for name, table in forms.items():
-    sizes = dict(data=2, tensor=4) if "attend_batch" in table else dict(tensor=2, sequence=4)
+    sizes = dict(data=2, tensor=2) if "attend_batch" in table else dict(tensor=2, sequence=2)
     with layout(sizes, **table).active():
         f = jax.jit(lambda *x: prefill.causal_attention(*x, interpret=True)[0])
         loss = lambda f: jax.jit(jax.grad(lambda *x: jnp.sum(jnp.square(f(*x, start))[:, 140:]), (0, 1, 2)))
@@ -239,7 +243,7 @@ for name, table in forms.items():
         assert error(a, b) < 1e-5, name
 
 rows, cache = array(8, 2, 4, 16), (array(3, 8, 2, 512, 16), array(3, 8, 2, 512, 16))
-for length in (0, 100, 200, 512):
+for length in (0, 100, 300):
     at = (jnp.int32(1), np.minimum(np.arange(8) * 30, length).astype(np.int32), jnp.int32(length))
     want = decode.live_parts_plain(rows, *cache, *at)
     for sizes, table in (

@@ -88,10 +88,11 @@ def _blocks(start: jax.Array, length: jax.Array, block: int) -> tuple[jax.Array,
     return jnp.minimum(lax.div(start, jnp.int32(block)), last), last
 
 
-def _kernel(layer, start, length, q, k, v, weighted, top, total, *, block, scale):
+def _kernel(layer, start, length, q, k, v, weighted, top, total, *, block, scale, turned):
     del layer
     b, step = pl.program_id(0), pl.program_id(2)
     first, last = _blocks(start[b], length[0], block)
+    by_keys, by_slots = ((((1,), (axis,)), ((), ())) for axis in ((0, 1) if turned else (1, 0)))
 
     @pl.when(step == 0)
     def _() -> None:
@@ -105,16 +106,13 @@ def _kernel(layer, start, length, q, k, v, weighted, top, total, *, block, scale
         slots = (first + step) * block + lax.broadcasted_iota(jnp.int32, (rows, block), 1)
         live = (slots >= start[b]) & (slots < length[0])
         for head in range(q.shape[1]):
-            # Rows by keys, then rows by values: the one form of product that needs no transposition in registers.
-            scores = lax.dot_general(
-                q[0, head], k[0, 0, head], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-            )
+            scores = lax.dot_general(q[0, head], k[0, 0, head], by_keys, preferred_element_type=jnp.float32)
             scores = jnp.where(live, scores * scale, MASKED)
             before = top[0, head]
             now = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
             shrink, p = jnp.exp(before - now), jnp.exp(scores - now[:, :1])
             total[0, head] = total[0, head] * shrink + jnp.sum(p, axis=1, keepdims=True)
-            found = lax.dot(p.astype(v.dtype), v[0, 0, head], preferred_element_type=jnp.float32)
+            found = lax.dot_general(p.astype(v.dtype), v[0, 0, head], by_slots, preferred_element_type=jnp.float32)
             weighted[0, head] = weighted[0, head] * shrink[:, :1] + found
             top[0, head] = now
 
@@ -132,6 +130,11 @@ def _live_parts(
     tile = padded if padded <= ROWS else ROWS
     padded = -(-padded // tile) * tile
     q = jnp.pad(q.astype(k.dtype), ((0, 0), (0, 0), (0, padded - rows), (0, 0)))
+    # Heads narrower than the registers are stored with the slots innermost, and the kernel takes them so: another
+    # order would be a copy of the cache.
+    turned = size % LANES != 0
+    if turned:
+        k, v = k.swapaxes(3, 4), v.swapaxes(3, 4)
 
     def row_map(b, r, step, *_):
         return b, 0, r, 0
@@ -139,13 +142,14 @@ def _live_parts(
     def cache_map(b, r, step, layer, start, length):
         first, last = _blocks(start[b], length[0], block)
         # Steps beyond the last live block name it again: a block that is there already is not fetched.
-        return layer[0], b, 0, jnp.minimum(first + step, last), 0
+        place = jnp.minimum(first + step, last)
+        return (layer[0], b, 0, 0, place) if turned else (layer[0], b, 0, place, 0)
 
     wide = pl.BlockSpec((1, heads, tile, size), row_map)
     narrow = pl.BlockSpec((1, heads, tile, LANES), row_map)
-    cache = pl.BlockSpec((1, 1, heads, block, size), cache_map)
+    cache = pl.BlockSpec((1, 1, heads, *((size, block) if turned else (block, size))), cache_map)
     weighted, top, total = pl.pallas_call(
-        functools.partial(_kernel, block=block, scale=size**-0.5),
+        functools.partial(_kernel, block=block, scale=size**-0.5, turned=turned),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(b, padded // tile, capacity // block),
