@@ -215,6 +215,8 @@ class Module:
             return sum(self._computation_bytes(self.computations[c], trips) for c in called["to_apply"])
         if i.opcode == "async-start":
             return sum(self._computation_bytes(self.computations[c], trips) for c in called["calls"])
+        if i.opcode == "custom-call" and (declared := re.search(r'"bytes_accessed":"(\d+)"', i.text)):
+            return int(declared[1])  # a kernel may read a part of its operands only, and says how much that is
         values = [computation.instructions[name] for name in i.operands]
         if i.opcode == "fusion":
             inner_computation = self.computations[called["calls"][0]]
