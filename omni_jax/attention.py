@@ -125,7 +125,13 @@ def _attend_new(q: jax.Array, k: jax.Array, v: jax.Array, old: tuple | None, liv
 
 
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, old: tuple | None, start: jax.Array, length: jax.Array
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    old: tuple | None,
+    start: jax.Array,
+    length: jax.Array,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
     """Causal grouped-query attention of new tokens to the cache and to themselves.
 
@@ -135,6 +141,7 @@ def causal_attention(
       old: (k, v) of the cache, each [B, K, C, H], or None where nothing came before.
       start: int32 [B]; slots before it are padding.
       length: int32 [], live slots of the cache.
+      segments: int32 [B, T], for training on packed rows: a token sees those of its own segment only.
     Returns:
       [B, T, N, H] in the dtype of `q`.
     """
@@ -142,19 +149,24 @@ def causal_attention(
     kv = k.shape[1]
     q5 = jnp.moveaxis(q.reshape(b, t, kv, n // kv, h), 1, 3)
     slots = length + jnp.arange(t)
-    live = (slots[None, None, :] <= slots[None, :, None]) & (slots >= start[:, None])[:, None, :]
+
+    def visible(at: jax.Array, own: jax.Array | None) -> jax.Array:
+        """[B, queries, T]: which new keys the queries in slots `at`, of segments `own`, see."""
+        mask = (slots[None, None, :] <= at[None, :, None]) & (slots >= start[:, None])[:, None, :]
+        return mask if own is None or segments is None else mask & (own[:, :, None] == segments[:, None, :])
+
     capacity = 0 if old is None else old[0].shape[2]
     past = jnp.arange(capacity)
     live_old = (past < length) & (past >= start[:, None])
     block = query_block(b, n, t, t + capacity, CAUSAL_SCORE_BYTES)
     if block == t or t % block:
-        out = _attend_new(q5, k, v, old, live, live_old)
+        out = _attend_new(q5, k, v, old, visible(slots, segments), live_old)
     else:
 
         def one(x: tuple[jax.Array, jax.Array]) -> jax.Array:
             at = lax.dynamic_slice_in_dim(slots, x[1] * block, block)
-            mask = (slots[None, None, :] <= at[None, :, None]) & (slots >= start[:, None])[:, None, :]
-            return _attend_new(x[0], k, v, old, mask, live_old).astype(q.dtype)
+            own = None if segments is None else lax.dynamic_slice_in_dim(segments, x[1] * block, block, axis=1)
+            return _attend_new(x[0], k, v, old, visible(at, own), live_old).astype(q.dtype)
 
         by_block = jnp.moveaxis(q5.reshape(b, kv, n // kv, t // block, block, h), 3, 0)
         out = lax.map(jax.checkpoint(one), (by_block, jnp.arange(t // block)))

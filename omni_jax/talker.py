@@ -24,7 +24,7 @@ from jax import lax
 from omni_jax.cache import KVCache, init_cache
 from omni_jax.config import TalkerConfig
 from omni_jax.decoder import Decoder, decode
-from omni_jax.layers import Linear, Params, linear
+from omni_jax.layers import Linear, Params, dense
 from omni_jax.sampling import Array, Sampling, sample
 from omni_jax.thinker import Embedding
 
@@ -147,13 +147,14 @@ def forward(
     cfg: TalkerConfig, params: Params, x: jax.Array, positions: jax.Array, cache: KVCache, *, first: bool = False
 ) -> tuple[jax.Array, KVCache]:
     """Projects T new sums [B, T, E] and runs the decoder over them. See `decoder.decode`."""
-    proj = params["thinker_to_talker_proj"]
-    return decode(cfg.decoder, params["model"], linear(x, proj["weight"], proj["bias"]), positions, cache, first=first)
+    return decode(
+        cfg.decoder, params["model"], dense(params["thinker_to_talker_proj"], x), positions, cache, first=first
+    )
 
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:
     """[..., D] last hidden states to [..., V] float32 logits."""
-    return linear(hidden, params["codec_head"]["weight"], out_dtype=jnp.float32)
+    return dense(params["codec_head"], hidden, jnp.float32)
 
 
 def suppress(cfg: TalkerConfig, scores: jax.Array) -> jax.Array:
