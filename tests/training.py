@@ -1,0 +1,78 @@
+"""What the training tests share: samples of every kind, batches of them, and the oracle's loss and gradients."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import traverse_util
+
+from omni_jax.checkpoint.load import load_params
+from omni_jax.checkpoint.speakers import load_voices
+from tests import conversations, oracle
+from train.batch import Batch, Sample, collate, needed, shapes
+from train.data import Reader
+from train.losses import How
+
+FLOAT32 = How(jnp.float32, "full")
+ANSWER = "A small cat sits on the mat."
+
+
+def answered(kind: str, answer: str = ANSWER) -> list[dict[str, Any]]:
+    """A conversation of `conversations.all_kinds` with an answer of the assistant."""
+    return [*conversations.all_kinds()[kind], {"role": "assistant", "content": answer}]
+
+
+def reader(model: Any, checkpoint: pathlib.Path, task: str = "thinker", **changes: Any) -> Reader:
+    """Records to samples for the small checkpoint."""
+    voices = load_voices(checkpoint)
+    return Reader(model.config, model.processor, voices, task, pathlib.Path("."), changes.pop("sequence", 4096), **changes)
+
+
+def samples(read: Reader, kinds: Sequence[str], **more: Any) -> list[Sample]:
+    """One sample of each kind."""
+    records = [{"messages": answered(kind), "name": f"{kind} line 1"} | more for kind in kinds]
+    return [s for record in records for s in read.samples(record)]
+
+
+def batch(model: Any, rows: Sequence[Sequence[Sample]], sizes: Sequence[int] = (64, 256, 512, 1024, 2048)) -> Batch:
+    """Rows of packed samples as one micro batch."""
+    cfg = model.config.thinker
+    return collate(cfg, rows, shapes(needed(cfg, rows), sizes, 1))
+
+
+def stacked(checkpoint: pathlib.Path, model: Any, parts: Sequence[str] = ("thinker",)) -> Any:
+    """Parameters with their layers stacked, float32, as training has them."""
+    return load_params(checkpoint, model.config, parts=parts, dtype="float32", unroll=False)
+
+
+def flat(tree: Any) -> dict[str, np.ndarray]:
+    """Dotted name → array."""
+    return {k: np.asarray(v) for k, v in traverse_util.flatten_dict(tree, sep=".").items()}
+
+
+def oracle_gradients(module: torch.nn.Module, stacks: Sequence[str]) -> dict[str, np.ndarray]:
+    """The gradients that `backward` left, under our names; zeros where it left none."""
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()}
+    return flat(oracle.params(grads, stacks))
+
+
+def compare(ours: Any, theirs: dict[str, np.ndarray], limit: float, floor: float = 1e-6) -> float:
+    """Asserts that every gradient equals the oracle's, relative to its largest value; returns the largest error.
+
+    Where the oracle's gradient is nothing but rounding (a softmax does not see a bias of its keys), ours must be, too.
+    """
+    mine = flat(ours)
+    assert set(mine) == set(theirs), set(mine) ^ set(theirs)
+    largest = max(float(np.abs(g).max()) for g in theirs.values())
+    worst = 0.0
+    for name, want in theirs.items():
+        scale = max(float(np.abs(want).max()), floor * largest)
+        error = float(np.abs(mine[name] - want).max()) / scale
+        assert error < limit, (name, error)
+        worst = max(worst, error)
+    return worst
