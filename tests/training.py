@@ -76,3 +76,8 @@ def compare(ours: Any, theirs: dict[str, np.ndarray], limit: float, floor: float
         assert error < limit, (name, error)
         worst = max(worst, error)
     return worst
+
+
+def nested(tree: dict[str, Any]) -> Any:
+    """The tree of dotted names."""
+    return traverse_util.unflatten_dict(tree, sep=".")
