@@ -109,6 +109,8 @@ def generate(
     stop: Strings = (),
     logprobs: int | None = None,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    mesh: str | None = None,
+    speech_mesh: str | None = None,
     fps: float | None = None,
     max_frames: int | None = None,
     min_pixels: int | None = None,
@@ -148,6 +150,8 @@ def generate(
       stop: A string that ends the reply; may be given several times.
       logprobs: Report log-probabilities: each token's own and the N best (0 to 20).
       dtype: Of weights and computation.
+      mesh: Chips to lay the model over (2x2, 2x4, 4x4, …), or axes (data=2,tensor=4); by default one device.
+      speech_mesh: Further chips for the speech parts, so that they run beside the text part.
       fps: Frames per second taken from clips (2 if not given).
       max_frames: Most frames taken from a clip.
       min_pixels: Fewest pixels of a picture or frame, by scaling up.
@@ -189,7 +193,7 @@ def generate(
 
     parts = ("thinker",) if spoken is None else omni.PARTS
     began = time.perf_counter()
-    loaded = omni.load(model, parts=parts, dtype=dtype, progress=notes.is_terminal)
+    loaded = omni.load(model, parts=parts, dtype=dtype, mesh=mesh, speech_mesh=speech_mesh, progress=notes.is_terminal)
     load_seconds = time.perf_counter() - began
     if as_json:
         reply = loaded.generate(conversation, settings, speech=spoken, media=media)
@@ -237,6 +241,7 @@ def vocode(
     noise: pathlib.Path | None = None,
     seed: int = 0,
     ode_steps: int = 10,
+    mesh: str | None = None,
 ) -> None:
     """Make sound of codes that are there already.
 
@@ -248,6 +253,7 @@ def vocode(
       noise: A .npy of float32 (2 x codes, mel) to start from, instead of random noise.
       seed: Of the noise.
       ode_steps: Time points in which sound is made; 10 are 9 steps.
+      mesh: Chips to lay the model over (2x2, 2x4, …), or axes (data=2,tensor=4); by default one device.
     """
     from omni_jax.processing.encode import check_writable, write_atomically, write_sound
     from omni_jax.settings import SpeechSettings
@@ -260,7 +266,7 @@ def vocode(
 
     from omni_jax import speech, token2wav
 
-    wave = speech.Vocoder.from_folder(model)([row], [settings], start)[0]
+    wave = speech.Vocoder.from_folder(model, mesh=mesh)([row], [settings], start)[0]
     if out.suffix == ".npy":
         write_atomically(out, lambda file: np.save(file, wave))
     else:

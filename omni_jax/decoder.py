@@ -16,6 +16,7 @@ from omni_jax.cache import KVCache, append_rows
 from omni_jax.config import DecoderConfig
 from omni_jax.layers import GatedMLP, Linear, RMSNorm, rematerialise, run_layers, stacked_param
 from omni_jax.rope import mrope_angles, rotate
+from omni_jax.sharding import constrain
 
 
 class Attention(nn.Module):
@@ -31,14 +32,18 @@ class Attention(nn.Module):
         q = Linear(cfg.num_attention_heads * cfg.head_dim, ("heads", "embed"), name="q_proj")(x)
         k = Linear(cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), name="k_proj")(x)
         v = Linear(cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), name="v_proj")(x)
-        q = rotate(q.reshape(b, t, cfg.num_attention_heads, cfg.head_dim), angles)
-        k = rotate(k.reshape(b, t, cfg.num_key_value_heads, cfg.head_dim), angles)
-        v = v.reshape(b, t, cfg.num_key_value_heads, cfg.head_dim)
+        q = constrain(q, "batch", "length", "act_proj").reshape(b, t, cfg.num_attention_heads, cfg.head_dim)
+        k, v = (a.reshape(b, t, cfg.num_key_value_heads, cfg.head_dim) for a in (k, v))
+        q = rotate(constrain(q, "attend_batch", "attend_length", "act_heads", None), angles)
+        k, v = (constrain(a, "attend_batch", None, "act_kv_heads", None) for a in (k, v))
+        k = rotate(k, angles)
         # Rows take the cache's layout and dtype at once, so that prefill and decode attend to the same values.
         dtype = x.dtype if old is None else old[0].dtype
         k, v = (jnp.swapaxes(a, 1, 2).astype(dtype) for a in (k, v))
         out = causal_attention(q, k, v, old, start, length, segments)
-        return Linear(d, ("embed", "heads"), False, name="o_proj")(out.reshape(b, t, -1)), (k, v)
+        out = constrain(out, "attend_batch", "attend_length", "act_heads", None).reshape(b, t, -1)
+        out = constrain(out, "batch", "length", "act_proj")
+        return Linear(d, ("embed", "heads"), False, name="o_proj")(out), (k, v)
 
 
 class DecoderLayer(nn.Module):
@@ -54,11 +59,11 @@ class DecoderLayer(nn.Module):
         y, rows = Attention(cfg, name="self_attn")(
             RMSNorm(cfg.rms_norm_eps, name="input_layernorm")(x), angles, old, start, length, segments
         )
-        x = x + y
+        x = constrain(x + y, "batch", "length", "act_embed")
         y = GatedMLP(cfg.intermediate_size, cfg.hidden_act, name="mlp")(
             RMSNorm(cfg.rms_norm_eps, name="post_attention_layernorm")(x)
         )
-        return x + y, rows
+        return constrain(x + y, "batch", "length", "act_embed"), rows
 
 
 class Decoder(nn.Module):
@@ -140,4 +145,4 @@ def decode(
     The caller's jit donates the cache, which must have T free slots.
     """
     hidden, rows = read(cfg, params, x, positions, cache, first=first)
-    return hidden, append_rows(cache, rows)
+    return hidden, append_rows(cache, rows, first=first)

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from omni_jax.sharding import constrain
+
 Params = Any  # a nested dict of arrays
 
 # The reference initialises every projection with a normal of this deviation (`initializer_range`).
@@ -166,7 +168,8 @@ class GatedMLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         gate = Linear(self.hidden, ("mlp", "embed"), self.use_bias, name="gate_proj")(x)
         up = Linear(self.hidden, ("mlp", "embed"), self.use_bias, name="up_proj")(x)
-        return Linear(x.shape[-1], ("embed", "mlp"), self.use_bias, name="down_proj")(activation(self.act)(gate) * up)
+        hidden = constrain(activation(self.act)(gate) * up, "batch", "length", "act_mlp")
+        return Linear(x.shape[-1], ("embed", "mlp"), self.use_bias, name="down_proj")(hidden)
 
 
 def stacked_param(module: nn.Module, name: str, layer: nn.Module, length: int, *example: Any, **kwargs: Any) -> Params:

@@ -19,12 +19,14 @@ from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.speakers import load_voices, pick_voice
 from omni_jax.config import OmniConfig, Token2WavConfig, load_config
 from omni_jax.errors import InputError
+from omni_jax.meshes import Laid, Placement, hand_over, laid_out, on_one_device, place
 from omni_jax.sampling import Sampling
 from omni_jax.settings import Reply, SpeechSettings
+from omni_jax.stages import PARTS as PARTS
+from omni_jax.stages import stage_shardings
 from omni_jax.voice import Voice
 from omni_jax.watchdog import SpeechBuilder
 
-PARTS = ("thinker", "talker", "token2wav")
 # Sets the Talker's random numbers apart from those of the Thinker and of the noise, which have the plain seed.
 TALKER_SALT = 0x7A1CE500
 # For the rows of a batch that are not spoken.
@@ -77,25 +79,35 @@ class Vocoder:
     Attributes:
       config, params: of Token2Wav, the parameters float32.
       voices: by name.
+      laid: how its programs lie on a mesh.
     """
 
     config: Token2WavConfig
     params: Any
     voices: Mapping[str, Voice]
+    laid: Laid = on_one_device
 
     @classmethod
-    def from_folder(cls, path: str | pathlib.Path, *, progress: bool = False) -> Vocoder:
+    def from_folder(
+        cls, path: str | pathlib.Path, *, mesh: str | jax.sharding.Mesh | None = None, progress: bool = False
+    ) -> Vocoder:
         """Loads Token2Wav alone, for codes that are there already.
 
+        Args:
+          path: the checkpoint folder.
+          mesh: to lay it over; see `meshes.place`.
+          progress: show a bar on stderr.
         Raises:
-          InputError: a checkpoint without it, or files that are missing or broken.
+          InputError: a checkpoint without it, files that are missing or broken, or a mesh that does not fit.
         """
         cfg = load_config(path)
         if cfg.token2wav is None:
             raise SpeechError(f"{path} has no Token2Wav: this checkpoint answers in text only")
-        unroll = jax.default_backend() == "cpu"
-        params = load_params(path, cfg, parts=("token2wav",), unroll=unroll, progress=progress)
-        return cls(cfg.token2wav, params["token2wav"], load_voices(path))
+        unroll = jax.default_backend() == "cpu" and mesh is None
+        placement = None if mesh is None else place(cfg, mesh)
+        shardings = None if placement is None else stage_shardings(placement, ("token2wav",))
+        params = load_params(path, cfg, parts=("token2wav",), unroll=unroll, shardings=shardings, progress=progress)
+        return cls(cfg.token2wav, params["token2wav"], load_voices(path), laid_out(placement))
 
     def __call__(
         self, codes: Sequence[Any], settings: Sequence[SpeechSettings], noise: Sequence[Any] | None = None
@@ -119,7 +131,7 @@ class Vocoder:
                 self.config, self.params, [codes[i] for i in rows],
                 [pick_voice(self.voices, settings[i].voice) for i in rows],
                 noise=None if noise is None else [noise[i] for i in rows],
-                seeds=[settings[i].seed for i in rows], flow=token2wav.Flow(steps),
+                seeds=[settings[i].seed for i in rows], flow=token2wav.Flow(steps), laid=self.laid,
             )  # fmt: skip
             for i, wave in zip(rows, made, strict=True):
                 waves[i] = wave
@@ -134,14 +146,19 @@ class Speech:
       params: the trees of all three parts.
       voices: by name.
       cache_dtype: of the Talker's keys and values.
+      placement: the stages' meshes; None for one device.
     """
 
-    def __init__(self, config: OmniConfig, params: Any, voices: Mapping[str, Voice], cache_dtype: Any):
+    def __init__(
+        self, config: OmniConfig, params: Any, voices: Mapping[str, Voice], cache_dtype: Any,
+        placement: Placement | None = None,
+    ):  # fmt: skip
         if config.talker is None or config.token2wav is None:
             raise SpeechError("this checkpoint has no Talker: it answers in text only")
         self.config, self.params, self.voices, self.cache_dtype = config, params, voices, cache_dtype
         self.talker = config.talker
-        self.vocoder = Vocoder(config.token2wav, params["token2wav"], voices)
+        self.placement, self.laid = placement, laid_out(placement)
+        self.vocoder = Vocoder(config.token2wav, params["token2wav"], voices, self.laid)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -216,15 +233,25 @@ class Speech:
         batch, size = recorder.batch, len(recorder.batch.start)
         rows = [(settings[i] if i < len(settings) else None) or SILENT for i in range(size)]
         sampling = draw_settings(rows, self.stop_ids)
-        first, vectors = talker.reply_vectors(cfg, table, *reply_arrays(recorder, replies))
+        with self.laid("thinker", size):
+            first, vectors = talker.reply_vectors(cfg, table, *reply_arrays(recorder, replies))
+        voices = np.array([pick_voice(self.voices, s.voice).bos_token for s in rows], np.int32)
+        heard = (recorder.embeddings, recorder.hidden, first, vectors)
+        if self.placement is not None and self.placement.apart:
+            # The Talker's chips have no table of the Thinker's: they get the voices' rows of it.
+            with self.laid("thinker", size):
+                table, voices = talker.table_rows(table, voices), np.arange(size, dtype=np.int32)
+            *heard, table = hand_over((*heard, table), self.placement.speech)
+        embeddings, hidden, first, vectors = heard
         prompt = talker.TalkerPrompt(
-            recorder.embeddings, recorder.hidden, batch.positions, batch.start, batch.next_position, batch.media_index,
-            np.array([pick_voice(self.voices, s.voice).bos_token for s in rows], np.int32), first,
-        )  # fmt: skip
+            embeddings, hidden, batch.positions, batch.start, batch.next_position, batch.media_index, voices, first
+        )
         most = max(s.max_codes for s in rows)
         capacity = buckets.bucket(batch.ids.shape[1] + talker.EXTRA + most, buckets.CACHE)
-        read = talker.prefill(cfg, params, table, prompt, capacity=capacity, cache_dtype=self.cache_dtype)
-        state = talker.first_draw(cfg, params, read.cache, read.seen, read.last, read.position, sampling)
+        with self.laid("talker", size, batch.ids.shape[1] + talker.EXTRA):
+            read = talker.prefill(cfg, params, table, prompt, capacity=capacity, cache_dtype=self.cache_dtype)
+        with self.laid("talker", size):
+            state = talker.first_draw(cfg, params, read.cache, read.seen, read.last, read.position, sampling)
         made, count = np.asarray(state.token)[None], 1
         while True:
             for row, builder in builders.items():
@@ -236,9 +263,11 @@ class Speech:
             # Rows that the host has ended are done before the device knows; rows without speech never began.
             done = np.ones(size, bool)
             done[list(builders)] = [b.finish_reason is not None for b in builders.values()]
-            state, drawn, number = talker.decode_loop(
-                cfg, params, dataclasses.replace(state, done=done), vectors, sampling, np.int32(min(left, steps))
-            )
+            state = dataclasses.replace(state, done=done)
+            with self.laid("talker", size):
+                state, drawn, number = talker.decode_loop(
+                    cfg, params, state, vectors, sampling, np.int32(min(left, steps))
+                )
             made, count = np.asarray(drawn), int(number)
 
 

@@ -26,6 +26,7 @@ from omni_jax.config import TalkerConfig
 from omni_jax.decoder import Decoder, decode
 from omni_jax.layers import Linear, Params, dense
 from omni_jax.sampling import Array, Sampling, sample
+from omni_jax.sharding import constrain, replicate
 from omni_jax.thinker import Embedding
 
 # Steps of one call of the decode loop: 0.64 s of speech.
@@ -132,6 +133,12 @@ def reply_vectors(
     return vectors[:, 0], vectors
 
 
+@jax.jit
+def table_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """[B, E], the vectors of ids [B]: what a Talker away from the Thinker's table needs of it for its voices."""
+    return replicate(table[ids])
+
+
 def prompt_vectors(cfg: TalkerConfig, params: Params, table: jax.Array, prompt: TalkerPrompt) -> jax.Array:
     """[B, T + 2, E], before the projection: codec pad and codec start are added at the last two places."""
     known = prompt.embeddings
@@ -147,14 +154,14 @@ def forward(
     cfg: TalkerConfig, params: Params, x: jax.Array, positions: jax.Array, cache: KVCache, *, first: bool = False
 ) -> tuple[jax.Array, KVCache]:
     """Projects T new sums [B, T, E] and runs the decoder over them. See `decoder.decode`."""
-    return decode(
-        cfg.decoder, params["model"], dense(params["thinker_to_talker_proj"], x), positions, cache, first=first
-    )
+    x = constrain(dense(params["thinker_to_talker_proj"], x), "batch", "length", "act_embed")
+    return decode(cfg.decoder, params["model"], x, positions, cache, first=first)
 
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:
     """[..., D] last hidden states to [..., V] float32 logits."""
-    return dense(params["codec_head"], hidden, jnp.float32)
+    scores = dense(params["codec_head"], hidden, jnp.float32)
+    return constrain(scores, "batch", *[None] * (scores.ndim - 2), "act_vocab")
 
 
 def suppress(cfg: TalkerConfig, scores: jax.Array) -> jax.Array:
@@ -187,6 +194,7 @@ def prefill(
     # To the penalty the prompt is a row of codec marks; padding does not count, but every row has at least one token.
     marks = [cfg.tts_codec_mask_token_id, cfg.tts_codec_pad_token_id, cfg.tts_codec_start_token_id]
     seen = jnp.zeros((batch, cfg.decoder.vocab_size), bool).at[:, jnp.array(marks)].set(True)
+    seen = constrain(seen, "batch", "act_vocab")
     return TalkerPrefill(cache, seen, hidden[:, -1], jnp.maximum(prompt.next_position, after[:, -1] + 1))
 
 
@@ -196,9 +204,9 @@ def _draw(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """From the last hidden state [B, D] to the next code; returns it and the updated seen, drawn, done."""
     scores = suppress(cfg, logits(params, hidden))
-    token = sample(scores, seen, sampling, drawn)
-    seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
-    done = done | jnp.any(token[:, None] == sampling.stop_ids, axis=-1)
+    token = replicate(sample(scores, seen, sampling, drawn))
+    seen = constrain(seen.at[jnp.arange(token.shape[0]), token].set(True), "batch", "act_vocab")
+    done = replicate(done | jnp.any(token[:, None] == sampling.stop_ids, axis=-1))
     return token, seen, drawn + 1, done
 
 

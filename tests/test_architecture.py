@@ -13,11 +13,11 @@ MAX_LINES = 500
 
 # The layers of omni_jax: a module imports its own layer and those before it. A new module must be entered here.
 LAYERS = (
-    {"errors", "config", "sharding", "buckets", "positions", "voice"},
+    {"errors", "config", "sharding", "meshes", "buckets", "positions", "voice"},
     {"layers", "attention", "rope", "cache", "sampling", "ode", "declare", "kernels"},
     {"decoder", "vision", "audio", "speaker", "dit", "bigvgan"},
     {"thinker", "talker", "token2wav"},
-    {"settings", "generation"},
+    {"settings", "generation", "stages"},
     {"reply", "watchdog", "speech", "omni"},
     {"cli"},
 )
