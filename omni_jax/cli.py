@@ -366,10 +366,32 @@ def footprint(
     measure.main(model, preset, layers, as_json)
 
 
+def finetune(
+    *,
+    config: pathlib.Path,
+    changes: Annotated[Strings, tyro.conf.arg(name="set")] = (),
+    coordinator: str | None = None,
+) -> None:
+    """Fine-tune a checkpoint, as a configuration in configs/ says; see docs/training.md.
+
+    It goes on where the run's folder stops. SIGTERM and Ctrl-C save and end; metrics go to stderr and metrics.jsonl.
+
+    Args:
+      config: A Python file with get_config(), such as configs/qwen3b_lora_v5e8.py.
+      changes: A setting to change, as name=value: --set data.batch=4; may be given several times.
+      coordinator: On several hosts: auto on a TPU pod, else host:port,processes,process.
+    """
+    from train import main as training
+
+    _use_compilation_cache()
+    training.finetune(config, changes, coordinator)
+
+
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
     commands: dict[str, Any] = {
         "generate": generate, "vocode": vocode, "voices": voices, "init": init, "bench": bench, "footprint": footprint,
+        "finetune": finetune,
     }  # fmt: skip
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="omni-jax", description="Qwen2.5-Omni in JAX.")

@@ -64,13 +64,13 @@ def test_flow_matching_loss_and_every_gradient():
     reference.zero_grad(set_to_none=True)
     mine = training.flat(grads)
     mine.pop("rotary_embed.inv_freq")  # a buffer on the other side
-    print("largest gradient error", training.compare(training.nested(mine), theirs, 1e-3))
+    print("largest gradient error", training.compare(training.nested(mine), theirs, 1e-3, ["asp.conv.bias"]))
 
 
 def test_flow_randomness_follows_the_row():
     """Rows in another order, or in other batches, see the same time, noise and dropping."""
     _, batch = _flow_batch([24, 24, 12, 12], 24)
-    params, key = tiny.random_params(tiny.CFG)["code2wav_dit_model"], jax.random.key(1)
+    params, key = jax.device_put(tiny.random_params(tiny.CFG)["code2wav_dit_model"]), jax.random.key(1)
     run = jax.jit(lambda b: S.flow_loss(params, CFG, b, key, 1.0, 0.5))
     whole = float(run(batch))
     parts = sum(float(run(jax.tree.map(lambda x, i=i: x[i], batch))) for i in ([2, 0], [3, 1]))

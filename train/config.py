@@ -15,8 +15,8 @@ from omni_jax.errors import InputError
 Task = Literal["thinker", "talker", "dpo", "talker_dpo", "token2wav", "vocoder"]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # What may differ between a run and its continuation: these change neither what is learned nor from what.
-FREE = ("out", "mesh", "compile_cache", "log_every", "save_every", "keep", "evaluate_every", "tracking")
-FREE_DATA = ("workers", "threads", "prefetch", "decode_all")
+FREE = ("out", "mesh", "log_every", "save_every", "keep", "evaluate_every", "tracking")
+FREE_DATA = ("threads", "prefetch", "decode_all")
 
 
 class RunError(InputError):
@@ -117,7 +117,6 @@ class Run:
       log_every, evaluate_every: steps; 0 for never.
       answers: conversations of the evaluation that are answered and compared (exact match, word error rate).
       tracking: "tensorboard" or "wandb", if installed, beside the JSONL.
-      compile_cache: folder for compiled programs.
     """
 
     model: str
@@ -141,7 +140,6 @@ class Run:
     evaluate_every: int = 0
     answers: int = 0
     tracking: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    compile_cache: str | None = None
 
     def __post_init__(self) -> None:
         """Raises RunError naming the setting that cannot be."""

@@ -18,6 +18,8 @@ from omni_jax.audio import AudioTower
 from omni_jax.config import DecoderConfig, OmniConfig, TalkerConfig, ThinkerConfig
 from omni_jax.decoder import Decoder
 from omni_jax.layers import Params, dense
+from omni_jax.meshes import Laid, on_one_device
+from omni_jax.sharding import constrain
 from omni_jax.vision import VisionTower
 from train.batch import Batch, Media, Speech, Tokens
 
@@ -28,10 +30,12 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class How:
-    """How the model is run: dtype of the computation, and what the backward pass computes again."""
+    """How the model is run: dtype of the computation, what the backward pass computes again, and the layouts of a mesh
+    (`meshes.laid_out`)."""
 
     dtype: Any = jnp.bfloat16
     remat: str = "full"
+    laid: Laid = on_one_device
 
 
 def token_logprobs(
@@ -48,7 +52,7 @@ def token_logprobs(
     """
 
     def block(x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        logits = dense(head, x[0], jnp.float32)
+        logits = constrain(dense(head, x[0], jnp.float32), "batch", None, "act_vocab")
         asked = x[1] >= 0
         own = jnp.take_along_axis(logits, jnp.maximum(x[1], 0)[..., None], axis=-1)[..., 0]
         logprob = own - jax.nn.logsumexp(logits, axis=-1)
@@ -71,7 +75,7 @@ def token_logprobs(
 def decode(
     cfg: DecoderConfig, params: Params, x: jax.Array, positions: jax.Array, segments: jax.Array, how: How
 ) -> jax.Array:
-    """Hidden states [B, T, D] of packed rows: x [B, T, D], positions [B, 3, T], segments [B, T]."""
+    """Hidden states [B, T, D] of packed rows: x [B, T, D], positions [B, 3, T], segments [B, T]. Runs in a layout."""
     tree = {"layers": params["layers"], "norm": params["norm"]}
     start = jnp.zeros(x.shape[0], jnp.int32)
     rows = jnp.moveaxis(positions, 1, 0)
@@ -84,11 +88,14 @@ def media_vectors(cfg: ThinkerConfig, params: Params, media: Media, how: How) ->
     remat = how.remat != "none"
     out = []
     for pixels, positions, valid in media.vision:
-        tower = VisionTower(cfg.vision, remat)
-        out.append(tower.apply({"params": params["visual"]}, pixels.astype(how.dtype), positions, valid))
+        eyes = VisionTower(cfg.vision, remat)
+        with how.laid("vision", len(pixels)):
+            out.append(eyes.apply({"params": params["visual"]}, pixels.astype(how.dtype), positions, valid))
     if media.audio is not None:
         mel, lengths = media.audio
-        out.append(AudioTower(cfg.audio, remat).apply({"params": params["audio_tower"]}, mel.astype(how.dtype), lengths))
+        ears = AudioTower(cfg.audio, remat)
+        with how.laid("audio", len(mel)):
+            out.append(ears.apply({"params": params["audio_tower"]}, mel.astype(how.dtype), lengths))
     return jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in out]) if out else None
 
 
@@ -97,8 +104,9 @@ def thinker_states(
 ) -> tuple[jax.Array, jax.Array]:
     """Input embeddings and hidden states after the final norm, each [B, T, D]."""
     vectors = media_vectors(cfg, params, media, how)
-    x = thinker.embed(params, tokens.ids, vectors, tokens.media_index).astype(how.dtype)
-    return x, decode(cfg.text, params["model"], x, tokens.positions, tokens.segments, how)
+    with how.laid("thinker", *tokens.ids.shape):
+        x = thinker.embed(params, tokens.ids, vectors, tokens.media_index).astype(how.dtype)
+        return x, decode(cfg.text, params["model"], x, tokens.positions, tokens.segments, how)
 
 
 def talker_states(
@@ -127,8 +135,10 @@ def talker_states(
     heard = jnp.take_along_axis(embeddings + hidden, jnp.maximum(speech.source, 0)[..., None], axis=1)
     codes = params["model"]["embed_tokens"]["weight"]
     x = known(speech.source, heard) + known(speech.text, table[jnp.maximum(speech.text, 0)])
-    x = dense(params["thinker_to_talker_proj"], x + known(speech.codec, codes[jnp.maximum(speech.codec, 0)]))
-    return decode(cfg.decoder, params["model"], x, speech.positions, speech.segments, how)
+    x = x + known(speech.codec, codes[jnp.maximum(speech.codec, 0)])
+    with how.laid("talker", *speech.source.shape):
+        x = constrain(dense(params["thinker_to_talker_proj"], x), "batch", "length", "act_embed")
+        return decode(cfg.decoder, params["model"], x, speech.positions, speech.segments, how)
 
 
 def text_logprobs(
@@ -137,13 +147,18 @@ def text_logprobs(
     """`token_logprobs` of the Thinker's labels."""
     tree = params["thinker"]
     _, hidden = thinker_states(cfg.thinker, tree, batch.tokens, batch.media, how)
-    return token_logprobs(tree.get("lm_head", tree["model"]["embed_tokens"]), hidden, batch.tokens.labels)
+    return _of_text(tree, hidden, batch.tokens, how)
+
+
+def _of_text(tree: Params, hidden: jax.Array, tokens: Tokens, how: How) -> tuple[jax.Array, jax.Array]:
+    with how.laid("thinker", *tokens.ids.shape):
+        return token_logprobs(tree.get("lm_head", tree["model"]["embed_tokens"]), hidden, tokens.labels)
 
 
 def code_logprobs(
     cfg: OmniConfig, params: Mapping[str, Params], batch: Batch, how: How
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
-    """`token_logprobs` of the Talker's labels, and what a further loss on the text takes: (tree of the head, hidden).
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`token_logprobs` of the Talker's labels, and the Thinker's hidden states, which a loss on the text takes.
 
     Raises:
       ValueError: a batch without codes, or a model without a Talker.
@@ -154,8 +169,8 @@ def code_logprobs(
     embeddings, hidden = thinker_states(cfg.thinker, tree, batch.tokens, batch.media, how)
     table = tree["model"]["embed_tokens"]["weight"]
     said = talker_states(cfg.talker, speaker, table, embeddings, hidden, batch.tokens, batch.speech, how)
-    logprobs, hits = token_logprobs(speaker["codec_head"], said, batch.speech.labels)
-    return logprobs, hits, (tree.get("lm_head", tree["model"]["embed_tokens"]), hidden)
+    with how.laid("talker", *batch.speech.labels.shape):
+        return *token_logprobs(speaker["codec_head"], said, batch.speech.labels), hidden
 
 
 def counts(batch: Batch) -> Metrics:
@@ -179,11 +194,11 @@ def speech_loss(
     cfg: OmniConfig, params: Mapping[str, Params], batch: Batch, total: Metrics, how: How, text_weight: float = 0.0
 ) -> tuple[jax.Array, Metrics]:
     """The same for the Talker's codes; the text's own loss is added with a weight, for training both."""
-    logprobs, hits, (head, hidden) = code_logprobs(cfg, params, batch, how)
+    logprobs, hits, hidden = code_logprobs(cfg, params, batch, how)
     loss = -jnp.sum(logprobs) / total["codes"]
     metrics = {"code_loss": loss, "accuracy": jnp.sum(hits) / total["codes"]}
     if text_weight:
-        text, _ = token_logprobs(head, hidden, batch.tokens.labels)
+        text, _ = _of_text(params["thinker"], hidden, batch.tokens, how)
         metrics["text_loss"] = -jnp.sum(text) / total["tokens"]
         loss = loss + text_weight * metrics["text_loss"]
     return loss, metrics

@@ -24,7 +24,10 @@ def rate_of(name: str, rates: Mapping[str, float]) -> str | None:
 
 def trained(names: Mapping[str, Any], rates: Mapping[str, float]) -> list[str]:
     """The names that a rate covers. Raises RunError for a rate that covers none."""
-    found = {n: p for n in names if (p := rate_of(n, rates)) is not None and rates[p] > 0}
+    # Stored frequencies are a buffer.
+    found = {
+        n: p for n in names if not n.endswith("inv_freq") and (p := rate_of(n, rates)) is not None and rates[p] > 0
+    }
     for prefix, rate in rates.items():
         if rate < 0:
             raise RunError(f"rates[{prefix!r}] is {rate}; a learning rate is not negative")
