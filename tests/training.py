@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.speakers import load_voices
 from tests import conversations, oracle
 from train.batch import Batch, Sample, collate, needed, shapes
+from train.config import Data, Run
 from train.data import Reader
 from train.losses import How
 
@@ -86,3 +88,31 @@ def compare(ours: Any, theirs: dict[str, np.ndarray], limit: float, rounding: Se
 def nested(tree: dict[str, Any]) -> Any:
     """The tree of dotted names."""
     return traverse_util.unflatten_dict(tree, sep=".")
+
+
+def write_lines(path: pathlib.Path, records: Sequence[dict[str, Any]]) -> str:
+    """A JSONL file; returns its path."""
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
+    return str(path)
+
+
+def questions(count: int) -> list[dict[str, Any]]:
+    """Short conversations of unequal lengths."""
+    answers = ["yes", "no, never", "perhaps tomorrow", "ask the cat on the mat"]
+    return [
+        {"messages": [
+            {"role": "user", "content": f"Question {i}: {'so ' * (i % 5)}is it true?"},
+            {"role": "assistant", "content": answers[i % 4]},
+        ]}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def run(checkpoint: pathlib.Path, folder: pathlib.Path, train: str, **changes: Any) -> Run:
+    """A short run on the small checkpoint, float32, decoder and head trained."""
+    data = {"sequence": 128, "batch": 2, "threads": 2} | changes.pop("data", {})
+    defaults: dict[str, Any] = {
+        "rates": {"thinker.model": 1e-3, "thinker.lm_head": 1e-3}, "steps": 10, "dtype": "float32", "remat": "none",
+        "save_every": 100,
+    }  # fmt: skip
+    return Run(str(checkpoint), str(folder / "out"), Data(train, **data), **(defaults | changes))

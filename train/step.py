@@ -214,6 +214,19 @@ class Trainer:
             return None
         return {n: jnp.array(a, self.dtype, copy=True) for n, a in state.params.items()}
 
+    def frozen_shapes(self) -> Flat:
+        """Shapes of `freeze`, on a mesh with their shardings."""
+        shapes = flatten(meta.unbox(stages.boxed_shapes(self.cfg, self.parts)))
+        at = self.shardings or {}
+        return {n: jax.ShapeDtypeStruct(shapes[n].shape, self.dtype, sharding=at.get(n)) for n in self.frozen}
+
+    def base_shapes(self) -> Flat | None:
+        """Shapes of `base`."""
+        if "dpo" not in self.run.task or self.run.lora:
+            return None
+        at = self.trained_sharding
+        return {n: jax.ShapeDtypeStruct(s.shape, self.dtype, sharding=at(n)) for n, s in self.trained.items()}
+
     def assemble(self, trained: Flat, frozen: Flat) -> Any:
         """The tree that the model runs on."""
         if self.run.lora:
