@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from omni_jax.checkpoint.commands import convert, export, inspect
 from omni_jax.errors import InputError
 
 Strings = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
@@ -390,8 +391,8 @@ def finetune(
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
     commands: dict[str, Any] = {
-        "generate": generate, "vocode": vocode, "voices": voices, "init": init, "bench": bench, "footprint": footprint,
-        "finetune": finetune,
+        "generate": generate, "vocode": vocode, "voices": voices, "init": init, "convert": convert, "export": export,
+        "inspect": inspect, "bench": bench, "footprint": footprint, "finetune": finetune,
     }  # fmt: skip
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="omni-jax", description="Qwen2.5-Omni in JAX.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -329,6 +329,30 @@ def from_dict(raw: Mapping[str, Any]) -> OmniConfig:
     if raw.get("enable_audio_output", True) is False:
         cfg = dataclasses.replace(cfg, talker=None, token2wav=None)
     return cfg
+
+
+def absent_fields(raw: Mapping[str, Any]) -> frozenset[str]:
+    """The fields of `from_dict(raw)` that take their defaults, dotted: `thinker.text.rope_theta`."""
+
+    def fields(cls: type, raw: Mapping[str, Any], where: str) -> Iterator[str]:
+        for f in dataclasses.fields(cls):
+            name = f"{where}{f.name}"
+            if f.name == "mrope_section":
+                given = "mrope_section" in (raw.get("rope_scaling") or {})
+            elif cls is TalkerConfig and f.name == "decoder":
+                yield from fields(DecoderConfig, raw, f"{name}.")
+                continue
+            elif (part := _PARTS.get((cls, f.name))) is not None:
+                yield from fields(part, _lookup(cls, f.name, raw) or {}, f"{name}.")
+                continue
+            else:
+                given = _lookup(cls, f.name, raw) is not None
+            if not given:
+                yield name
+
+    if raw.get("model_type") == "qwen2_5_omni_thinker":
+        return frozenset(fields(ThinkerConfig, raw, "thinker."))
+    return frozenset(fields(OmniConfig, raw, ""))
 
 
 def load_config(path: str | pathlib.Path) -> OmniConfig:

@@ -18,6 +18,7 @@ import numpy as np
 
 from omni_jax import audio, buckets, generation, vision
 from omni_jax.checkpoint.load import load_params
+from omni_jax.checkpoint.sources import local_files
 from omni_jax.checkpoint.speakers import load_voices
 from omni_jax.config import ConfigError, OmniConfig, load_config
 from omni_jax.errors import InputError
@@ -429,23 +430,33 @@ def load(
     mesh: str | jax.sharding.Mesh | None = None,
     speech_mesh: str | jax.sharding.Mesh | None = None,
     unroll: bool | None = None,
+    adapter: str | pathlib.Path | None = None,
     progress: bool = False,
 ) -> Omni:
-    """Loads a published checkpoint folder.
+    """Loads a checkpoint: a folder in the published layout or one that `omni-jax convert` made.
 
     Args:
-      path: the folder: config.json, tokenizer files, safetensors; for speech, voices.
+      path: the folder: config.json, tokenizer files, weights; for speech, voices. Also a hub id
+        (`Qwen/Qwen2.5-Omni-3B`), or the URL of a converted folder.
       parts: `PARTS` for a model that speaks; by default the Thinker alone, which takes less memory.
       dtype: of weights and computation, "bfloat16" or "float32".
       mesh: what to lay the model over: a name ("2x4", "data=2,tensor=4") or a mesh of `meshes.make_mesh`; None for one
         device.
       speech_mesh: chips of their own for Talker and Token2Wav, beside those of `mesh`; see `meshes.place`.
       unroll: loop over the layers instead of scanning them; by default on one CPU device, where scanning is slow.
+      adapter: folder of a PEFT adapter (LoRA) to merge into the weights.
       progress: show a bar on stderr.
     Raises:
       ValueError: files that are missing, broken or of another model; one line that names them.
     """
-    path = pathlib.Path(path)
+    with local_files(path) as (files, arrays):
+        return _load(files, arrays, parts, dtype, mesh, rules, unroll, adapter, progress)
+
+
+def _load(
+    path: pathlib.Path, arrays: str | None, parts: Sequence[str], dtype: Any, mesh: jax.sharding.Mesh | None,
+    rules: Rules | None, unroll: bool | None, adapter: str | pathlib.Path | None, progress: bool,
+) -> Omni:  # fmt: skip
     cfg = load_config(path)
     if set(parts) not in ({"thinker"}, set(PARTS)):
         raise ValueError(f"parts {tuple(parts)} are neither the Thinker alone nor {PARTS}")
@@ -464,6 +475,7 @@ def load(
     elif speech_mesh is not None:
         raise MeshError("speech has a mesh of its own, but the Thinker has none; give it one as well, such as 1")
     params = load_params(
-        path, cfg, parts=parts, dtype=jnp.dtype(dtype), unroll=unroll, shardings=shardings, progress=progress
-    )
+        path, cfg, parts=parts, dtype=jnp.dtype(dtype), unroll=unroll, shardings=shardings, progress=progress,
+        adapter=adapter, arrays=arrays,
+    )  # fmt: skip
     return Omni(cfg, params, processor, stop_token_ids(path, cfg, processor.tokenizer), dtype, voices, placement)

@@ -16,6 +16,7 @@ import numpy as np
 
 from omni_jax import buckets, generation, talker, token2wav
 from omni_jax.checkpoint.load import load_params
+from omni_jax.checkpoint.sources import local_files
 from omni_jax.checkpoint.speakers import load_voices, pick_voice
 from omni_jax.config import OmniConfig, Token2WavConfig, load_config
 from omni_jax.errors import InputError
@@ -100,14 +101,17 @@ class Vocoder:
         Raises:
           InputError: a checkpoint without it, files that are missing or broken, or a mesh that does not fit.
         """
-        cfg = load_config(path)
-        if cfg.token2wav is None:
-            raise SpeechError(f"{path} has no Token2Wav: this checkpoint answers in text only")
-        unroll = jax.default_backend() == "cpu" and mesh is None
-        placement = None if mesh is None else place(cfg, mesh)
-        shardings = None if placement is None else stage_shardings(placement, ("token2wav",))
-        params = load_params(path, cfg, parts=("token2wav",), unroll=unroll, shardings=shardings, progress=progress)
-        return cls(cfg.token2wav, params["token2wav"], load_voices(path), laid_out(placement))
+        with local_files(path) as (files, arrays):
+            cfg = load_config(files)
+            if cfg.token2wav is None:
+                raise SpeechError(f"{path} has no Token2Wav: this checkpoint answers in text only")
+            unroll = jax.default_backend() == "cpu" and mesh is None
+            placement = None if mesh is None else place(cfg, mesh)
+            shardings = None if placement is None else stage_shardings(placement, ("token2wav",))
+            params = load_params(
+                files, cfg, parts=("token2wav",), unroll=unroll, shardings=shardings, progress=progress, arrays=arrays
+            )
+            return cls(cfg.token2wav, params["token2wav"], load_voices(files), laid_out(placement))
 
     def __call__(
         self, codes: Sequence[Any], settings: Sequence[SpeechSettings], noise: Sequence[Any] | None = None

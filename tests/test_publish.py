@@ -20,7 +20,8 @@ from transformers import (
 
 from omni_jax import config as C
 from omni_jax.checkpoint import keys, tokenizer_files
-from omni_jax.checkpoint.load import load_params, open_checkpoint
+from omni_jax.checkpoint.folder import open_checkpoint
+from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.publish import write_random
 from omni_jax.checkpoint.safetensors_io import CheckpointError
 from omni_jax.checkpoint.speakers import load_voices

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from omni_jax.checkpoint import keys, tokenizer_files
-from omni_jax.checkpoint.load import progress_bar
+from omni_jax.checkpoint.folder import progress_bar
 from omni_jax.checkpoint.safetensors_io import BLOCK, CheckpointError, write_checkpoint
 from omni_jax.checkpoint.speakers import SPEAKERS_FILE, write_speakers
 from omni_jax.config import OmniConfig, to_dict

@@ -76,6 +76,10 @@ class Tensor:
         """Bytes of the array."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def read(self, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
+        """`read_tensor` of this one."""
+        read_tensor(self, out, index)
+
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
@@ -84,7 +88,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _parse_json(data: bytes) -> Any:
+def parse_json(data: bytes) -> Any:
     """Strict JSON: UTF-8, no repeated keys, no depth that overflows the stack. Raises ValueError."""
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
@@ -131,7 +135,7 @@ def read_header(file: str | pathlib.Path) -> dict[str, Tensor]:
             (length,) = struct.unpack("<Q", head)
             if length > MAX_HEADER or 8 + length > size:
                 raise ValueError(f"its header claims {length} bytes; the file has {size}")
-            header = _parse_json(f.read(length))
+            header = parse_json(f.read(length))
         if not isinstance(header, dict):
             raise ValueError("its header is not a JSON object")
         start, found = 8 + length, []
@@ -199,7 +203,7 @@ def read_index(folder: str | pathlib.Path) -> dict[str, Tensor]:
             data = f.read(MAX_HEADER + 1)
         if len(data) > MAX_HEADER:
             raise ValueError(f"it is larger than {MAX_HEADER} bytes")
-        raw = _parse_json(data)
+        raw = parse_json(data)
         weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError("it has no weight_map")
@@ -352,21 +356,27 @@ def write_checkpoint(
     tensors: Mapping[str, tuple[Any, tuple[int, ...]]],
     blocks: Callable[[str], Iterable[np.ndarray]],
     max_shard_bytes: int = 5_000_000_000,
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Writes tensors in the published layout: `model.safetensors`, or shards and their index.
 
-    Args: as `write_file`; `max_shard_bytes` bounds the data of one shard.
+    Args: as `write_file`; `max_shard_bytes` bounds the data of one shard, unless `files` says which one each tensor
+      goes into.
     """
     sizes = {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (dtype, shape) in tensors.items()}
-    shards = split_shards(sizes, max_shard_bytes)
-    if len(shards) == 1:
-        write_file(folder / SINGLE, tensors, blocks)
-        return
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards, 1):
-        shard = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+    shards: dict[str, list[str]] = {}
+    if files is None:
+        groups = split_shards(sizes, max_shard_bytes)
+        for i, names in enumerate(groups, 1):
+            shards[SINGLE if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors"] = names
+    else:
+        for name in tensors:
+            shards.setdefault(files[name], []).append(name)
+    for shard, names in shards.items():
         write_file(folder / shard, {name: tensors[name] for name in names}, blocks)
-        weight_map |= dict.fromkeys(names, shard)
+    if set(shards) == {SINGLE}:
+        return
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
     with replacing(folder / INDEX) as f:
         f.write((json.dumps(index, indent=2) + "\n").encode())

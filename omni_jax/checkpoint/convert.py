@@ -1,0 +1,380 @@
+"""Published folder → Orbax checkpoint with everything beside it, and back, one slice of about 32 MiB at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from omni_jax.checkpoint import adapter as adapters
+from omni_jax.checkpoint import keys, orbax_io
+from omni_jax.checkpoint.folder import Stored, open_checkpoint, progress_bar, read_block, row_blocks
+from omni_jax.checkpoint.orbax_io import ARRAYS, FORMAT, MANIFEST, ArrayWriter, put_file, reason, within
+from omni_jax.checkpoint.safetensors_io import CheckpointError, Tensor, write_checkpoint
+from omni_jax.checkpoint.sources import ADAPTER, is_small_file, local_files
+from omni_jax.checkpoint.speakers import PACK_FILE, SPEAKERS_FILE, load_voices
+from omni_jax.config import OmniConfig, load_config
+
+DTypeName = Literal["keep", "bfloat16", "float32"]
+BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+_DTYPES = {d.name: d for d in (BFLOAT16, FLOAT32, np.dtype(np.float16), np.dtype(np.float64))}
+SHARD_BYTES = 5_000_000_000  # as transformers cuts them
+_SHARD = re.compile(r"\w[\w.-]*\.safetensors")
+
+
+def crc(values: np.ndarray, start: int = 0) -> int:
+    """CRC-32 of an array's bytes, continued from that of what comes before it."""
+    return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data, start)
+
+
+def _sync(folder: pathlib.Path) -> None:
+    """Every file and folder below, and the folder, to disk."""
+    for root, _, files in os.walk(folder):
+        for path in (*(os.path.join(root, name) for name in files), root):
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+def _empty(folder: pathlib.Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def building(dst: str | os.PathLike[str], size: int) -> Iterator[str]:
+    """A place to build a folder in, which takes its name only when it is whole and on disk.
+
+    What an earlier run left that was killed is cleared away first. At a URL, where nothing can be renamed, the place
+    is the URL itself, and the manifest, which comes last, makes the folder a whole one.
+
+    Args:
+      dst: a folder that must be absent or empty, or a URL with nothing under it.
+      size: bytes that are going to be written.
+    Raises:
+      CheckpointError: something is there, another run is at it, or the disk has no room or fills up.
+    """
+    if "://" in str(dst):
+        with _building_at_url(str(dst)) as place:
+            yield place
+        return
+    target = pathlib.Path(dst).absolute()
+    temporary = target.with_name(f".{target.name}.partial")
+    lock = None
+    try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise CheckpointError(f"{dst} exists already; give a new folder, or remove it first")
+        temporary.mkdir(parents=True, exist_ok=True)
+        lock = os.open(temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            lock = None
+            raise CheckpointError(f"{dst} is being made by another process; wait for it") from None
+        _empty(temporary)
+        free = shutil.disk_usage(temporary).free
+        if free < size:
+            raise CheckpointError(
+                f"{dst} takes {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left; make room, or go elsewhere"
+            )
+        yield str(temporary)
+        _sync(temporary)
+        os.replace(temporary, target)
+        _sync_one(target.parent)
+    except OSError as e:
+        raise CheckpointError(f"{dst} cannot be written: {reason(e)}; nothing is left of it") from None
+    except CheckpointError as e:
+        raise CheckpointError(str(e).replace(str(temporary), str(dst))) from None
+    finally:
+        if lock is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.close(lock)
+
+
+def _sync_one(folder: pathlib.Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+@contextlib.contextmanager
+def _building_at_url(url: str) -> Iterator[str]:
+    import tensorstore as ts
+
+    try:
+        store = ts.KvStore.open(orbax_io.kvstore(url)).result()
+        if store.list().result():
+            raise CheckpointError(f"{url} has files already; give a new place, or remove them first")
+    except (ValueError, RuntimeError, OSError, NotImplementedError) as e:
+        if isinstance(e, CheckpointError):
+            raise
+        raise CheckpointError(f"{url} cannot be reached: {reason(e)}") from None
+    try:
+        yield url
+    except BaseException:
+        with contextlib.suppress(ValueError, RuntimeError, OSError):
+            store.delete_range(ts.KvStore.KeyRange()).result()
+        raise
+
+
+def _stored_dtype(tensors: Sequence[Stored], dtype: DTypeName) -> np.dtype[Any]:
+    """The dtype of a leaf: as asked; where it is kept and layers differ, one that holds them all."""
+    kinds = {t.dtype for t in tensors}
+    if dtype == "float32" or (dtype == "bfloat16" and keys.part_of(tensors[0].name) == "token2wav"):
+        return FLOAT32
+    if dtype == "bfloat16":
+        return BFLOAT16
+    return kinds.pop() if len(kinds) == 1 else np.dtype(np.float64) if np.dtype(np.float64) in kinds else FLOAT32
+
+
+def _holds(stored: np.dtype[Any], original: np.dtype[Any]) -> bool:
+    """Whether values of the original dtype come back unchanged from the stored one."""
+    return stored == original or stored.itemsize >= 2 * original.itemsize
+
+
+def _part_config(raw: dict[str, Any], cfg: OmniConfig, parts: Sequence[str]) -> dict[str, Any]:
+    """config.json of a checkpoint that keeps only some parts of another."""
+    gone = [p for p in ("talker", "token2wav") if getattr(cfg, p) is not None and p not in parts]
+    out = {key: value for key, value in raw.items() if key not in [f"{p}_config" for p in gone]}
+    if gone and not {"talker", "token2wav"} & set(parts):
+        out["enable_audio_output"] = False
+    return out
+
+
+def _read(file: pathlib.Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as e:
+        raise CheckpointError(f"{file} cannot be read: {reason(e)}") from None
+
+
+def _json(raw: Any) -> bytes:
+    return (json.dumps(raw, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _put_small_files(files: pathlib.Path, place: str, config: dict[str, Any]) -> None:
+    """The files beside the weights, byte for byte; config.json only where it changed."""
+    for name in sorted(os.listdir(files)):
+        if is_small_file(name) and (files / name).is_file():
+            data = _read(files / name)
+            put_file(place, name, _json(config) if name == "config.json" and config != json.loads(data) else data)
+
+
+def _put_adapter(folder: pathlib.Path, place: str) -> None:
+    for name in (adapters.CONFIG, adapters.WEIGHTS):
+        put_file(within(place, ADAPTER), name, _read(folder / name))
+
+
+def _check_voices(files: pathlib.Path) -> None:
+    """Voices go along unread by anything else: what is unsound is refused here."""
+    if any((files / name).exists() for name in (SPEAKERS_FILE, PACK_FILE)):
+        load_voices(files)
+
+
+def _origins(files: pathlib.Path, tensors: Mapping[str, Stored], whole: bool) -> dict[str, dict[str, str]]:
+    """Published name → dtype and shard that the published folder has it in, in the order of its files.
+
+    Shards are left out where the new checkpoint has not all of them.
+    """
+    if (files / MANIFEST).is_file():
+        listed = orbax_io.read_manifest(files)["tensors"]
+        out = {n: {k: e[k] for k in ("dtype", "file") if k in e} for n, e in listed.items() if n in tensors}
+    else:
+        placed = {n: t.base if isinstance(t, adapters.Merged) else t for n, t in tensors.items()}
+        order = sorted(placed.items(), key=lambda item: (str(item[1].file), item[1].offset))  # type: ignore[attr-defined]
+        out = {n: {"dtype": t.dtype.name, "file": t.file.name} for n, t in order if isinstance(t, Tensor)}
+    return out if whole else {n: {"dtype": e["dtype"]} for n, e in out.items()}
+
+
+def _write_arrays(
+    place: str,
+    tensors: Mapping[str, Stored],
+    leaves: Mapping[tuple[str, ...], Mapping[int | None, str]],
+    kinds: Mapping[tuple[str, ...], np.dtype[Any]],
+    advance: Callable[[int], None],
+) -> dict[str, int]:
+    """Writes every leaf, layer by layer and slice by slice; gives the CRC-32 of each tensor as stored."""
+    writer, checksums = ArrayWriter(place), dict.fromkeys(tensors, 0)
+    try:
+        arrays = {}
+        for path, names in leaves.items():
+            stacked, shape = None not in names, tensors[next(iter(names.values()))].shape
+            arrays[path] = writer.create(path, (len(names), *shape) if stacked else shape, kinds[path], stacked=stacked)
+        for path, names in leaves.items():
+            layers = [name for _, name in sorted(names.items(), key=lambda item: item[0] or 0)]
+            leaf, stacked, kind = writer.opened(arrays[path]), None not in names, kinds[path]
+            shape = tensors[layers[0]].shape
+            rows_per_chunk = leaf.chunk_layout.write_chunk.shape[int(stacked)] if shape else 1
+            for i, name in enumerate(layers):
+                row = leaf[i] if stacked else leaf
+                for rows in row_blocks(shape, kind.itemsize, rows_per_chunk):
+                    values = read_block(tensors[name], rows, kind)
+                    checksums[name] = crc(values, checksums[name])
+                    writer.write(row[rows] if shape else row, values)
+                    advance(values.nbytes)
+        writer.finish()
+    except BaseException:
+        writer.abandon()
+        raise
+    return checksums
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    dtype: DTypeName = "keep",
+    parts: Sequence[str] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    keep_adapter: bool = False,
+    progress: bool = False,
+) -> int:
+    """Makes an Orbax checkpoint of stacked layers of a published folder. This is `omni-jax convert`.
+
+    Stock Orbax restores `DST/params`; config, tokenizer, processor files and voices lie beside it, and
+    `omni_jax.json` holds what the way back needs: the original dtypes and shards, and a checksum of each tensor.
+
+    Args:
+      src: the folder (also a converted one), or a hub id.
+      dst: the folder to make, or a URL that TensorStore writes to (gs://…).
+      dtype: of the stored parameters; "bfloat16" leaves Token2Wav in float32.
+      parts: which to take, the Thinker among them; by default all there are.
+      adapter: folder of a PEFT adapter (LoRA) to merge.
+      keep_adapter: put the adapter beside the weights instead of merging it.
+      progress: show a bar on stderr.
+    Returns:
+      Bytes of the arrays.
+    Raises:
+      CheckpointError, ConfigError, VoiceError: files that are missing or unsound, a DST that exists, a full disk.
+    """
+    with local_files(src) as (files, url):
+        cfg = load_config(files)
+        have = tuple(p for p in keys.PARTS if getattr(cfg, p) is not None)
+        parts = have if parts is None else tuple(parts)
+        if not set(parts) <= set(have) or "thinker" not in parts:
+            raise CheckpointError(f"parts {','.join(parts)} must be some of {','.join(have)}, the Thinker among them")
+        _check_voices(files)
+        config = _part_config(json.loads(_read(files / "config.json")), cfg, parts)
+        tensors = {n: t for n, t in open_checkpoint(files, cfg, url).items() if keys.part_of(n) in parts}
+        if adapter is not None:
+            merged = adapters.apply_adapter(tensors, adapter)
+            tensors = tensors if keep_adapter else merged
+        kept = pathlib.Path(adapter) if adapter is not None and keep_adapter else files / ADAPTER
+        leaves: dict[tuple[str, ...], dict[int | None, str]] = {}
+        for name in tensors:
+            path, layer = keys.tree_path(name)
+            leaves.setdefault(path, {})[layer] = name
+        kinds = {path: _stored_dtype([tensors[n] for n in names.values()], dtype) for path, names in leaves.items()}
+        total = sum(
+            math.prod(tensors[name].shape) * kinds[path].itemsize
+            for path, names in leaves.items()
+            for name in names.values()
+        )
+        with building(dst, total) as place, progress_bar("converting", total, progress) as advance:
+            _put_small_files(files, place, config)
+            if kept.is_dir():
+                _put_adapter(kept, place)
+            checksums = _write_arrays(within(place, ARRAYS), tensors, leaves, kinds, advance)
+            listed = {
+                name: origin | {"crc32": f"{checksums[name]:08x}"}
+                for name, origin in _origins(files, tensors, parts == have).items()
+            }
+            put_file(place, MANIFEST, _json({"format": FORMAT, "dtype": dtype, "parts": parts, "tensors": listed}))
+    return total
+
+
+def _export_shards(listed: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str] | None:
+    """Name as written → the shard it came from; None where the shards are to be cut anew."""
+    files = {spelled: listed[name].get("file") for name, spelled in names.items() if name in listed}
+    plain = all(isinstance(file, str) and _SHARD.fullmatch(file) for file in files.values())
+    return files if plain and len(files) == len(names) else None
+
+
+def _checked_blocks(tensor: Stored, dtype: np.dtype[Any], expected: str | None) -> Iterator[np.ndarray]:
+    """A tensor's values in slices. Raises CheckpointError at the end where their checksum is not the expected one."""
+    found = 0
+    for rows in row_blocks(tensor.shape, max(tensor.dtype.itemsize, dtype.itemsize)):
+        values = read_block(tensor, rows, tensor.dtype)
+        found = crc(values, found)
+        yield values.astype(dtype, copy=False)
+    if expected is not None and f"{found:08x}" != expected:
+        raise CheckpointError(f"{tensor.name!r} is damaged: its checksum is {found:08x}, not {expected}; convert again")
+
+
+def export(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    max_shard_bytes: int | None = None,
+    progress: bool = False,
+) -> int:
+    """Gives a converted checkpoint back in the published layout. This is `omni-jax export`.
+
+    Names, dtypes, shards and the index are those of the folder that was converted. Where the stored values are
+    narrower than those were (`--dtype bfloat16` of float32 tensors), they stay so, and config.json says it. A
+    checkpoint that lacks the Talker or Token2Wav is switched to text only, which is the form that transformers has.
+
+    Args:
+      src: the folder that `convert` made, or its URL.
+      dst: the folder to make.
+      max_shard_bytes: cut the shards anew, with at most so much data in each.
+      progress: show a bar on stderr.
+    Returns:
+      Bytes of the tensors.
+    Raises:
+      CheckpointError, ConfigError: SRC is no converted folder or damaged, DST exists, a full disk.
+    """
+    if "://" in str(dst):
+        raise CheckpointError(f"{dst} is a URL; the published layout is written to a folder of this machine")
+    with local_files(src) as (files, url):
+        if files.is_dir() and not (files / MANIFEST).is_file():
+            raise CheckpointError(f"{src} has no {MANIFEST}; give a folder that `omni-jax convert` made")
+        cfg, config = load_config(files), json.loads(_read(files / "config.json"))
+        listed = orbax_io.read_manifest(files)["tensors"]
+        tensors = open_checkpoint(files, cfg, url)
+        tensors = {name: tensors[name] for name in listed if name in tensors}
+        bare = config.get("model_type") == "qwen2_5_omni_thinker"
+        names = {name: keys.spelled(name, bare=bare) for name in tensors}
+        kinds = {}
+        for name, tensor in tensors.items():
+            original = _DTYPES.get(listed[name]["dtype"], tensor.dtype)
+            kinds[name] = original if _holds(tensor.dtype, original) else tensor.dtype
+        if any(kinds[name].name != listed[name]["dtype"] for name in tensors if keys.part_of(name) == "thinker"):
+            config["torch_dtype"] = kinds["thinker.model.norm.weight"].name
+        if not bare and (cfg.talker is None or cfg.token2wav is None):
+            config["enable_audio_output"] = False
+        tensor_of = {spelled: name for name, spelled in names.items()}
+        entries = {names[name]: (kinds[name], tensors[name].shape) for name in tensors}
+        total = sum(math.prod(shape) * kind.itemsize for kind, shape in entries.values())
+        shards = None if max_shard_bytes else _export_shards(listed, names)
+        with building(dst, total) as place, progress_bar("exporting", total, progress) as advance:
+
+            def blocks(spelled: str) -> Iterator[np.ndarray]:
+                name = tensor_of[spelled]
+                for values in _checked_blocks(tensors[name], kinds[name], listed[name]["crc32"]):
+                    yield values
+                    advance(values.nbytes)
+
+            _put_small_files(files, place, config)
+            if (files / ADAPTER).is_dir():
+                _put_adapter(files / ADAPTER, place)
+            write_checkpoint(pathlib.Path(place), entries, blocks, max_shard_bytes or SHARD_BYTES, shards)
+    return total
