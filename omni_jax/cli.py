@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from omni_jax.checkpoint.commands import convert, export, inspect
+from omni_jax.checkpoint import commands
+from omni_jax.checkpoint.commands import convert, inspect
 from omni_jax.errors import InputError
 
 Strings = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
@@ -365,6 +366,37 @@ def footprint(
     from infer import footprint as measure
 
     measure.main(model, preset, layers, as_json)
+
+
+def export(
+    src: tyro.conf.Positional[str],
+    dst: tyro.conf.Positional[pathlib.Path],
+    *,
+    peft: Flag = False,
+    max_shard_gb: float | None = None,
+    as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Give a converted checkpoint, or what a fine-tuning run has learned, back in the published layout.
+
+    Args:
+      src: Folder that `omni-jax convert` made, or its URL; or the folder of a run of `omni-jax finetune`.
+      dst: Folder to make.
+      peft: Of a run with adapters: write these alone, as PEFT reads them, instead of merging them.
+      max_shard_gb: Cut new shards of at most so many GB; by default they are those of the original (a run: 5).
+      as_json: Print one line of JSON and nothing else.
+    """
+    if "://" in src or not (pathlib.Path(src) / "checkpoints").is_dir():
+        if peft:
+            raise InputError(f"--peft is for runs of omni-jax finetune, which {src} is not")
+        commands.export(src, dst, max_shard_gb=max_shard_gb, as_json=as_json)
+        return
+    if max_shard_gb is not None and not 0 < max_shard_gb < 1e6:
+        raise InputError(f"--max-shard-gb {max_shard_gb} must be above 0")
+    from train import export as trained
+
+    began = time.perf_counter()
+    size = trained.export(src, dst, peft=peft, shard_bytes=max(1, int((max_shard_gb or 5) * 1e9)))
+    commands.report("exported", str(dst), size, began, as_json)
 
 
 def finetune(

@@ -235,3 +235,46 @@ def test_kill_9_never_loses_a_finished_checkpoint(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[-1]) > 5
+
+
+def test_runs_are_exported_merged_and_as_peft(checkpoint, tmp_path):
+    """What generation gives after an export is what the run's own parameters give; voices and files go along."""
+    import omni_jax
+    from omni_jax.checkpoint.load import load_params
+    from train import export
+    from train.step import flatten, make_trainer
+
+    lines = _lines(tmp_path)
+    for kind, lora in (("whole", None), ("adapters", Lora(4, 8.0, ("q_proj", "o_proj", "lm_head")))):
+        run = training.run(checkpoint, tmp_path / kind, lines, steps=2, lora=lora)
+        state = loop.train(run)
+        size = export.export(run.out, tmp_path / kind / "merged")
+        assert size == sum(f.stat().st_size for f in checkpoint.glob("*.safetensors")) - _headers(checkpoint)
+        model = omni_jax.load(tmp_path / kind / "merged", dtype="float32")
+        trainer = make_trainer(run, model.config)
+        params = flatten(load_params(checkpoint, model.config, dtype="float32", unroll=False))
+        want = params | dict(state.params)
+        if lora is not None:
+            from train.lora import merge
+
+            want = merge(params, state.params, 2.0)
+        got = flatten(load_params(tmp_path / kind / "merged", model.config, dtype="float32", unroll=False))
+        assert set(got) == {n for n in want if ".lora_" not in n}
+        changed = [n for n in got if not np.array_equal(got[n], params[n])]
+        assert len(changed) == (len(trainer.trained) if lora is None else len(trainer.trained) // 2)
+        for name, array in got.items():
+            np.testing.assert_allclose(array, want[name], atol=1e-6, err_msg=name)
+        for name in ("spk_dict.pt", "tokenizer.json", "config.json"):
+            assert (tmp_path / kind / "merged" / name).read_bytes() == (checkpoint / name).read_bytes()
+    export.export(run.out, tmp_path / "peft", peft=True)
+    merged = flatten(
+        load_params(checkpoint, model.config, dtype="float32", unroll=False, adapter=tmp_path / "peft")
+    )
+    for name, array in merged.items():
+        np.testing.assert_allclose(array, got[name], atol=1e-6, err_msg=name)
+    with pytest.raises(RunError, match="trained whole weights"):
+        export.export(tmp_path / "whole" / "out", tmp_path / "x", peft=True)
+
+
+def _headers(folder):
+    return sum(8 + int.from_bytes(f.read_bytes()[:8], "little") for f in folder.glob("*.safetensors"))

@@ -6,6 +6,7 @@ no finished one.
 
 from __future__ import annotations
 
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from train.config import Run, RunError, check_same, identity
+from train.config import Run, RunError, check_same, from_identity, identity
 from train.step import State
 
 FOLDER = "checkpoints"
@@ -43,6 +44,10 @@ def fingerprint(tree: Any) -> list[jax.Array]:
         return jnp.sum(bits.astype(jnp.uint32) * (place * jnp.uint32(2654435761) | jnp.uint32(1)), dtype=jnp.uint32)
 
     return [one(x) for x in jax.tree.leaves(tree)]
+
+
+def _fingerprints(tree: Mapping[str, Any]) -> dict[str, list[int]]:
+    return {name: [int(n) for n in fingerprint(part)] for name, part in tree.items()}
 
 
 def _one_line(error: BaseException) -> str:
@@ -78,9 +83,7 @@ class Checkpoints:
           RunError: this one or the one before cannot be written.
         """
         tree, step = _named(state), int(state.step)
-        about = {
-            "run": identity(self.run), "positions": positions, "fingerprint": [int(n) for n in fingerprint(tree)]
-        }  # fmt: skip
+        about = {"run": identity(self.run), "positions": positions, "fingerprint": _fingerprints(tree)}
         try:
             self._manager.wait_until_finished()
             self._manager.save(
@@ -136,11 +139,37 @@ class Checkpoints:
             lambda s, at=None: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at or local), names, *([where] if where else [])
         )
         tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))["state"]
-        if [int(n) for n in fingerprint(tree)] != about["fingerprint"]:
+        if _fingerprints(tree) != about["fingerprint"]:
             raise ValueError("its fingerprint does not fit its arrays")
         treedef = jax.tree.structure(shapes.opt)
         leaves = [tree["opt"][str(i)] for i in range(treedef.num_leaves)]
         return State(tree["step"], tree["params"], jax.tree.unflatten(treedef, leaves), tree["key"])
+
+    @staticmethod
+    def trained(folder: str | os.PathLike[str]) -> tuple[Run, dict[str, Any]]:
+        """The settings of the run in a folder, and the trained parameters of its newest checkpoint, on the host.
+
+        Raises:
+          RunError: there is none, or it is damaged; `train` falls back to the one before.
+        """
+        place = pathlib.Path(folder).absolute() / FOLDER
+        options = ocp.CheckpointManagerOptions(read_only=True)
+        with ocp.CheckpointManager(place, options=options, item_names=("state", "about")) as manager:
+            step = manager.latest_step()
+            if step is None:
+                raise RunError(f"{folder} has no finished checkpoint yet; train first")
+            try:
+                about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+                kept = manager.item_metadata(step)["state"]["params"]
+                wanted = {"params": {n: np.empty(m.shape, m.dtype) for n, m in kept.items()}}
+                as_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+                given = ocp.args.PyTreeRestore(wanted, restore_args=as_host, partial_restore=True)
+                params = manager.restore(step, args=ocp.args.Composite(state=given))["state"]["params"]
+                if _fingerprints({"params": params})["params"] != about["fingerprint"]["params"]:
+                    raise ValueError("its fingerprint does not fit its arrays")
+            except Exception as e:
+                raise RunError(f"the checkpoint of step {step} in {folder} is damaged ({_one_line(e)})") from None
+        return from_identity(about["run"], str(folder)), params
 
     def _set_aside(self, step: int, why: str, say: Callable[[str], None]) -> None:
         say(f"the checkpoint of step {step} is damaged ({why}); it becomes broken-{step}, and the one before is taken")

@@ -237,3 +237,19 @@ def check_same(before: Mapping[str, Any], run: Run) -> None:
     if changed:
         listed = "; ".join(f"{n} was {before.get(n)!r} and is {now.get(n)!r}" for n in changed)
         raise RunError(f"{run.out} holds a run with other settings: {listed}; set them back, or choose another out")
+
+
+def from_identity(known: Mapping[str, Any], out: str) -> Run:
+    """The run that `identity` described, without what it leaves out."""
+    inner: dict[str, dict[str, Any]] = {"data": {}, "optimizer": {}, "lora": {}}
+    plain = {}
+    for name, value in known.items():
+        head, dot, tail = name.partition(".")
+        value = tuple(value) if isinstance(value, list) else value
+        if dot and head in inner:
+            inner[head][tail] = value
+        else:
+            plain[name] = value
+    made = {"data": Data(**inner["data"]), "optimizer": Optimizer(**inner["optimizer"])}
+    plain["lora"] = Lora(**inner["lora"]) if inner["lora"] else None
+    return Run(**plain | made, out=out)
