@@ -126,7 +126,7 @@ def _names(rows, count):
 
 
 def test_rows_resume_at_the_very_sample(model, checkpoint, tmp_path):
-    """After any row, a new reader that begins at its position gives what the old one goes on with, round after round."""
+    """After any row, a reader that begins at its position gives what the old one goes on with, round after round."""
     file = training.write_lines(tmp_path / "train.jsonl", training.questions(11))
     data = Data(file, sequence=128, batch=2, threads=2)
     rows = list(itertools.islice(_stream(model, checkpoint, file, data), 14))
@@ -191,7 +191,7 @@ def test_two_hosts_number_their_media_together(model, checkpoint):
     sized = shapes(np.max([needed(cfg, [r]) for r in rows], axis=0), (1024,), 1)
     parts = [collate(cfg, [r], sized, host, 2) for host, r in enumerate(rows)]
     joined = jax.tree.map(lambda *a: np.concatenate(a), *parts)
-    (pixels, positions, valid), (mel, lengths) = joined.media.vision[0], joined.media.audio
+    (pixels, _, valid), (mel, lengths) = joined.media.vision[0], joined.media.audio
     sizes = [len(pixels) * pixels.shape[1] // 4, len(mel) * mel.shape[1] // 4]
     index = joined.tokens.media_index
     frames = index[(index >= 0) & (index < sizes[0])] // (pixels.shape[1] // 4)
@@ -228,7 +228,7 @@ def test_code_and_sound_records(speaker, checkpoint, tmp_path):
         starts.add(int(crop.mel[0, 0]))
         np.testing.assert_allclose(crop.wave[::hop], crop.mel[:, 0] / 100, atol=1e-4)
     assert len(starts) > 1
-    with pytest.raises(DataError, match="x line 1: .*do not fit"):
+    with pytest.raises(DataError, match=r"x line 1: .*do not fit"):
         sound_data.sample(read, record, 61, rng)
     flow = dataclasses.replace(read, task="token2wav")
     record = {"mel": "m.npy", "codes": list(range(30)), "voice": "Ethan", "name": "x line 2"}
@@ -240,5 +240,5 @@ def test_code_and_sound_records(speaker, checkpoint, tmp_path):
     np.testing.assert_array_equal(batch.mel[0, :60], ramp)
     with pytest.raises(DataError, match="29 codes are 58 mel frames, but mel has 60"):
         sound_data.sample(flow, record | {"codes": list(range(29))}, 0, rng)
-    with pytest.raises(DataError, match="mel .*none.npy does not exist"):
+    with pytest.raises(DataError, match=r"mel .*none.npy does not exist"):
         flow.check(record | {"mel": "none.npy"})

@@ -17,8 +17,8 @@ from omni_jax.omni import Omni
 from tests import media, training
 from train import step as S
 from train.config import Optimizer
-from train.loader import Feed
 from train.data import Lines
+from train.loader import Feed
 
 # The answer is in the medium alone: the question is the same for all.
 ANSWERS = {"image": ("red", "blue"), "audio": ("high", "low"), "video": ("down", "up")}

@@ -120,7 +120,8 @@ def test_a_loss_that_is_no_number_stops(checkpoint, tmp_path):
         checkpoint, tmp_path, _lines(tmp_path), rates={"thinker.model": 1e30}, save_every=1,
         optimizer=Optimizer(clip=None),
     )  # fmt: skip
-    with pytest.raises(RunError, match=r"step \d+: loss .*nan.*its samples are train.jsonl line \d+.*step \d+ is sound") as e:
+    told = r"step \d+: loss .*nan.*its samples are train.jsonl line \d+.*step \d+ is sound"
+    with pytest.raises(RunError, match=told) as e:
         loop.train(run)
     assert "\n" not in str(e.value)
     step = int(str(e.value).split(":")[0].removeprefix("step "))
@@ -129,14 +130,16 @@ def test_a_loss_that_is_no_number_stops(checkpoint, tmp_path):
 
 def test_a_full_disk_is_one_line_and_loses_nothing(checkpoint, tmp_path, monkeypatch):
     """Writing beyond a limit fails as on a full disk; the earlier checkpoint stays."""
-    run = training.run(checkpoint, tmp_path, _lines(tmp_path), save_every=2, steps=6)
+    run = training.run(
+        checkpoint, tmp_path, _lines(tmp_path), save_every=2, steps=6, rates={"thinker.lm_head": 1e-3}
+    )  # fmt: skip
     with monkeypatch.context() as patched:
         _stop_after(patched, 2)
         loop.train(run)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(RunError, match="cannot be written to .*the last finished one is of step 2; make room"):
+        with pytest.raises(RunError, match=r"cannot be written to .*the last finished one is of step 2; make room"):
             loop.train(run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -157,7 +160,8 @@ def test_sigterm_saves_and_the_command_goes_on(checkpoint, tmp_path):
     out = tmp_path / "out"
     file.write_text(CONFIG.format(model=str(checkpoint), out=str(out), train=_lines(tmp_path), steps=100000))
     command = [sys.executable, "-m", "omni_jax.cli", "finetune", "--config", str(file)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"COLUMNS": "200"})
+    env = os.environ | {"COLUMNS": "200"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
     for line in process.stderr:
         if line.startswith("train 3 "):
             process.send_signal(signal.SIGTERM)
@@ -187,7 +191,10 @@ def child(pipe):
     made = checkpoints.Checkpoints(run)
     import jax.numpy as jnp
     number = (made.steps() or [0])[-1]
-    state = lambda n: step.State(jnp.int32(n), {{"w": jnp.full((300, 1000), n, jnp.float32)}}, {{}}, jnp.zeros(2, jnp.uint32))
+    def state(n):
+        w = jnp.full((300, 1000), n, jnp.float32)
+        return step.State(jnp.int32(n), {{"w": w}}, {{}}, jnp.zeros(2, jnp.uint32))
+
     if number:
         got, at = made.restore(state(0), None, lambda line: os._exit(9))
         assert int(got.step) == number == int(got.params["w"][7, 9]) == at[0], number
@@ -212,19 +219,19 @@ for attempt in range({count}):
     began = lines.readline()
     assert began[:1] == b"r", (attempt, began)
     assert int(began[1:]) >= finished, (finished, began)
-    # Killed at another point of writing each time.
-    limit = time.time() + 0.02 + 0.031 * attempt
-    os.set_blocking(read, False)
+    # Killed after one more checkpoint, at another point of writing the next each time.
+    times = [time.time()]
     said = b""
-    while time.time() < limit:
-        said += lines.read() or b""
-        time.sleep(0.002)
+    for _ in range(2):
+        said += lines.readline()
+        times.append(time.time())
+    time.sleep((times[2] - times[1]) * attempt / {count})
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    os.set_blocking(read, True)
     said += lines.read()
-    assert not [x for x in said.split() if x[:1] not in b"f"], said
-    finished = max([finished, int(began[1:]), *(int(x[1:]) for x in said.split()[:-1]), *(int(x[1:]) for x in said.split()[-1:] if said.endswith(b"\\n"))])
+    whole = said[: said.rindex(b"\\n")].split()
+    assert all(x[:1] == b"f" for x in whole), said
+    finished = int(whole[-1][1:])
 print("finished", finished)
 """
 
@@ -234,7 +241,7 @@ def test_kill_9_never_loses_a_finished_checkpoint(tmp_path):
     script = KILLED.format(root=str(ROOT), out=str(tmp_path / "out"), count=12)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout.split()[-1]) > 5
+    assert int(done.stdout.split()[-1]) >= 24
 
 
 def test_runs_are_exported_merged_and_as_peft(checkpoint, tmp_path):
@@ -246,7 +253,14 @@ def test_runs_are_exported_merged_and_as_peft(checkpoint, tmp_path):
 
     lines = _lines(tmp_path)
     for kind, lora in (("whole", None), ("adapters", Lora(4, 8.0, ("q_proj", "o_proj", "lm_head")))):
-        run = training.run(checkpoint, tmp_path / kind, lines, steps=2, lora=lora)
+        run = training.run(
+            checkpoint,
+            tmp_path / kind,
+            lines,
+            steps=2,
+            lora=lora,
+            rates={"thinker.lm_head": 1e-3, "thinker.model.norm": 1e-3} if lora is None else {"thinker": 1e-3},
+        )
         state = loop.train(run)
         size = export.export(run.out, tmp_path / kind / "merged")
         assert size == sum(f.stat().st_size for f in checkpoint.glob("*.safetensors")) - _headers(checkpoint)
@@ -267,9 +281,7 @@ def test_runs_are_exported_merged_and_as_peft(checkpoint, tmp_path):
         for name in ("spk_dict.pt", "tokenizer.json", "config.json"):
             assert (tmp_path / kind / "merged" / name).read_bytes() == (checkpoint / name).read_bytes()
     export.export(run.out, tmp_path / "peft", peft=True)
-    merged = flatten(
-        load_params(checkpoint, model.config, dtype="float32", unroll=False, adapter=tmp_path / "peft")
-    )
+    merged = flatten(load_params(checkpoint, model.config, dtype="float32", unroll=False, adapter=tmp_path / "peft"))
     for name, array in merged.items():
         np.testing.assert_allclose(array, got[name], atol=1e-6, err_msg=name)
     with pytest.raises(RunError, match="trained whole weights"):

@@ -44,7 +44,7 @@ def thinker_gradients(model, checkpoint, packed):
 
 def test_thinker_loss_and_gradients_of_every_modality(model, oracle_thinker, packed, thinker_gradients):
     """Packed rows against the oracle's samples one by one: segments, media places, towers, decoder and head."""
-    rows, batch = packed
+    rows, _ = packed
     (loss, metrics), grads = thinker_gradients
     samples = [s for row in rows for s in row]
     total = sum(int((s.labels >= 0).sum()) for s in samples)
@@ -98,9 +98,7 @@ def test_talker_loss_and_gradients(speaker, checkpoint, oracle_omni):
     params = training.stacked(checkpoint, speaker, ("thinker", "talker"))
 
     def loss(tree):
-        return losses.speech_loss(
-            speaker.config, tree, batch, losses.counts(batch), training.FLOAT32, text_weight=0.3
-        )
+        return losses.speech_loss(speaker.config, tree, batch, losses.counts(batch), training.FLOAT32, text_weight=0.3)
 
     (got, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     oracle_omni.zero_grad()
@@ -129,9 +127,7 @@ def test_talker_loss_and_gradients(speaker, checkpoint, oracle_omni):
 def test_packed_equals_unpacked(model, checkpoint, packed, thinker_gradients):
     """One sample a row gives the loss and the gradients that packed rows give."""
     rows = [[s] for row in packed[0] for s in row]
-    (loss, _), grads = _value_and_grad(
-        model.config, training.stacked(checkpoint, model), training.batch(model, rows)
-    )
+    (loss, _), grads = _value_and_grad(model.config, training.stacked(checkpoint, model), training.batch(model, rows))
     (want, _), theirs = thinker_gradients
     assert abs(float(loss) - float(want)) < 1e-6 * float(want)
     training.compare(grads, training.flat(theirs), 2e-5)

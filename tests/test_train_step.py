@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests import training
-from train import losses, lora, optimiser
+from train import lora, losses, optimiser
 from train import step as S
 from train.config import Lora, Optimizer, RunError
 
@@ -50,7 +50,7 @@ def _micro(model, rows, count):
 
 
 def test_accumulation_of_four_is_a_batch_of_four(model, checkpoint, tmp_path, rows, params):
-    run = _run(checkpoint, tmp_path, rates={"thinker": 1e-3})
+    run = _run(checkpoint, tmp_path)
     trainer = S.make_trainer(run, model.config)
     whole, parts = (_gradients(trainer, params, _micro(model, rows, n)) for n in (1, 4))
     assert abs(float(whole[1]["loss"]) - float(parts[1]["loss"])) < 1e-6 * float(whole[1]["loss"])
@@ -100,9 +100,7 @@ def test_fresh_adapters_change_nothing_and_wrong_targets_are_named(model, checkp
     with pytest.raises(RunError, match=r"rates name 'thinker.vision'.*parts are .*thinker.visual"):
         S.make_trainer(_run(checkpoint, tmp_path, rates={"thinker.vision": 1.0}), model.config)
     with pytest.raises(RunError, match="has no talker"):
-        S.make_trainer(
-            dataclasses.replace(run, task="talker"), dataclasses.replace(model.config, talker=None)
-        )
+        S.make_trainer(dataclasses.replace(run, task="talker"), dataclasses.replace(model.config, talker=None))
 
 
 NAMES = {
@@ -132,7 +130,11 @@ def test_adamw_clipping_and_rates_are_torchs(checkpoint, tmp_path):
     made, grads = _toy(run, 8)
     theirs = {n: torch.tensor(np.asarray(a), requires_grad=True) for n, a in made[0].items()}
     groups = [
-        {"params": [t], "weight_decay": 0.0 if "norm" in n else 0.1, "top": rates["thinker.visual" if "visual" in n else "thinker"]}
+        {
+            "params": [t],
+            "weight_decay": 0.0 if "norm" in n else 0.1,
+            "top": rates[f"thinker{'.visual' * ('visual' in n)}"],
+        }
         for n, t in theirs.items()
     ]
     adam = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.99), eps=1e-8)

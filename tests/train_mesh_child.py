@@ -1,7 +1,7 @@
 """Run by test_train_mesh.py in processes of their own: the number of devices is fixed when JAX starts.
 
-    python -m tests.train_mesh_child devices CHECKPOINT FOLDER
-    python -m tests.train_mesh_child process CHECKPOINT FOLDER PORT NUMBER
+python -m tests.train_mesh_child devices CHECKPOINT FOLDER
+python -m tests.train_mesh_child process CHECKPOINT FOLDER PORT NUMBER
 """
 
 from __future__ import annotations

@@ -32,7 +32,9 @@ def answered(kind: str, answer: str = ANSWER) -> list[dict[str, Any]]:
 def reader(model: Any, checkpoint: pathlib.Path, task: str = "thinker", **changes: Any) -> Reader:
     """Records to samples for the small checkpoint."""
     voices = load_voices(checkpoint)
-    return Reader(model.config, model.processor, voices, task, pathlib.Path("."), changes.pop("sequence", 4096), **changes)
+    return Reader(
+        model.config, model.processor, voices, task, pathlib.Path("."), changes.pop("sequence", 4096), **changes
+    )
 
 
 def samples(read: Reader, kinds: Sequence[str], **more: Any) -> list[Sample]:

@@ -74,7 +74,7 @@ Row = Sequence[Sample]
 
 @struct.dataclass
 class Tokens:
-    """int32 [B, T] each, positions [B, 3, T]; segments count from 1, 0 is padding; media_index is None without media."""
+    """int32 [B, T] each, positions [B, 3, T]; segments count from 1, 0 is padding; no media_index without media."""
 
     ids: Any
     positions: Any

@@ -83,7 +83,10 @@ class Checkpoints:
           RunError: this one or the one before cannot be written.
         """
         tree, step = _named(state), int(state.step)
-        about = {"run": identity(self.run), "positions": positions, "fingerprint": _fingerprints(tree)}
+        about = {
+            "run": identity(self.run), "positions": positions, "fingerprint": _fingerprints(tree),
+            "shapes": {n: list(a.shape) for n, a in state.params.items()},
+        }  # fmt: skip
         try:
             self._manager.wait_until_finished()
             self._manager.save(
@@ -104,7 +107,9 @@ class Checkpoints:
         last = f"the last finished one is of step {left[-1]}" if left else "there is no finished one"
         return RunError(f"a checkpoint cannot be written to {self.folder} ({_one_line(error)}); {last}; make room")
 
-    def restore(self, shapes: State, shardings: State | None, say: Callable[[str], None]) -> tuple[State, list[int]] | None:
+    def restore(
+        self, shapes: State, shardings: State | None, say: Callable[[str], None]
+    ) -> tuple[State, list[int]] | None:
         """The newest sound checkpoint: its state and the hosts' data positions; None where a run begins.
 
         A damaged one is renamed to `broken-STEP`, and the one before is taken.
@@ -133,17 +138,15 @@ class Checkpoints:
 
     def _state(self, step: int, shapes: State, shardings: State | None, about: Mapping[str, Any]) -> State:
         names = _named(shapes)
-        where = None if shardings is None else _named(shardings)
         local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wanted = jax.tree.map(
-            lambda s, at=None: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at or local), names, *([where] if where else [])
-        )
+        where = jax.tree.map(lambda _: local, names) if shardings is None else _named(shardings)
+        wanted = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), names, where)
         tree = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))["state"]
         if _fingerprints(tree) != about["fingerprint"]:
             raise ValueError("its fingerprint does not fit its arrays")
-        treedef = jax.tree.structure(shapes.opt)
-        leaves = [tree["opt"][str(i)] for i in range(treedef.num_leaves)]
-        return State(tree["step"], tree["params"], jax.tree.unflatten(treedef, leaves), tree["key"])
+        leaves = [tree["opt"][str(i)] for i in range(len(tree["opt"]))]
+        opt = jax.tree.unflatten(jax.tree.structure(shapes.opt), leaves)
+        return State(tree["step"], tree["params"], opt, tree["key"])
 
     @staticmethod
     def trained(folder: str | os.PathLike[str]) -> tuple[Run, dict[str, Any]]:
@@ -160,8 +163,7 @@ class Checkpoints:
                 raise RunError(f"{folder} has no finished checkpoint yet; train first")
             try:
                 about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-                kept = manager.item_metadata(step)["state"]["params"]
-                wanted = {"params": {n: np.empty(m.shape, m.dtype) for n, m in kept.items()}}
+                wanted = {"params": {n: np.empty(s, np.float32) for n, s in about["shapes"].items()}}
                 as_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
                 given = ocp.args.PyTreeRestore(wanted, restore_args=as_host, partial_restore=True)
                 params = manager.restore(step, args=ocp.args.Composite(state=given))["state"]["params"]

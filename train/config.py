@@ -13,6 +13,9 @@ from typing import Any, Literal, get_args
 from omni_jax.errors import InputError
 
 Task = Literal["thinker", "talker", "dpo", "talker_dpo", "token2wav", "vocoder"]
+DType = Literal["bfloat16", "float32"]
+Remat = Literal["none", "dots", "full"]
+TASKS, DTYPES, REMAT = (get_args(choice) for choice in (Task, DType, Remat))
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # What may differ between a run and its continuation: these change neither what is learned nor from what.
 FREE = ("out", "mesh", "log_every", "save_every", "keep", "evaluate_every", "tracking")
@@ -131,8 +134,8 @@ class Run:
     drop: float = 0.2
     steps: int = 1000
     seed: int = 0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    remat: Literal["none", "dots", "full"] = "full"
+    dtype: DType = "bfloat16"
+    remat: Remat = "full"
     mesh: str | None = None
     save_every: int = 100
     keep: int = 3
@@ -144,15 +147,16 @@ class Run:
     def __post_init__(self) -> None:
         """Raises RunError naming the setting that cannot be."""
         d, least = self.data, {"steps": self.steps, "save_every": self.save_every, "keep": self.keep}
-        least |= {f"data.{n}": getattr(d, n) for n in ("sequence", "batch", "accumulate", "threads", "prefetch", "crop")}
+        least |= {
+            f"data.{n}": getattr(d, n) for n in ("sequence", "batch", "accumulate", "threads", "prefetch", "crop")
+        }
         least |= {"log_every": self.log_every} | ({"lora.rank": self.lora.rank} if self.lora else {})
         for name, value in least.items():
             if not isinstance(value, int) or value < 1:
                 raise RunError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        for name, value in {"dtype": self.dtype, "remat": self.remat, "task": self.task}.items():
-            known = get_args(typing_of(name))
-            if value not in known:
-                raise RunError(f"{name} is {value!r}; known are {', '.join(known)}")
+        for name, known in (("dtype", DTYPES), ("remat", REMAT), ("task", TASKS)):
+            if getattr(self, name) not in known:
+                raise RunError(f"{name} is {getattr(self, name)!r}; known are {', '.join(known)}")
         if d.batch % d.accumulate:
             raise RunError(f"data.batch {d.batch} must be a multiple of data.accumulate {d.accumulate}")
         if not d.train:
@@ -166,11 +170,6 @@ class Run:
     def row_sizes(self) -> tuple[int, ...]:
         """The padded lengths of rows, ascending."""
         return tuple(sorted({*self.data.sizes, self.data.sequence}))
-
-
-def typing_of(name: str) -> Any:
-    """The annotation of a field of `Run` that is a choice."""
-    return {"dtype": Literal["bfloat16", "float32"], "remat": Literal["none", "dots", "full"], "task": Task}[name]
 
 
 def load(path: str | pathlib.Path, changes: Sequence[str] = ()) -> Run:
@@ -242,7 +241,7 @@ def check_same(before: Mapping[str, Any], run: Run) -> None:
 def from_identity(known: Mapping[str, Any], out: str) -> Run:
     """The run that `identity` described, without what it leaves out."""
     inner: dict[str, dict[str, Any]] = {"data": {}, "optimizer": {}, "lora": {}}
-    plain = {}
+    plain: dict[str, Any] = {}
     for name, value in known.items():
         head, dot, tail = name.partition(".")
         value = tuple(value) if isinstance(value, list) else value

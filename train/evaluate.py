@@ -36,7 +36,9 @@ def word_error_rate(answers: Sequence[str], truths: Sequence[str]) -> float:
     return errors / max(1, sum(len(t.split()) for t in truths))
 
 
-def mean_loss(trainer: Trainer, trained: Flat, frozen: Flat, base: Flat | None, lines: Lines, reader: Reader) -> dict[str, float]:
+def mean_loss(
+    trainer: Trainer, trained: Flat, frozen: Flat, base: Flat | None, lines: Lines, reader: Reader
+) -> dict[str, float]:
     """The metrics over every record of a file, each weighted by its labels."""
     data = trainer.run.data
     feed = Feed(

@@ -1,4 +1,4 @@
-"""Lines to device batches: shuffled, split over hosts, decoded by several workers ahead of need, resumable to the sample.
+"""Lines to device batches: shuffled, split over hosts, decoded ahead by several workers, resumable to the sample.
 
 Samples have a fixed order, which follows from the seed. The position of a host is the number of its next sample in that
 order, so a run resumes with any number of workers, and with other padding or other meshes, at the same sample.

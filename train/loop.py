@@ -81,9 +81,7 @@ def train(run: Run) -> State:
     writer, checkpoints, stopped = Writer(run), Checkpoints(run), Stopped()
     shardings = None if placement is None else stage_shardings(placement, trainer.parts)
     dtype = run.dtype if run.lora else "float32"
-    params = flatten(
-        load_params(run.model, cfg, parts=trainer.parts, dtype=dtype, unroll=False, shardings=shardings)
-    )
+    params = flatten(load_params(run.model, cfg, parts=trainer.parts, dtype=dtype, unroll=False, shardings=shardings))
     state, frozen = trainer.init_state(params), trainer.freeze(params)
     base, position = trainer.base(state), 0
     del params

@@ -86,7 +86,7 @@ def decode(
 def media_vectors(cfg: ThinkerConfig, params: Params, media: Media, how: How) -> jax.Array | None:
     """All the towers' outputs one after another, [M, D], which `Tokens.media_index` points into."""
     remat = how.remat != "none"
-    out = []
+    out: list[Any] = []
     for pixels, positions, valid in media.vision:
         eyes = VisionTower(cfg.vision, remat)
         with how.laid("vision", len(pixels)):
@@ -141,9 +141,7 @@ def talker_states(
         return decode(cfg.decoder, params["model"], x, speech.positions, speech.segments, how)
 
 
-def text_logprobs(
-    cfg: OmniConfig, params: Mapping[str, Params], batch: Batch, how: How
-) -> tuple[jax.Array, jax.Array]:
+def text_logprobs(cfg: OmniConfig, params: Mapping[str, Params], batch: Batch, how: How) -> tuple[jax.Array, jax.Array]:
     """`token_logprobs` of the Thinker's labels."""
     tree = params["thinker"]
     _, hidden = thinker_states(cfg.thinker, tree, batch.tokens, batch.media, how)
@@ -249,5 +247,3 @@ def dpo_loss(
     mean = jnp.sum(jnp.where(real, loss, 0)) / pairs
     won = jnp.sum(real & (margin > 0)) / pairs
     return mean, {"preferred": won, "margin": jnp.sum(jnp.where(real, margin, 0)) / pairs}
-
-

@@ -19,8 +19,12 @@ def finetune(config: pathlib.Path, changes: Sequence[str] = (), coordinator: str
     from train import config as C
 
     run = C.load(config, changes)
+    import logging
+
     import jax
 
+    # Orbax logs each failed write with its threads' tracebacks; the loop reports it in one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     if coordinator == "auto":
         jax.distributed.initialize()
     elif coordinator is not None:

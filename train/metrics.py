@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from omni_jax.config import DecoderConfig
-from omni_jax.processing.encode import write_atomically
+from omni_jax.processing.encode import OutputError, write_atomically
 from train.config import Run, RunError
 from train.step import Trainer
 
@@ -38,7 +38,8 @@ def flops_per_token(trainer: Trainer) -> float:
     half a row on average. What remat computes again does not count.
     """
     total = 0.0
-    for part, decoder in (("thinker", trainer.cfg.thinker.text), ("talker", getattr(trainer.cfg.talker, "decoder", None))):
+    decoders = {"thinker": trainer.cfg.thinker.text, "talker": getattr(trainer.cfg.talker, "decoder", None)}
+    for part, decoder in decoders.items():
         if part not in trainer.parts or decoder is None:
             continue
         moved = any(n.startswith(f"{part}.") for n in trainer.trained)
@@ -96,8 +97,11 @@ class Writer:
         if not self.active:
             return
         known = {k: v for k, v in values.items() if v is not None}
-        self._file.write(json.dumps({"step": step, "kind": kind} | known) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, "kind": kind} | known) + "\n")
+            self._file.flush()
+        except OSError as e:
+            raise RunError(f"{self.folder / FILE} cannot be written ({e.strerror}); make room") from None
         shown = "  ".join(f"{k} {_short(v)}" for k, v in known.items())
         self.console.print(f"{kind} {step}  {shown}", soft_wrap=True)
         for sink in self._sinks:
@@ -107,7 +111,10 @@ class Writer:
         """Draws the curves and closes the file."""
         if self.active:
             self._file.close()
-            draw(self.folder)
+            try:
+                draw(self.folder)
+            except OutputError as e:
+                self.say(f"no curves: {e}")
 
 
 def _short(value: float) -> str:

@@ -21,10 +21,11 @@ from train.step import ROWS, Trainer, make_trainer
 
 def batch_shapes(trainer: Trainer) -> Batch:
     """A step's batch of full rows of text (and of codes, for the Talker), without media: shapes with shardings."""
-    data = trainer.run.data
+    data, mesh = trainer.run.data, trainer.mesh
+    assert mesh is not None
     rows = data.batch // data.accumulate * (2 if "dpo" in trainer.run.task else 1)
-    axes = meshes.fit(dict(trainer.mesh.shape), [rows], ROWS)
-    at = NamedSharding(trainer.mesh, PartitionSpec(None, axes or None))
+    axes = meshes.fit(dict(mesh.shape), [rows], ROWS)
+    at = NamedSharding(mesh, PartitionSpec(None, axes or None))
 
     def ints(*shape: int) -> Any:
         return jax.ShapeDtypeStruct((data.accumulate, rows, *shape), jnp.int32, sharding=at)
@@ -33,7 +34,8 @@ def batch_shapes(trainer: Trainer) -> Batch:
     tokens = Tokens(places, ints(3, data.sequence), places, places)
     if "talker" not in trainer.run.task:
         return Batch(tokens, Media())
-    return Batch(tokens, Media(), Speech(*[places] * 4, ints(3, data.sequence), places))
+    speech = Speech(places, places, places, places, ints(3, data.sequence), places)
+    return Batch(tokens, Media(), speech)
 
 
 def compile_step(run: Run, cfg: OmniConfig, devices: Sequence[Any]) -> Any:

@@ -96,7 +96,8 @@ def put(batch: Any, mesh: Mesh | None, host: int, hosts: int) -> Any:
         sharding = NamedSharding(mesh, PartitionSpec(None, axes or None))
         first = host * local.shape[1]
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             start, stop, _ = index[1].indices(shape[1])
             return local[:, start - first : stop - first][(index[0], slice(None), *index[2:])]
 
@@ -165,7 +166,7 @@ class Trainer:
         if not name.endswith((".lora_a", ".lora_b")):
             return _spread(self.shardings[name], shape)
         weight = self.shardings[f"{name.rpartition('.')[0]}.weight"]
-        *lead, rows, cols = [*weight.spec, *[None] * (len(shape) - len(weight.spec))]
+        *lead, rows, cols = [*tuple(weight.spec), *[None] * (len(shape) - len(tuple(weight.spec)))]
         spec = (*lead, None, cols) if name.endswith("lora_a") else (*lead, rows, None)
         return NamedSharding(weight.mesh, PartitionSpec(*spec))
 
@@ -316,8 +317,8 @@ class Trainer:
         return State(state.step + 1, optax.apply_updates(state.params, updates), opt, state.key), metrics
 
     @functools.cached_property
-    def step(self) -> Callable[[State, Flat, Flat | None, Any], tuple[State, losses.Metrics]]:
-        """`advance`, compiled; the state is donated."""
+    def step(self) -> Any:
+        """`advance`, compiled (`jax.jit`); the state is donated."""
         shardings = self.state_shardings()
         out = None if shardings is None else (shardings, None)
         return jax.jit(self.advance, donate_argnums=0, out_shardings=out)
