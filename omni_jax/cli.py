@@ -399,11 +399,37 @@ def export(
     commands.report("exported", str(dst), size, began, as_json)
 
 
+def _print_plan(config: pathlib.Path, changes: Strings, topology: str) -> None:
+    """The compiler's peak, the bytes that a step moves, and its collectives, as one line of JSON."""
+    from collections import Counter
+
+    from infer import hlo, programs
+    from omni_jax.config import load_config, preset
+    from train import config as C
+    from train import plan
+
+    run = C.load(config, changes)
+    there = (pathlib.Path(run.model) / "config.json").exists()
+    model = load_config(run.model) if there else preset(run.model.rpartition("-")[2].lower())
+    compiled = plan.compile_step(run, model, programs.topology(topology))
+    memory, module = compiled.memory_analysis(), hlo.Module(compiled.as_text())
+    counted: Counter[str] = Counter()
+    for collective in module.collectives():
+        counted[collective.kind] += collective.times
+    figures = {
+        "peak_gib": memory.peak_memory_in_bytes / 2**30, "arguments_gib": memory.argument_size_in_bytes / 2**30,
+        "temporary_gib": memory.temp_size_in_bytes / 2**30, "step_gib": module.hbm_bytes() / 2**30,
+    }  # fmt: skip
+    shown = {"config": str(config), "topology": topology} | {k: round(v, 2) for k, v in figures.items()}
+    print(json.dumps(shown | {"collectives": dict(sorted(counted.items()))}))
+
+
 def finetune(
     *,
     config: pathlib.Path,
     changes: Annotated[Strings, tyro.conf.arg(name="set")] = (),
     coordinator: str | None = None,
+    plan: str | None = None,
 ) -> None:
     """Fine-tune a checkpoint, as a configuration in configs/ says; see docs/training.md.
 
@@ -413,7 +439,12 @@ def finetune(
       config: A Python file with get_config(), such as configs/qwen3b_lora_v5e8.py.
       changes: A setting to change, as name=value: --set data.batch=4; may be given several times.
       coordinator: On several hosts: auto on a TPU pod, else host:port,processes,process.
+      plan: Only compile the step, for a TPU that need not be there, such as v5e:2x4, and print what it needs. A model
+        that is not there is taken for the preset that its name ends with (3B, 7B).
     """
+    if plan is not None:
+        _print_plan(config, changes, plan)
+        return
     from train import main as training
 
     _use_compilation_cache()
