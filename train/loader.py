@@ -119,6 +119,8 @@ class Feed:
         samples = read(lines, reader, data, seed, start, self.host, self.hosts, once=once)
         self._rows = rows(samples, start, data, pack=pack)
         self._micro = data.batch // data.accumulate // self.hosts
+        # Hosts go through a file that is read once in equally many steps, whoever has a record less.
+        self._steps_left = -(-len(lines) // (self._micro * self.hosts)) if once and self.hosts > 1 else 0
         self._held: collections.deque[tuple[list[list[Any]], int, Any]] = collections.deque()
 
     def _fetch(self) -> bool:
@@ -134,7 +136,8 @@ class Feed:
                 new, position = entry
                 micro += new
             micros.append(micro)
-        if not micros[0]:
+        self._steps_left -= 1
+        if not micros[0] and self._steps_left < 0:
             return False
         self.position = position
         needs = self._needed(micros)

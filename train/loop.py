@@ -1,4 +1,4 @@
-"""The training loop, from a `Run` to its last checkpoint, in one function to be read from top to bottom."""
+"""The training loop, from a `Run` to its last checkpoint, in one function (`_train`) to be read from top to bottom."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import jax
 
 from omni_jax import meshes
 from omni_jax.checkpoint.load import load_params
+from omni_jax.checkpoint.sources import local_files
 from omni_jax.checkpoint.speakers import load_voices
 from omni_jax.config import load_config
 from omni_jax.omni import stop_token_ids
@@ -27,11 +28,12 @@ from train.step import State, flatten, make_trainer
 
 
 class Stopped:
-    """Whether SIGTERM or Ctrl-C came; a second one ends at once. Only the main thread can listen."""
+    """Whether SIGTERM or Ctrl-C came; a second one ends at once. On several hosts JAX listens for SIGTERM itself."""
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        signals = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self._before = {s: signal.signal(s, self._note) for s in signals}
 
     def _note(self, number: int, frame: Any) -> None:
         self.name = signal.Signals(number).name
@@ -43,7 +45,9 @@ class Stopped:
             return self.name is not None
         from jax.experimental import multihost_utils
 
-        return multihost_utils.reached_preemption_sync_point(step)
+        if multihost_utils.reached_preemption_sync_point(step):
+            self.name = "SIGTERM"
+        return self.name is not None
 
     def restore(self) -> None:
         """Gives the signals back."""
@@ -59,13 +63,18 @@ def train(run: Run) -> State:
     Raises:
       InputError: a run, data or checkpoint that cannot be used, a loss that is no number, a full disk; one line each.
     """
+    with local_files(run.model) as (files, arrays):
+        return _train(run, files, arrays)
+
+
+def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
     # What is trained, on what.
-    cfg = load_config(run.model)
+    cfg = load_config(files)
     placement = None if run.mesh is None else meshes.place(cfg, run.mesh)
     trainer = make_trainer(run, cfg, placement)
-    processor = Processor.from_folder(run.model, cfg.thinker)
-    voices = load_voices(run.model) if cfg.token2wav is not None and run.task not in ("thinker", "dpo") else {}
-    eos = stop_token_ids(pathlib.Path(run.model), cfg, processor.tokenizer)
+    processor = Processor.from_folder(files, cfg.thinker)
+    voices = load_voices(files) if cfg.token2wav is not None and run.task not in ("thinker", "dpo") else {}
+    eos = stop_token_ids(files, cfg, processor.tokenizer)
 
     def reader(lines: Lines) -> Reader:
         return Reader(cfg, processor, voices, run.task, lines.path.parent, run.data.sequence, dict(run.data.media))
@@ -81,7 +90,17 @@ def train(run: Run) -> State:
     writer, checkpoints, stopped = Writer(run), Checkpoints(run), Stopped()
     shardings = None if placement is None else stage_shardings(placement, trainer.parts)
     dtype = run.dtype if run.lora else "float32"
-    params = flatten(load_params(run.model, cfg, parts=trainer.parts, dtype=dtype, unroll=False, shardings=shardings))
+    params = flatten(
+        load_params(
+            files,
+            cfg,
+            parts=trainer.parts,
+            dtype=dtype,
+            unroll=False,
+            shardings=shardings,
+            arrays=arrays,
+        )
+    )
     state, frozen = trainer.init_state(params), trainer.freeze(params)
     base, position = trainer.base(state), 0
     del params
