@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from omni_jax.attention import causal_attention
+from omni_jax.attention import Past, causal_attention
 from omni_jax.cache import KVCache, append_rows
 from omni_jax.config import DecoderConfig
 from omni_jax.layers import GatedMLP, Linear, RMSNorm, rematerialise, run_layers, stacked_param
@@ -38,7 +38,7 @@ class Attention(nn.Module):
         k, v = (constrain(a, "attend_batch", None, "act_kv_heads", None) for a in (k, v))
         k = rotate(k, angles)
         # Rows take the cache's layout and dtype at once, so that prefill and decode attend to the same values.
-        dtype = x.dtype if old is None else old[0].dtype
+        dtype = x.dtype if old is None else old.k.dtype
         k, v = (jnp.swapaxes(a, 1, 2).astype(dtype) for a in (k, v))
         out = causal_attention(q, k, v, old, start, length, segments)
         out = constrain(out, "attend_batch", "attend_length", "act_heads", None).reshape(b, t, -1)
@@ -105,14 +105,18 @@ class Decoder(nn.Module):
         layers = stacked_param(self, "layers", layer, cfg.num_hidden_layers, *example)
 
         def body(params: Any, x: jax.Array, old: Any) -> tuple[jax.Array, Any]:
+            if cache is not None and not isinstance(old, Past):
+                old = Past(cache.k, cache.v, old)
             x, rows = layer.apply({"params": params}, x, angles, old, start, length, segments)
             return x, None if segments is not None else rows
 
         old: Any = None
         if cache is not None:
-            old = (cache.k, cache.v)
             if isinstance(cache.k, tuple):
-                old = list(zip(*old, strict=True))
+                old = [Past(k, v, None) for k, v in zip(cache.k, cache.v, strict=True)]
+            else:
+                # Each layer is told its number and reads its part of the whole: a slice would be a copy to a kernel.
+                old = jnp.arange(cfg.num_hidden_layers)
         x, rows = run_layers(rematerialise(body, self.remat), layers, x, old)
         return RMSNorm(cfg.rms_norm_eps, name="norm")(x), rows
 
