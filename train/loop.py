@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import pathlib
 import signal
-import time
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from train.checkpoints import Checkpoints, all_positions, own_position
 from train.config import Run, RunError
 from train.data import Lines, Reader, check_lines
 from train.loader import Feed, Loaded
-from train.metrics import Writer, device_memory, flops_per_token, peak_flops
+from train.metrics import Pace, Writer
 from train.step import State, flatten, make_trainer
 
 
@@ -69,6 +68,8 @@ def train(run: Run) -> State:
 
 def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
     # What is trained, on what.
+    if run.answers and jax.process_count() > 1:
+        raise RunError(f"answers is {run.answers}, but answers are made on one host only; set it to 0")
     cfg = load_config(files)
     placement = None if run.mesh is None else meshes.place(cfg, run.mesh)
     trainer = make_trainer(run, cfg, placement)
@@ -113,14 +114,14 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
 
     feed = Feed(lines, reader(lines), run.data, run.seed, trainer.mesh, position, sizes=run.row_sizes)
     batches = iter(feed)
-    flops, peak = flops_per_token(trainer), peak_flops()
-    waiting: tuple[int, Loaded, Any] | None = None  # the step whose metrics the device may still be computing
-    saved, began, tokens, waited = step, time.perf_counter(), 0, 0.0
+    pace = Pace(trainer, feed.hosts)
+    running: tuple[int, Loaded, Any] | None = None  # the step that the device may still be computing
+    saved = step
 
-    def settle(pending: tuple[int, Loaded, Any]) -> dict[str, float]:
-        """The metrics of a step, waited for. Raises RunError where they are no numbers."""
-        number, loaded, values = pending
-        values = {k: float(v) for k, v in jax.device_get(values).items()}
+    def settle(pending: tuple[int, Loaded, Any]) -> None:
+        """Waits for a step and writes its metrics. Raises RunError where they are no numbers."""
+        number, loaded, on_device = pending
+        values = {k: float(v) for k, v in jax.device_get(on_device).items()}
         if not all(math.isfinite(values[k]) for k in ("loss", "grad_norm")):
             names = ", ".join(dict.fromkeys(loaded.names))
             checkpoints.finish()
@@ -130,42 +131,36 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
                 f"step {number}: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}; its samples are "
                 f"{names[:500]}; {last}; look at these samples, or lower the rates"
             )
-        return values
+        pace.add(loaded.tokens, loaded.waited)
+        if number % run.log_every == 0 or number == run.steps:
+            writer.write(number, values | pace.take() | {"padding": 1 - loaded.tokens / loaded.places})
 
     try:
         while step < run.steps and not stopped.agreed(step):
             loaded = next(batches)
             state, values = trainer.step(state, frozen, base, loaded.batch)
             step, position = step + 1, loaded.position
-            tokens, waited = tokens + loaded.tokens, waited + loaded.waited
-            # The step before is looked at while this one runs; a checkpoint, an evaluation and the end wait for it.
-            if waiting is not None:
-                settle(waiting)
-            waiting = (step, loaded, values)
+            # The step before is looked at while this one runs. An evaluation, a checkpoint and the end wait for this.
+            if running is not None:
+                settle(running)
+            running = (step, loaded, values)
             due = step % run.save_every == 0 or step == run.steps
             judged = held_out is not None and run.evaluate_every and step % run.evaluate_every == 0
-            if step % run.log_every == 0 or due or judged:
-                metrics, waiting = settle(waiting), None
-                seconds = time.perf_counter() - began
-                rate = tokens * feed.hosts / seconds
-                use = None if peak is None else rate * flops / (peak * jax.device_count())
-                writer.write(step, metrics | {
-                    "tokens_per_second": rate, "mfu": use, "memory_gib": device_memory(), "data_wait": waited / seconds,
-                    "padding": 1 - loaded.tokens / loaded.places,
-                })  # fmt: skip
-                began, tokens, waited = time.perf_counter(), 0, 0.0
+            if due or judged:
+                settle(running)
+                running = None
             if judged and held_out is not None:
                 held = reader(held_out)
                 scores = evaluate.mean_loss(trainer, state.params, frozen, base, held_out, held)
                 if run.answers and run.task == "thinker":
                     scores |= evaluate.answers(trainer, state.params, frozen, held_out, held, eos, run.answers)
                 writer.write(step, scores, kind="evaluate")
-                began, tokens, waited = time.perf_counter(), 0, 0.0
+                pace.begin()
             if due:
                 checkpoints.save(state, all_positions(position))
                 saved = step
-        if waiting is not None:
-            settle(waiting)
+        if running is not None:
+            settle(running)
         if saved < step:
             checkpoints.save(state, all_positions(position))
         checkpoints.finish()

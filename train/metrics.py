@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,6 +68,35 @@ def device_memory() -> float | None:
         return None
     line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
     return int(line.split()[1]) / 2**20
+
+
+class Pace:
+    """Speed, from one report to the next.
+
+    Args:
+      trainer: whose arithmetic counts.
+      hosts: parts that the data comes in; tokens are counted of one.
+    """
+
+    def __init__(self, trainer: Trainer, hosts: int):
+        self._flops, self._peak, self._hosts = flops_per_token(trainer), peak_flops(), hosts
+        self.begin()
+
+    def begin(self) -> None:
+        """Counts from now on."""
+        self._began, self._tokens, self._waited = time.perf_counter(), 0, 0.0
+
+    def add(self, tokens: int, waited: float) -> None:
+        """Counts a step: its tokens, and the seconds that the loop waited for its data."""
+        self._tokens, self._waited = self._tokens + tokens, self._waited + waited
+
+    def take(self) -> dict[str, float | None]:
+        """The figures since the last time; `mfu` is the share of the chips' arithmetic, None where it is unknown."""
+        seconds = time.perf_counter() - self._began
+        rate, waited = self._tokens * self._hosts / seconds, self._waited / seconds
+        use = None if self._peak is None else rate * self._flops / (self._peak * jax.device_count())
+        self.begin()
+        return {"tokens_per_second": rate, "mfu": use, "memory_gib": device_memory(), "data_wait": waited}
 
 
 class Writer:
