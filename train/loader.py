@@ -15,6 +15,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train import sound_data
@@ -57,6 +58,9 @@ def read(
     ahead = data.prefetch * max(1, data.batch // hosts) * (_SAMPLES_A_ROW if data.pack else 1)
     stream = decoded.to_iter_dataset(grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=ahead))
     if data.workers:
+        # Grain's processes read absl's flags, which only a program of absl's own parses.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(data.workers, max(1, ahead // data.workers)))
     return iter(stream)
 
