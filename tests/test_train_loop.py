@@ -147,6 +147,11 @@ def test_a_loss_that_is_no_number_stops(checkpoint, tmp_path):
     assert K.Checkpoints(run).steps()[-1] == step - 1
 
 
+def _save(checkpoints, state):
+    checkpoints.save(state, [4])
+    checkpoints.finish()
+
+
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
     """Writing beyond a limit fails as on a full disk; the earlier checkpoint stays, and later ones are written."""
     run = Run("m", str(tmp_path), Data("x"), {"a": 1.0})
@@ -161,11 +166,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(
-            RunError, match=r"cannot be written to .*the last finished one is of step 1; make room"
-        ) as e:
-            kept.save(state(2), [4])
-            kept.finish()
+        with pytest.raises(RunError, match=r"cannot be written to .*the last finished one is of step 1; make room") as e:
+            _save(kept, state(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(e.value)
