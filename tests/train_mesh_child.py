@@ -27,7 +27,7 @@ def _pictures(folder: pathlib.Path) -> str:
 
 
 def devices(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
-    """Two steps on a packed batch of every modality: on one device, and on meshes of the eight."""
+    """Two steps on a packed batch with media: on one device, and on a mesh of the eight."""
     import jax
     import numpy as np
 
@@ -40,9 +40,9 @@ def devices(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
 
     model = omni_jax.load(checkpoint, dtype="float32")
     read = training.reader(model, checkpoint)
-    kinds = ["image", "audio", "text", "turns", "short sound in video", "text", "image", "audio"]
+    kinds = ["image", "audio", "text", "text", "image", "text", "image", "audio"]
     rows = [[s] for s in training.samples(read, kinds)]
-    rows[2] += training.samples(read, ["turns", "text"])
+    rows[2] += training.samples(read, ["audio", "text"])
     batch = jax.tree.map(lambda x: x[None], training.batch(model, rows))
     params = S.flatten(training.stacked(checkpoint, model))
     for lora in (None, Lora(4, 8.0)):
@@ -51,7 +51,7 @@ def devices(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
             data={"batch": 8}, remat="full",
         )  # fmt: skip
         results = {}
-        for mesh in (None, "fsdp=8", "data=2,fsdp=2,tensor=2"):
+        for mesh in (None, "fsdp=8" if lora is None else "data=2,fsdp=2,tensor=2"):
             placement = None if mesh is None else meshes.place(model.config, mesh)
             trainer = S.make_trainer(dataclasses.replace(run, mesh=mesh), model.config, placement)
             given = params
