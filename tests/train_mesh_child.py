@@ -51,7 +51,7 @@ def devices(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
             data={"batch": 8}, remat="full",
         )  # fmt: skip
         results = {}
-        for mesh in (None, "fsdp=8" if lora is None else "data=2,fsdp=2,tensor=2"):
+        for mesh in (None, "fsdp=4,tensor=2" if lora is None else "data=2,fsdp=4"):
             placement = None if mesh is None else meshes.place(model.config, mesh)
             trainer = S.make_trainer(dataclasses.replace(run, mesh=mesh), model.config, placement)
             given = params
@@ -59,7 +59,7 @@ def devices(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
                 given = {n: jax.device_put(np.asarray(a), trainer.shardings[n]) for n, a in params.items()}
             state, frozen = trainer.init_state(given), trainer.freeze(given)
             placed = S.put(batch, trainer.mesh, 0, 1)
-            if mesh == "fsdp=8" and lora is None:
+            if mesh is not None and lora is None:
                 spread = [a for a in state.params.values() if not a.sharding.is_fully_replicated]
                 assert sum(a.size for a in spread) > 0.9 * sum(a.size for a in state.params.values())
             losses = []
