@@ -63,7 +63,11 @@ def _state(state):
 def straight(checkpoint, tmp_path_factory):
     """Ten steps in one go."""
     folder = tmp_path_factory.mktemp("straight")
-    run = training.run(checkpoint, folder, _lines(folder), save_every=5, optimizer=Optimizer(warmup=2))
+    lines = _lines(folder)
+    run = training.run(
+        checkpoint, folder, lines, save_every=5, optimizer=Optimizer(warmup=2), data={"evaluate": lines},
+        evaluate_every=10, answers=2,
+    )  # fmt: skip
     return run, loop.train(run)
 
 
@@ -79,6 +83,7 @@ def test_ten_steps_are_five_and_a_restart_and_five(straight, checkpoint, tmp_pat
     for name, value in _state(want).items():
         np.testing.assert_array_equal(_state(got)[name], value, err_msg=name)
     first, second = (metrics.read(pathlib.Path(r.out)) for r in (run, again))
+    first, second = ([r for r in records if r["kind"] == "train"] for records in (first, second))
     assert [r["loss"] for r in first] == [r["loss"] for r in second]
     assert [r["step"] for r in second] == list(range(1, 11))
     assert first[-1]["loss"] < 0.7 * first[0]["loss"]
@@ -88,6 +93,11 @@ def test_what_a_run_writes(straight):
     run, _ = straight
     folder = pathlib.Path(run.out)
     record = metrics.read(folder)[3]
+    (judged,) = (r for r in metrics.read(folder) if r["kind"] == "evaluate")
+    # The same records, after the last update.
+    assert 0 < judged["loss"] < metrics.read(folder)[0]["loss"]
+    assert 0 <= judged["exact_match"] <= 1
+    assert judged["word_error_rate"] > 0 or judged["exact_match"] == 1
     wanted = {"loss", "accuracy", "grad_norm", "tokens_per_second", "memory_gib", "data_wait", "padding"}
     assert wanted <= set(record)
     assert 0 <= record["data_wait"] < 1
