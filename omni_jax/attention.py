@@ -9,6 +9,7 @@ In the decoders N query heads of size H share K kv heads.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from jax import lax
 
 from omni_jax.kernels import cudnn, decode, plain, prefill
 from omni_jax.kernels.plain import SCORE_BYTES
+from omni_jax.sharding import active_layout
 
 # New tokens from which on their attention to each other is worth a kernel beside that over the cache.
 KERNEL_TOKENS = 128
@@ -160,6 +162,8 @@ def _chosen(on_tpu: Any, elsewhere: Any, on_gpu: Any = None) -> Any:
     what each form saves for it, whole scores among them.
     """
     forms = {"tpu": on_tpu, "default": elsewhere, "cuda": on_gpu or elsewhere}
+    # The backward pass is traced when the loss has left its layout.
+    layout = active_layout()
 
     @jax.custom_vjp
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, rest: tuple) -> jax.Array:
@@ -177,7 +181,8 @@ def _chosen(on_tpu: Any, elsewhere: Any, on_gpu: Any = None) -> Any:
 
         q, k, v, rest = saved
         backwards = {platform: pull(form) for platform, form in forms.items()}
-        return (*lax.platform_dependent(given, q, k, v, *rest, **backwards), None)
+        with contextlib.nullcontext() if layout is None else layout.active():
+            return (*lax.platform_dependent(given, q, k, v, *rest, **backwards), None)
 
     attend.defvjp(forward, backward)
     return lambda q, k, v, *rest: attend(q, k, v, rest)

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from omni_jax.checkpoint.commands import convert, export, inspect
+from omni_jax.checkpoint import commands
+from omni_jax.checkpoint.commands import convert, inspect
 from omni_jax.errors import InputError
 
 Strings = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
@@ -398,11 +399,94 @@ def solvers(
     table.main(model, given, voice, seed, runs, as_json)
 
 
+def export(
+    src: tyro.conf.Positional[str],
+    dst: tyro.conf.Positional[pathlib.Path],
+    *,
+    peft: Flag = False,
+    max_shard_gb: float | None = None,
+    as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Give a converted checkpoint, or what a fine-tuning run has learned, back in the published layout.
+
+    Args:
+      src: Folder that `omni-jax convert` made, or its URL; or the folder of a run of `omni-jax finetune`.
+      dst: Folder to make.
+      peft: Of a run with adapters: write these alone, as PEFT reads them, instead of merging them.
+      max_shard_gb: Cut new shards of at most so many GB; by default they are those of the original (a run: 5).
+      as_json: Print one line of JSON and nothing else.
+    """
+    if "://" in src or not (pathlib.Path(src) / "checkpoints").is_dir():
+        if peft:
+            raise InputError(f"--peft is for runs of omni-jax finetune, which {src} is not")
+        commands.export(src, dst, max_shard_gb=max_shard_gb, as_json=as_json)
+        return
+    if max_shard_gb is not None and not 0 < max_shard_gb < 1e6:
+        raise InputError(f"--max-shard-gb {max_shard_gb} must be above 0")
+    from train import export as trained
+
+    began = time.perf_counter()
+    size = trained.export(src, dst, peft=peft, shard_bytes=max(1, int((max_shard_gb or 5) * 1e9)))
+    commands.report("exported", str(dst), size, began, as_json)
+
+
+def _print_plan(config: pathlib.Path, changes: Strings, topology: str) -> None:
+    """The compiler's peak, the bytes that a step moves, and its collectives, as one line of JSON."""
+    from collections import Counter
+
+    from infer import hlo, programs
+    from omni_jax.config import load_config, preset
+    from train import config as C
+    from train import plan
+
+    run = C.load(config, changes)
+    there = (pathlib.Path(run.model) / "config.json").exists()
+    model = load_config(run.model) if there else preset(run.model.rpartition("-")[2].lower())
+    compiled = plan.compile_step(run, model, programs.topology(topology))
+    memory, module = compiled.memory_analysis(), hlo.Module(compiled.as_text())
+    counted: Counter[str] = Counter()
+    for collective in module.collectives():
+        counted[collective.kind] += collective.times
+    figures = {
+        "peak_gib": memory.peak_memory_in_bytes / 2**30, "arguments_gib": memory.argument_size_in_bytes / 2**30,
+        "temporary_gib": memory.temp_size_in_bytes / 2**30, "step_gib": module.hbm_bytes() / 2**30,
+    }  # fmt: skip
+    shown = {"config": str(config), "topology": topology} | {k: round(v, 2) for k, v in figures.items()}
+    print(json.dumps(shown | {"collectives": dict(sorted(counted.items()))}))
+
+
+def finetune(
+    *,
+    config: pathlib.Path,
+    changes: Annotated[Strings, tyro.conf.arg(name="set")] = (),
+    coordinator: str | None = None,
+    plan: str | None = None,
+) -> None:
+    """Fine-tune a checkpoint, as a configuration in configs/ says; see docs/training.md.
+
+    It goes on where the run's folder stops. SIGTERM and Ctrl-C save and end; metrics go to stderr and metrics.jsonl.
+
+    Args:
+      config: A Python file with get_config(), such as configs/qwen3b_lora_v5e8.py.
+      changes: A setting to change, as name=value: --set data.batch=4; may be given several times.
+      coordinator: On several hosts: auto on a TPU pod, else host:port,processes,process.
+      plan: Only compile the step, for a TPU that need not be there, such as v5e:2x4, and print what it needs. A model
+        that is not there is taken for the preset that its name ends with (3B, 7B).
+    """
+    if plan is not None:
+        _print_plan(config, changes, plan)
+        return
+    from train import main as training
+
+    _use_compilation_cache()
+    training.finetune(config, changes, coordinator)
+
+
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
     commands: dict[str, Any] = {
         "generate": generate, "vocode": vocode, "voices": voices, "init": init, "convert": convert, "export": export,
-        "inspect": inspect, "bench": bench, "footprint": footprint, "solvers": solvers,
+        "inspect": inspect, "bench": bench, "footprint": footprint, "solvers": solvers, "finetune": finetune,
     }  # fmt: skip
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="omni-jax", description="Qwen2.5-Omni in JAX.")

@@ -14,7 +14,7 @@ from flax import linen as nn
 from omni_jax.attention import Past, causal_attention
 from omni_jax.cache import KVCache, append_rows
 from omni_jax.config import DecoderConfig
-from omni_jax.layers import GatedMLP, Linear, RMSNorm, run_layers, stacked_param
+from omni_jax.layers import GatedMLP, Linear, RMSNorm, rematerialise, run_layers, stacked_param
 from omni_jax.rope import mrope_angles, rotate
 from omni_jax.sharding import constrain
 
@@ -25,7 +25,9 @@ class Attention(nn.Module):
     cfg: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, angles: jax.Array, old: Any, start: jax.Array, length: jax.Array) -> Any:
+    def __call__(
+        self, x: jax.Array, angles: jax.Array, old: Any, start: jax.Array, length: jax.Array, segments: Any = None
+    ) -> Any:
         cfg, (b, t, d) = self.cfg, x.shape
         q = Linear(cfg.num_attention_heads * cfg.head_dim, ("heads", "embed"), name="q_proj")(x)
         k = Linear(cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), name="k_proj")(x)
@@ -38,7 +40,7 @@ class Attention(nn.Module):
         # Rows take the cache's layout and dtype at once, so that prefill and decode attend to the same values.
         dtype = x.dtype if old is None else old.k.dtype
         k, v = (jnp.swapaxes(a, 1, 2).astype(dtype) for a in (k, v))
-        out = causal_attention(q, k, v, old, start, length)
+        out = causal_attention(q, k, v, old, start, length, segments)
         out = constrain(out, "attend_batch", "attend_length", "act_heads", None).reshape(b, t, -1)
         out = constrain(out, "batch", "length", "act_proj")
         return Linear(d, ("embed", "heads"), False, name="o_proj")(out), (k, v)
@@ -50,10 +52,12 @@ class DecoderLayer(nn.Module):
     cfg: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, angles: jax.Array, old: Any, start: jax.Array, length: jax.Array) -> Any:
+    def __call__(
+        self, x: jax.Array, angles: jax.Array, old: Any, start: jax.Array, length: jax.Array, segments: Any = None
+    ) -> Any:
         cfg = self.cfg
         y, rows = Attention(cfg, name="self_attn")(
-            RMSNorm(cfg.rms_norm_eps, name="input_layernorm")(x), angles, old, start, length
+            RMSNorm(cfg.rms_norm_eps, name="input_layernorm")(x), angles, old, start, length, segments
         )
         x = constrain(x + y, "batch", "length", "act_embed")
         y = GatedMLP(cfg.intermediate_size, cfg.hidden_act, name="mlp")(
@@ -63,13 +67,24 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """All layers and the final norm. Parameters: `layers` (stacked, or a tuple of per-layer trees) and `norm`."""
+    """All layers and the final norm. Parameters: `layers` (stacked, or a tuple of per-layer trees) and `norm`.
+
+    Attributes:
+      cfg: sizes.
+      remat: what the backward pass computes again (`layers.rematerialise`).
+    """
 
     cfg: DecoderConfig
+    remat: str = "none"
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, positions: jax.Array, start: jax.Array, cache: KVCache | None = None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        start: jax.Array,
+        cache: KVCache | None = None,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """Runs T new tokens.
 
@@ -78,6 +93,7 @@ class Decoder(nn.Module):
           positions: int32 [3, B, T].
           start: int32 [B]; keys in slots before it are padding.
           cache: what came before, or None for a first prefill (then nothing old is read).
+          segments: int32 [B, T], for training on packed rows; then no new rows are kept.
         Returns:
           hidden [B, T, D] after the final norm, and the new rows for `append_rows`.
         """
@@ -91,7 +107,8 @@ class Decoder(nn.Module):
         def body(params: Any, x: jax.Array, old: Any) -> tuple[jax.Array, Any]:
             if cache is not None and not isinstance(old, Past):
                 old = Past(cache.k, cache.v, old)
-            return layer.apply({"params": params}, x, angles, old, start, length)
+            x, rows = layer.apply({"params": params}, x, angles, old, start, length, segments)
+            return x, None if segments is not None else rows
 
         old: Any = None
         if cache is not None:
@@ -100,7 +117,7 @@ class Decoder(nn.Module):
             else:
                 # Each layer is told its number and reads its part of the whole: a slice would be a copy to a kernel.
                 old = jnp.arange(cfg.num_hidden_layers)
-        x, rows = run_layers(body, layers, x, old)
+        x, rows = run_layers(rematerialise(body, self.remat), layers, x, old)
         return RMSNorm(cfg.rms_norm_eps, name="norm")(x), rows
 
 

@@ -26,7 +26,8 @@ from jax import lax
 from omni_jax import speaker
 from omni_jax.config import DiTConfig
 from omni_jax.declare import Declared, Leaf, dense, stacked, weight
-from omni_jax.layers import Params, linear, run_layers
+from omni_jax.layers import Params, linear, merged_weight, run_layers
+from omni_jax.layers import dense as _dense
 from omni_jax.sharding import constrain, replicate
 
 NORM_EPS = 1e-6
@@ -80,10 +81,6 @@ def declare(cfg: DiTConfig) -> Declared:
         "norm_out": {"linear": dense(2 * d, d)},
         "proj_out": dense(cfg.mel_dim, d),
     }
-
-
-def _dense(params: Params, x: jax.Array) -> jax.Array:
-    return linear(x, params["weight"], params["bias"])
 
 
 def _norm(x: jax.Array) -> jax.Array:
@@ -161,7 +158,7 @@ def condition(
     voice = speaker.speaker_vector(embed["spk_encoder"], cfg, mels, mels_lengths)
 
     proj = embed["proj"]
-    _, w_voice, w_code, w_spk = _split_projection(cfg, proj["weight"])
+    _, w_voice, w_code, w_spk = _split_projection(cfg, merged_weight(proj))
     table = params["text_embed"]["codec_embed"]["weight"]
     base = linear(table[codes], w_code) + (linear(spk, w_spk) + linear(voice[:-1], w_voice))[:, None]
     base = jnp.repeat(base, cfg.repeats, axis=1)
@@ -268,7 +265,7 @@ def velocity(
     Returns:
       [B, L, mel_dim]; frames beyond the true length are finite and without meaning.
     """
-    w_state = _split_projection(cfg, params["input_embed"]["proj"]["weight"])[0]
+    w_state = _split_projection(cfg, merged_weight(params["input_embed"]["proj"]))[0]
     h = jnp.tile(linear(x, w_state), (len(given.base) // len(x), 1, 1)) + given.base
     h = constrain(h, "batch", "length", "act_embed")
 

@@ -92,6 +92,30 @@ def linear(
     return y.astype(out_dtype or x.dtype)
 
 
+def dense(params: Params, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    """`linear` over a tree: `weight`, `bias` where there is one, and a low-rank adapter where there is one.
+
+    Args:
+      params: `weight` [out, in], perhaps `bias` [out], perhaps `lora_a` [rank, in] and `lora_b` [out, rank], which
+        holds the adapter's scale.
+      x: [..., in].
+      out_dtype: see `linear`.
+    """
+    y = linear(x, params["weight"], params.get("bias"), out_dtype)
+    if "lora_a" in params:
+        y = y + linear(linear(x, params["lora_a"]), params["lora_b"], out_dtype=y.dtype)
+    return y
+
+
+def merged_weight(params: Params) -> jax.Array:
+    """The weight with its low-rank adapter added, where there is one; the sum runs in float32."""
+    weight = params["weight"]
+    if "lora_a" not in params:
+        return weight
+    change = jnp.einsum("...or,...ri->...oi", params["lora_b"], params["lora_a"], preferred_element_type=jnp.float32)
+    return (weight.astype(jnp.float32) + change).astype(weight.dtype)
+
+
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis: float32, cast, then × weight (the order matters in bf16)."""
     y = x.astype(jnp.float32)
@@ -137,10 +161,11 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = sharded_init(nn.initializers.normal(INIT_STDDEV), *self.axes)
         weight = self.param("weight", init, (self.features, x.shape[-1]))
-        bias = None
+        params = {"weight": weight}
         if self.use_bias:
-            bias = self.param("bias", sharded_init(nn.initializers.zeros, self.axes[0]), (self.features,))
-        return linear(x, weight, bias)
+            params["bias"] = self.param("bias", sharded_init(nn.initializers.zeros, self.axes[0]), (self.features,))
+        adapter = [name for name in ("lora_a", "lora_b") if self.has_variable("params", name)]
+        return dense(params | {name: self.get_variable("params", name) for name in adapter}, x)
 
 
 class RMSNorm(nn.Module):
@@ -203,13 +228,30 @@ def stacked_param(module: nn.Module, name: str, layer: nn.Module, length: int, *
     return nn.meta.unbox(module.param(name, init))
 
 
+REMAT = ("none", "dots", "full")
+
+
+def rematerialise(body: Callable, policy: str) -> Callable:
+    """A layer's body for the backward pass: `none` keeps all it computed, `dots` the products, `full` the input alone.
+
+    Raises:
+      ValueError: an unknown policy.
+    """
+    if policy not in REMAT:
+        raise ValueError(f"remat policy {policy!r} is unknown; known are {', '.join(REMAT)}")
+    if policy == "none":
+        return body
+    products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(body, policy=products if policy == "dots" else None)
+
+
 def run_layers(
     body: Callable[[Params, Any, Any], tuple[Any, Any]], layers: Params | Sequence[Params], carry: Any, xs: Any = None
 ) -> tuple[Any, Any]:
     """Applies a stack of equal layers.
 
     Args:
-      body: `(params of one layer, carry, x) -> (carry, y)`; wrap it in `jax.checkpoint` for training.
+      body: `(params of one layer, carry, x) -> (carry, y)`; see `rematerialise` for training.
       layers: stacked parameters (leading axis: layers), which are scanned, as TPU and GPU like it; or a sequence of
         per-layer trees, which is looped over: on CPU a scan would copy each layer's weights at each step.
       carry: what goes through the layers.

@@ -450,12 +450,13 @@ def load(
       ValueError: files that are missing, broken or of another model; one line that names them.
     """
     with local_files(path) as (files, arrays):
-        return _load(files, arrays, parts, dtype, mesh, rules, unroll, adapter, progress)
+        return _load(files, arrays, parts, dtype, mesh, speech_mesh, unroll, adapter, progress)
 
 
 def _load(
-    path: pathlib.Path, arrays: str | None, parts: Sequence[str], dtype: Any, mesh: jax.sharding.Mesh | None,
-    rules: Rules | None, unroll: bool | None, adapter: str | pathlib.Path | None, progress: bool,
+    path: pathlib.Path, arrays: str | None, parts: Sequence[str], dtype: Any, mesh: str | jax.sharding.Mesh | None,
+    speech_mesh: str | jax.sharding.Mesh | None, unroll: bool | None, adapter: str | pathlib.Path | None,
+    progress: bool,
 ) -> Omni:  # fmt: skip
     cfg = load_config(path)
     if set(parts) not in ({"thinker"}, set(PARTS)):

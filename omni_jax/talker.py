@@ -26,7 +26,7 @@ from jax import lax
 from omni_jax.cache import KVCache, append_rows, init_cache, write_rows
 from omni_jax.config import TalkerConfig
 from omni_jax.decoder import Decoder, decode, read
-from omni_jax.layers import Linear, Params, linear
+from omni_jax.layers import Linear, Params, dense
 from omni_jax.sampling import Array, Sampling, sample
 from omni_jax.sharding import constrain, replicate
 from omni_jax.thinker import Embedding
@@ -154,13 +154,12 @@ def prompt_vectors(cfg: TalkerConfig, params: Params, table: jax.Array, prompt: 
 
 def project(params: Params, x: jax.Array) -> jax.Array:
     """Sums [..., E] of the Thinker's size to what the decoder reads, [..., D]."""
-    proj = params["thinker_to_talker_proj"]
-    return constrain(linear(x, proj["weight"], proj["bias"]), "batch", "length", "act_embed")
+    return constrain(dense(params["thinker_to_talker_proj"], x), "batch", "length", "act_embed")
 
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:
     """[..., D] last hidden states to [..., V] float32 logits."""
-    scores = linear(hidden, params["codec_head"]["weight"], out_dtype=jnp.float32)
+    scores = dense(params["codec_head"], hidden, jnp.float32)
     return constrain(scores, "batch", *[None] * (scores.ndim - 2), "act_vocab")
 
 

@@ -15,7 +15,7 @@ from omni_jax.audio import AudioTower, audio_shapes
 from omni_jax.cache import KVCache
 from omni_jax.config import ThinkerConfig
 from omni_jax.decoder import Decoder, decode
-from omni_jax.layers import INIT_STDDEV, Params, linear, sharded_init
+from omni_jax.layers import INIT_STDDEV, Params, dense, sharded_init
 from omni_jax.sharding import constrain
 from omni_jax.vision import VisionTower, vision_shapes
 
@@ -92,5 +92,5 @@ def forward(
 def logits(params: Params, hidden: jax.Array) -> jax.Array:
     """[..., D] last hidden states to [..., V] float32 logits; a tied checkpoint uses the embedding table."""
     head = params.get("lm_head", params["model"]["embed_tokens"])
-    scores = linear(hidden, head["weight"], out_dtype=jnp.float32)
+    scores = dense(head, hidden, jnp.float32)
     return constrain(scores, "batch", *[None] * (scores.ndim - 2), "act_vocab")

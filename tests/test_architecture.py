@@ -27,7 +27,7 @@ BESIDE = {"processing", "checkpoint"}
 OMNI = RANK["omni"]
 # Only the tests and the benchmarks may run the reference.
 REFERENCE = {"torch", "torchvision", "torchaudio", "transformers"}
-BENCHMARKS = {ROOT / "infer" / "bench.py", ROOT / "infer" / "bench_speech.py"}
+BENCHMARKS = {ROOT / "infer" / "bench.py", ROOT / "infer" / "bench_speech.py", ROOT / "train" / "bench.py"}
 # Importing the package, or asking the command for help, must not load these.
 HEAVY = ("jax", "flax", "orbax", "tensorstore", "grain", "av", "soundfile", "PIL", "tokenizers", "huggingface_hub")
 
