@@ -14,58 +14,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from omni_jax.checkpoint import commands
-from omni_jax.checkpoint.commands import convert, inspect
+from omni_jax.arguments import Flag, Json, Strings, array_file, codes_file, messages_file, use_compilation_cache
+from omni_jax.checkpoint import commands as checkpoints
 from omni_jax.errors import InputError
 
-Strings = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 SpeechFormat = Literal["wav", "flac", "mp3", "opus"]
 Solver = Literal["rk38", "midpoint", "euler"]
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-
-
-def _use_compilation_cache() -> None:
-    """Compiled programs are kept between runs, unless JAX_COMPILATION_CACHE_DIR says where or is empty."""
-    import jax
-
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(home) / "omni-jax" / "programs"))
-    if folder:
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _messages_file(path: pathlib.Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise InputError(
-            f"--messages {path} cannot be read as JSON ({e}); give a file with a list of messages"
-        ) from None
-
-
-def _array_file(path: pathlib.Path) -> Any:
-    import numpy as np
-
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise InputError(f"{path} cannot be read as .npy ({' '.join(str(e).split())})") from None
-
-
-def _codes_file(path: pathlib.Path) -> Any:
-    """Codes of a .npy or JSON file; what they are is checked where they are spoken."""
-    if path.suffix == ".npy":
-        return _array_file(path)
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise InputError(f"--codes {path} cannot be read as JSON ({e}); give a list of codes, or a .npy") from None
-    row = raw.get("codec_ids") if isinstance(raw, dict) else raw
-    if not isinstance(row, list) or not all(type(code) is int and abs(code) < 1 << 31 for code in row):
-        raise InputError(f"--codes {path} must hold a list of whole numbers, or an object with codec_ids")
-    return row
 
 
 def _conversation(
@@ -83,7 +37,7 @@ def _conversation(
     if messages is not None:
         if given:
             raise InputError(f"{', '.join(given)} go with --text; with --messages, write them into the file")
-        return _messages_file(messages)
+        return messages_file(messages)
     content: list[dict[str, Any]] = [{"type": kind, kind: file} for kind, files in media.items() for file in files]
     content.append({"type": "text", "text": text})
     return [
@@ -129,7 +83,7 @@ def generate(
     ode_solver: Solver = "rk38",
     speech_format: SpeechFormat | None = None,
     no_watchdog: Flag = False,
-    as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
+    as_json: Json = False,
 ) -> None:
     """Answer a conversation with any mix of text, pictures, sound and video.
 
@@ -192,7 +146,7 @@ def generate(
     limits = {"fps": fps, "max_frames": max_frames, "min_pixels": min_pixels, "max_pixels": max_pixels}
     media = {"use_audio_in_video": use_audio_in_video} | {k: v for k, v in limits.items() if v is not None}
     notes = Console(stderr=True, highlight=False)
-    _use_compilation_cache()
+    use_compilation_cache()
     from omni_jax import omni
     from omni_jax.token2wav import SAMPLE_RATE
 
@@ -267,8 +221,8 @@ def vocode(
 
     check_writable(out)
     settings = SpeechSettings(voice=voice, seed=seed, ode_steps=ode_steps, ode_solver=ode_solver)
-    row, start = _codes_file(codes), None if noise is None else [_array_file(noise)]
-    _use_compilation_cache()
+    row, start = codes_file(codes), None if noise is None else [array_file(noise)]
+    use_compilation_cache()
     import numpy as np
 
     from omni_jax import speech, token2wav
@@ -321,91 +275,13 @@ def init(
     write_random(path, config_of(preset), seed=seed, dtype=dtype, progress=sys.stderr.isatty())
 
 
-def bench(
-    *,
-    stages: tuple[Literal["decode", "prefill", "audio", "vision", "talker", "dit", "vocoder", "token2wav"], ...] = (
-        "decode",
-        "prefill",
-        "audio",
-        "vision",
-        "talker",
-        "dit",
-        "vocoder",
-    ),
-    preset: Literal["3b", "7b", "nano"] = "3b",
-    pairs: int = 7,
-    layers: int | None = None,
-    as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
-) -> None:
-    """Time the reference (transformers on torch) and this project side by side, on random weights.
-
-    Needs the `bench` extra. Prints a Markdown table of medians and ratios (torch / jax: above 1 we are faster).
-
-    Args:
-      stages: Which ones. token2wav, the whole way from codes to sound, takes minutes a pair.
-      preset: Whose shapes.
-      pairs: Interleaved pairs of each stage.
-      layers: Cut every stack to this many layers; by default none is cut.
-      as_json: Print one line of JSON and nothing else.
-    """
-    from infer import bench as benchmark
-
-    benchmark.main(stages, preset, pairs, layers, as_json)
-
-
-def footprint(
-    model: pathlib.Path,
-    *,
-    preset: Literal["3b", "7b", "nano"] = "3b",
-    layers: int | None = None,
-    as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
-) -> None:
-    """Measure start-up times and resident memory: import, first token, peak of a run, vision tower over long clips.
-
-    Args:
-      model: Checkpoint folder to run, bf16.
-      preset: Whose shapes the vision tower has.
-      layers: Cut the vision tower to this many layers; by default none is cut.
-      as_json: Print one line of JSON and nothing else.
-    """
-    from infer import footprint as measure
-
-    measure.main(model, preset, layers, as_json)
-
-
-def solvers(
-    model: pathlib.Path,
-    *,
-    codes: pathlib.Path | None = None,
-    voice: str | None = None,
-    seed: int = 0,
-    runs: int = 1,
-    as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
-) -> None:
-    """Measure what fewer time points and cheaper solvers of the speech decoder lose and save on this checkpoint.
-
-    Args:
-      model: Checkpoint folder.
-      codes: What is spoken: a .npy row or JSON, as for `vocode`; 100 random codes (2 s) by default.
-      voice: Who speaks; see `omni-jax voices`.
-      seed: Of the noise, and of random codes.
-      runs: Timed runs of each row.
-      as_json: Print one line of JSON and nothing else.
-    """
-    from infer import solvers as table
-
-    given = None if codes is None else _codes_file(codes)
-    _use_compilation_cache()
-    table.main(model, given, voice, seed, runs, as_json)
-
-
 def export(
     src: tyro.conf.Positional[str],
     dst: tyro.conf.Positional[pathlib.Path],
     *,
     peft: Flag = False,
     max_shard_gb: float | None = None,
-    as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
+    as_json: Json = False,
 ) -> None:
     """Give a converted checkpoint, or what a fine-tuning run has learned, back in the published layout.
 
@@ -419,7 +295,7 @@ def export(
     if "://" in src or not (pathlib.Path(src) / "checkpoints").is_dir():
         if peft:
             raise InputError(f"--peft is for runs of omni-jax finetune, which {src} is not")
-        commands.export(src, dst, max_shard_gb=max_shard_gb, as_json=as_json)
+        checkpoints.export(src, dst, max_shard_gb=max_shard_gb, as_json=as_json)
         return
     if max_shard_gb is not None and not 0 < max_shard_gb < 1e6:
         raise InputError(f"--max-shard-gb {max_shard_gb} must be above 0")
@@ -427,7 +303,7 @@ def export(
 
     began = time.perf_counter()
     size = trained.export(src, dst, peft=peft, shard_bytes=max(1, int((max_shard_gb or 5) * 1e9)))
-    commands.report("exported", str(dst), size, began, as_json)
+    checkpoints.report("exported", str(dst), size, began, as_json)
 
 
 def _print_plan(config: pathlib.Path, changes: Strings, topology: str) -> None:
@@ -478,15 +354,18 @@ def finetune(
         return
     from train import main as training
 
-    _use_compilation_cache()
+    use_compilation_cache()
     training.finetune(config, changes, coordinator)
 
 
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
+    from infer import commands as infer
+
     commands: dict[str, Any] = {
-        "generate": generate, "vocode": vocode, "voices": voices, "init": init, "convert": convert, "export": export,
-        "inspect": inspect, "bench": bench, "footprint": footprint, "solvers": solvers, "finetune": finetune,
+        "generate": generate, "vocode": vocode, "voices": voices, "init": init, "convert": checkpoints.convert,
+        "export": export, "inspect": checkpoints.inspect, "finetune": finetune, "bench": infer.bench,
+        "footprint": infer.footprint, "solvers": infer.solvers,
     }  # fmt: skip
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="omni-jax", description="Qwen2.5-Omni in JAX.")

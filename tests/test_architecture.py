@@ -19,6 +19,7 @@ LAYERS = (
     {"thinker", "talker", "token2wav"},
     {"settings", "generation", "stages"},
     {"reply", "watchdog", "speech", "omni"},
+    {"arguments"},
     {"cli"},
 )
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
