@@ -103,6 +103,8 @@ def _config(folder: pathlib.Path) -> dict[str, Any]:
                 f"{file}: {field} is {str(raw[field])[:40]!r}, which is not supported; merge with peft"
             )
     patterns = raw.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{file}: alpha_pattern is not an object; save the adapter again")
     for name, alpha in (("lora_alpha", raw.get("lora_alpha")), *dict(patterns).items()):
         if type(alpha) not in (int, float) or not math.isfinite(alpha):
             raise CheckpointError(f"{file}: the alpha of {str(name)[:80]!r} is not a number; save the adapter again")
