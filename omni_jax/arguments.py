@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from omni_jax.errors import InputError
 
 Strings = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+SpeechFormat = Literal["wav", "flac", "mp3", "opus"]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Json = Annotated[Flag, tyro.conf.arg(name="json")]
 

@@ -14,11 +14,19 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from omni_jax.arguments import Flag, Json, Strings, array_file, codes_file, messages_file, use_compilation_cache
+from omni_jax.arguments import (
+    Flag,
+    Json,
+    SpeechFormat,
+    Strings,
+    array_file,
+    codes_file,
+    messages_file,
+    use_compilation_cache,
+)
 from omni_jax.checkpoint import commands as checkpoints
 from omni_jax.errors import InputError
 
-SpeechFormat = Literal["wav", "flac", "mp3", "opus"]
 Solver = Literal["rk38", "midpoint", "euler"]
 
 
@@ -365,7 +373,7 @@ def main() -> None:
     commands: dict[str, Any] = {
         "generate": generate, "vocode": vocode, "voices": voices, "init": init, "convert": checkpoints.convert,
         "export": export, "inspect": checkpoints.inspect, "finetune": finetune, "bench": infer.bench,
-        "footprint": infer.footprint, "solvers": infer.solvers,
+        "footprint": infer.footprint, "solvers": infer.solvers, "batch": infer.batch,
     }  # fmt: skip
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="omni-jax", description="Qwen2.5-Omni in JAX.")

@@ -182,7 +182,11 @@ def main() -> None:
         elif step == "generate":
             answers = [child("do_generate", folder) for folder in (converted, src)]
             for kind, made in zip(("converted", "published"), answers, strict=True):
-                report(f"load and generate, {kind}", made, f"load {made['result']['load']:.1f} s; {made['result']['token_ids']}")
+                report(
+                    f"load and generate, {kind}",
+                    made,
+                    f"load {made['result']['load']:.1f} s; {made['result']['token_ids']}",
+                )
             assert answers[0]["result"]["token_ids"] == answers[1]["result"]["token_ids"]
         elif step == "shard":
             for folder in (converted, src):

@@ -263,7 +263,9 @@ def test_a_disk_that_fills_up_is_one_line(nano, converted, tmp_path, verb):
     assert "partial" not in run.stderr
     assert run.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
-    full = ValueError("Error writing /x: write failed [OS error 28: ENOSPC No space left on device] [source locations='a']")
+    full = ValueError(
+        "Error writing /x: write failed [OS error 28: ENOSPC No space left on device] [source locations='a']"
+    )
     assert orbax_io.reason(full) == "No space left on device"
 
 
@@ -416,4 +418,6 @@ def test_memory_is_what_is_in_flight(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     size, peak = map(int, run.stdout.split())
     assert size > 230e6
-    assert peak < 64 << 20, peak / 2**20  # the embedding alone is 62.5 MiB; four such leaves and the layers make the rest
+    assert peak < 64 << 20, (
+        peak / 2**20
+    )  # the embedding alone is 62.5 MiB; four such leaves and the layers make the rest
