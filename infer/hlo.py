@@ -178,7 +178,7 @@ class Module:
                 current = self.computations[name] = Computation(name)
                 if line.startswith("ENTRY "):
                     self.entry = current
-            elif line.startswith("}"):
+            elif line == "}":  # the attributes of kernels have lines that begin so
                 current = None
             elif current is not None and (instruction := _instruction(line)):
                 current.instructions[instruction.name] = instruction

@@ -17,14 +17,16 @@ from omni_jax import thinker
 from omni_jax.audio import AudioTower
 from omni_jax.config import DecoderConfig, OmniConfig, TalkerConfig, ThinkerConfig
 from omni_jax.decoder import Decoder
+from omni_jax.kernels.on_mesh import ways
 from omni_jax.layers import Params, dense
 from omni_jax.meshes import Laid, on_one_device
 from omni_jax.sharding import constrain
 from omni_jax.vision import VisionTower
 from train.batch import Batch, Media, Speech, Tokens
 
-# Logits that exist at one time; beyond this they are taken a block of places at a time, and again in the backward pass.
-LOGIT_BYTES = 256 * 2**20
+# Logits that exist at one time on a device; beyond this they are taken a block of places at a time, and again in the
+# backward pass.
+LOGIT_BYTES = 512 * 2**20
 Metrics = dict[str, jax.Array]
 
 
@@ -60,8 +62,10 @@ def token_logprobs(
         return jnp.where(asked, logprob, 0.0), hit
 
     batch, length, _ = hidden.shape
-    size = length
-    while size % 2 == 0 and 4 * batch * size * head["weight"].shape[0] > logit_bytes:
+    # Gathered here, it is gathered once and not for every block.
+    head = head | {"weight": constrain(head["weight"], "act_vocab", None)}
+    size, row = length, 4 * batch * head["weight"].shape[0] // (ways("batch") * ways("act_vocab"))
+    while size % 2 == 0 and size * row > logit_bytes:
         size //= 2
     if size == length:
         return block((hidden, labels))
