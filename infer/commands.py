@@ -45,23 +45,28 @@ def bench(
 
 
 def footprint(
-    model: pathlib.Path,
     *,
+    model: pathlib.Path | None = None,
+    stages: tuple[Literal["imports", "generate", "vision", "speech"], ...] = (
+        "imports", "generate", "vision", "speech",
+    ),
     preset: Literal["3b", "7b", "nano"] = "3b",
     layers: int | None = None,
     as_json: Json = False,
-) -> None:
-    """Measure start-up times and resident memory: import, first token, peak of a run, vision tower over long clips.
+) -> None:  # fmt: skip
+    """Measure start-up times and resident memory: import, first token, peak of a run, vision tower over long clips,
+    Token2Wav beside the reference.
 
     Args:
-      model: Checkpoint folder to run, bf16.
-      preset: Whose shapes the vision tower has.
+      model: Checkpoint folder that generate runs, bf16.
+      stages: Which ones. speech needs the `bench` extra.
+      preset: Whose shapes the vision tower and Token2Wav have.
       layers: Cut the vision tower to this many layers; by default none is cut.
       as_json: Print one line of JSON and nothing else.
     """
     from infer import footprint as measure
 
-    measure.main(model, preset, layers, as_json)
+    measure.main(model, preset, layers, stages, as_json)
 
 
 def solvers(
