@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Options for pytest, e.g. make test PYTEST="tests/test_keys.py -x"
 PYTEST ?=
 
-.PHONY: demo test lint bench footprint clean
+.PHONY: demo test lint bench footprint solvers bench-training plans clean
 .DELETE_ON_ERROR:
 
 # Stamps: installation is skipped until pyproject.toml changes.
@@ -54,6 +54,19 @@ out/3b/config.json: | $(VENV)/.installed
 
 footprint: $(VENV)/.installed-test out/3b/config.json
 	$(BIN)/omni-jax footprint --model out/3b
+
+solvers: $(VENV)/.installed out/3b/config.json
+	$(BIN)/omni-jax solvers --model out/3b
+
+# The figures of docs/training.md and of the docstrings in configs/.
+bench-training: $(VENV)/.installed-test
+	$(BIN)/python -m train.bench
+
+# The TPU compiler must be installed: pip install libtpu.
+plans: $(VENV)/.installed-test
+	for c in configs/*_v5e8.py; do $(BIN)/omni-jax finetune --config $$c --plan v5e:2x4; done
+	for c in configs/*_v6e8.py; do $(BIN)/omni-jax finetune --config $$c --plan v6e:2x4; done
+	for c in configs/*_v5e64.py; do $(BIN)/omni-jax finetune --config $$c --plan v5e:8x8; done
 
 clean:
 	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,44 +1,50 @@
-"""Attention as plain functions: softmax in float32, bounded memory, no mask over a whole clip.
+"""Attention, and the one place that chooses its form: a kernel on TPU, cuDNN on a GPU that has it, else plain jnp.
 
-B batch, T queries, S keys, C cache slots, H heads, D head size.
-In the decoders N query heads of size H share K kv heads, G = N / K.
+The choice falls when a program is lowered, by `jax.lax.platform_dependent`: so it is right as well where one platform
+compiles for another, and `jax.default_backend()` would not be.
+
+B batch, T queries, S keys, C cache slots, L layers, H heads, D head size.
+In the decoders N query heads of size H share K kv heads.
 """
 
 from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Scores that exist at one time. More than this leaves a CPU's cache (1.6 × slower at 1024 keys) and gains nothing on an
-# accelerator; whole scores of a 12.8-megapixel picture would be 256 GiB.
-SCORE_BYTES = 16 * 2**20
-# Fewer queries than this make a product too thin, so the longest inputs hold more scores than SCORE_BYTES.
-MIN_QUERIES = 32
-# Scores of causal attention: enough for 1024 tokens of 16 heads at once.
-CAUSAL_SCORE_BYTES = 64 * 2**20
-# Finite, so that a row without any key gives the mean of the values instead of NaN.
-MASKED = -1e30
+from omni_jax.kernels import cudnn, decode, plain, prefill
+from omni_jax.kernels.plain import SCORE_BYTES
+from omni_jax.sharding import active_layout
+
+# New tokens from which on their attention to each other is worth a kernel beside that over the cache.
+KERNEL_TOKENS = 128
+# Cells of fewer tokens (windows, chunks) are left to the TPU's compiler, which keeps their scores on the chip.
+KERNEL_CELL = 512
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None, scale: float) -> jax.Array:
-    """q [B, H, T, D], k and v [B, H, S, D], key_mask [B, S] -> [B, H, T, D]."""
-    scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32) * scale
-    if key_mask is not None:
-        scores = jnp.where(key_mask[:, None, None, :], scores, MASKED)
-    weights = jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    total = jnp.sum(weights, axis=-1)
-    # Dividing after the product spares a pass over the scores.
-    out = jnp.einsum("bhts,bhsd->bhtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (out / total[..., None]).astype(q.dtype)
+class Past(NamedTuple):
+    """What was before the new tokens, in one of the cache's two forms.
 
+    Attributes:
+      k, v: [L, B, K, C, H] of all layers, or [B, K, C, H] of this one.
+      layer: int32 [], which of them; None with the second form.
+    """
 
-def query_block(batch: int, heads: int, queries: int, keys: int, score_bytes: int = SCORE_BYTES) -> int:
-    """Queries to take at a time so that float32 scores stay within `score_bytes`: all, or a power of two."""
-    rows = score_bytes // (4 * batch * heads * keys)
-    if rows >= queries:
-        return queries
-    return min(queries, max(MIN_QUERIES, 1 << max(0, rows.bit_length() - 1)))
+    k: jax.Array
+    v: jax.Array
+    layer: jax.Array | None
+
+    def of_layer(self) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of this layer alone, [B, K, C, H]."""
+        if self.layer is None:
+            return self.k, self.v
+        k, v = (lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.k, self.v))
+        return k, v
 
 
 def full_attention(
@@ -52,8 +58,7 @@ def full_attention(
 ) -> jax.Array:
     """Every query sees every valid key. Softmax in float32, products in the dtype of the inputs.
 
-    Long inputs are taken a block of queries at a time, so that the scores never exist whole (neither do they in the
-    backward pass: each block is recomputed).
+    Where the scores are large they never exist whole, neither forwards nor backwards.
 
     Args:
       q: [..., T, H, D].
@@ -65,98 +70,119 @@ def full_attention(
     Returns:
       [..., T, H, D] in the dtype of `q`.
     """
-    *lead, T, H, D = q.shape
-    S = k.shape[-3]
+    T, D, S = q.shape[-3], q.shape[-1], k.shape[-3]
     scale = D**-0.5 if scale is None else scale
+    shape = q.shape
+    q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
+    mask = None if key_mask is None else key_mask.reshape(-1, S)
 
-    def heads_first(x: jax.Array) -> jax.Array:
-        return x.reshape(-1, *x.shape[-3:]).swapaxes(1, 2)
+    def by_plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+        return plain.full_attention(q, k, v, mask, scale=scale, score_bytes=score_bytes)
 
-    q, k, v = heads_first(q), heads_first(k), heads_first(v)
-    B = q.shape[0]
-    mask = None if key_mask is None else key_mask.reshape(B, S)
-    block = query_block(B, H, T, S, score_bytes)
-    if block == T:
-        out = _attend(q, k, v, mask, scale)
-    else:
-        n = -(-T // block)
-        q = jnp.pad(q, ((0, 0), (0, 0), (0, n * block - T), (0, 0)))
-        blocks = jnp.moveaxis(q.reshape(B, H, n, block, D), 2, 0)
-        out = lax.map(jax.checkpoint(lambda rows: _attend(rows, k, v, mask, scale)), blocks)
-        out = jnp.moveaxis(out, 0, 2).reshape(B, H, n * block, D)[:, :, :T]
-    return out.swapaxes(1, 2).reshape(*lead, T, H, D)
-
-
-def _attend_new(q: jax.Array, k: jax.Array, v: jax.Array, old: tuple | None, live: jax.Array, live_old: jax.Array):
-    """Softmax over old and new keys together, without joining the two.
-
-    Args:
-      q: [B, K, G, T, H]; k, v: [B, K, S, H]; old: (k, v) [B, K, C, H] or None.
-      live: bool [B, T, S]; live_old: bool [B, C].
-    Returns:
-      [B, K, G, T, H] float32.
-    """
-    scale = q.shape[-1] ** -0.5
-
-    def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:
-        queries = q.astype(keys.dtype)
-        if q.shape[3] == 1:
-            # Keys first: with the thin side first XLA:CPU would transpose the whole cache.
-            s = jnp.einsum("bksh,bkgh->bksg", keys, queries[:, :, :, 0], preferred_element_type=jnp.float32)
-            s = jnp.moveaxis(s, 2, 3)[:, :, :, None]
-        else:
-            s = jnp.einsum("bkgth,bksh->bkgts", queries, keys, preferred_element_type=jnp.float32)
-        return jnp.where(mask, s * scale, MASKED)
-
-    def weigh(weights: jax.Array, values: jax.Array) -> jax.Array:
-        p = weights.astype(values.dtype)
-        return jnp.einsum("bkgts,bksh->bkgth", p, values, preferred_element_type=jnp.float32)
-
-    new = scores(k, live[:, None, None])
-    top = lax.stop_gradient(jnp.max(new, axis=-1, keepdims=True))
-    if old is None:
-        p = jnp.exp(new - top)
-        return weigh(p, v) / jnp.sum(p, axis=-1, keepdims=True)
-    past = scores(old[0], live_old[:, None, None, None])
-    top = jnp.maximum(top, lax.stop_gradient(jnp.max(past, axis=-1, keepdims=True)))
-    p, p_past = jnp.exp(new - top), jnp.exp(past - top)
-    total = jnp.sum(p, axis=-1, keepdims=True) + jnp.sum(p_past, axis=-1, keepdims=True)
-    return (weigh(p, v) + weigh(p_past, old[1])) / total
+    if max(T, S) < KERNEL_CELL:
+        return by_plain(q, k, v, mask).reshape(shape)
+    if mask is None:
+        mask = jnp.ones(k.shape[:2], bool)
+    return _chosen(functools.partial(prefill.full_attention, scale=scale), by_plain)(q, k, v, mask).reshape(shape)
 
 
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, old: tuple | None, start: jax.Array, length: jax.Array
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    old: Past | None,
+    start: jax.Array,
+    length: jax.Array,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
     """Causal grouped-query attention of new tokens to the cache and to themselves.
 
     Args:
       q: [B, T, N, H].
       k, v: [B, K, T, H], the new rows.
-      old: (k, v) of the cache, each [B, K, C, H], or None where nothing came before.
+      old: the cache, or None where nothing came before.
       start: int32 [B]; slots before it are padding.
       length: int32 [], live slots of the cache.
+      segments: non-negative int32 [B, T], for training on packed rows: a token sees those of its own segment only.
     Returns:
       [B, T, N, H] in the dtype of `q`.
     """
+    if old is None:
+
+        def by_kernel(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, segments: Any) -> jax.Array:
+            return prefill.causal_attention(q, k, v, start, segments)[0]
+
+        def by_plain(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, segments: Any) -> jax.Array:
+            return plain.causal_attention(q, k, v, None, start, jnp.zeros((), jnp.int32), segments)
+
+        def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, segments: Any) -> jax.Array:
+            return cudnn.causal_attention(q, k, v, start)
+
+        on_gpu = by_cudnn if segments is None and cudnn.supported(k.dtype, q.shape[-1]) else by_plain
+        return _chosen(by_kernel, by_plain, on_gpu)(q, k, v, start, segments)
+
+    def with_plain(q: jax.Array, k: jax.Array, v: jax.Array, old: Past, *at: jax.Array) -> jax.Array:
+        return plain.causal_attention(q, k, v, old.of_layer(), *at)
+
+    inputs = (q, k, v, old, start, length)
+    if segments is not None:
+        raise ValueError("segments are for training, which has no cache")
+    if not decode.supported(old.k.shape[-2]) or old.layer is None:
+        return with_plain(*inputs)
+    return lax.platform_dependent(*inputs, tpu=_with_live_cache, default=with_plain)
+
+
+def _with_live_cache(
+    q: jax.Array, k: jax.Array, v: jax.Array, old: Past, start: jax.Array, length: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """`causal_attention` to a cache by the kernel that reads its live part, merged with that to the new rows."""
     b, t, n, h = q.shape
-    kv = k.shape[1]
-    q5 = jnp.moveaxis(q.reshape(b, t, kv, n // kv, h), 1, 3)
-    slots = length + jnp.arange(t)
-    live = (slots[None, None, :] <= slots[None, :, None]) & (slots >= start[:, None])[:, None, :]
-    capacity = 0 if old is None else old[0].shape[2]
-    past = jnp.arange(capacity)
-    live_old = (past < length) & (past >= start[:, None])
-    block = query_block(b, n, t, t + capacity, CAUSAL_SCORE_BYTES)
-    if block == t or t % block:
-        out = _attend_new(q5, k, v, old, live, live_old)
+    heads = k.shape[1]
+    rows = q.reshape(b, t, heads, n // heads, h).transpose(0, 2, 3, 1, 4).reshape(b, heads, -1, h)
+    assert old.layer is not None
+    past = decode.live_parts(rows, old.k, old.v, old.layer, start, length, interpret=interpret)
+    # Slots of the new rows begin at `length`; a row may still be in its padding there.
+    begin = jnp.maximum(start - length, 0)
+    if t < KERNEL_TOKENS:
+        place = jnp.arange(t)
+        mask = (place <= place[:, None]) & (place >= begin[:, None, None])
+        new = decode.parts(rows.astype(k.dtype), k, v, jnp.tile(mask, (1, n // heads, 1)))
     else:
+        out, sums = prefill.causal_attention(q, k, v, begin, residuals=True, interpret=interpret)
+        weighted = out.astype(jnp.float32).reshape(b, t, heads, n // heads, h).transpose(0, 2, 3, 1, 4)
+        new = decode.Parts(weighted.reshape(rows.shape), sums.reshape(b, heads, -1), jnp.ones(rows.shape[:3]))
+    out = decode.merge(past, new).reshape(b, heads, n // heads, t, h)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(q.dtype)
 
-        def one(x: tuple[jax.Array, jax.Array]) -> jax.Array:
-            at = lax.dynamic_slice_in_dim(slots, x[1] * block, block)
-            mask = (slots[None, None, :] <= at[None, :, None]) & (slots >= start[:, None])[:, None, :]
-            return _attend_new(x[0], k, v, old, mask, live_old).astype(q.dtype)
 
-        by_block = jnp.moveaxis(q5.reshape(b, kv, n // kv, t // block, block, h), 3, 0)
-        out = lax.map(jax.checkpoint(one), (by_block, jnp.arange(t // block)))
-        out = jnp.moveaxis(out, 0, 3).reshape(b, kv, n // kv, t, h)
-    return jnp.moveaxis(out, 3, 1).reshape(b, t, n, h).astype(q.dtype)
+def _chosen(on_tpu: Any, elsewhere: Any, on_gpu: Any = None) -> Any:
+    """One function of (q, k, v, …) of several that are equal, by the platform that it is lowered for.
+
+    The backward pass chooses again and computes the forward one again: differentiated through, the choice would keep
+    what each form saves for it, whole scores among them.
+    """
+    forms = {"tpu": on_tpu, "default": elsewhere, "cuda": on_gpu or elsewhere}
+    # The backward pass is traced when the loss has left its layout.
+    layout = active_layout()
+
+    @jax.custom_vjp
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, rest: tuple) -> jax.Array:
+        return lax.platform_dependent(q, k, v, *rest, **forms)
+
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array, rest: tuple) -> tuple[jax.Array, tuple]:
+        return attend(q, k, v, rest), (q, k, v, rest)
+
+    def backward(saved: tuple, given: jax.Array) -> tuple:
+        def pull(form: Any) -> Any:
+            def run(given: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> tuple:
+                return jax.vjp(lambda q, k, v: form(q, k, v, *rest), q, k, v)[1](given)
+
+            return run
+
+        q, k, v, rest = saved
+        backwards = {platform: pull(form) for platform, form in forms.items()}
+        with contextlib.nullcontext() if layout is None else layout.active():
+            return (*lax.platform_dependent(given, q, k, v, *rest, **backwards), None)
+
+    attend.defvjp(forward, backward)
+    return lambda q, k, v, *rest: attend(q, k, v, rest)

@@ -35,6 +35,7 @@ from omni_jax.layers import (
     sharded_init,
     stacked_param,
 )
+from omni_jax.sharding import constrain, replicate
 
 MAX_TIMESCALE = 10000.0
 Run = Callable[..., jax.Array]
@@ -90,10 +91,13 @@ class AudioAttention(nn.Module):
     def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         C, S, D = x.shape
         H = self.heads
-        q = Linear(D, ("heads", "embed"), name="q_proj")(x).reshape(C, S, H, D // H)
-        k = Linear(D, ("heads", "embed"), use_bias=False, name="k_proj")(x).reshape(C, S, H, D // H)
-        v = Linear(D, ("heads", "embed"), name="v_proj")(x).reshape(C, S, H, D // H)
-        out = full_attention(q, k, v, valid).reshape(C, S, D)
+
+        def heads(name: str, use_bias: bool = True) -> jax.Array:
+            y = Linear(D, ("heads", "embed"), use_bias, name=name)(x).reshape(C, S, H, D // H)
+            return constrain(y, "attend_batch", "attend_length", "act_heads", None)
+
+        q, k, v = heads("q_proj"), heads("k_proj", use_bias=False), heads("v_proj")
+        out = constrain(full_attention(q, k, v, valid).reshape(C, S, D), "batch", "length", "act_proj")
         return Linear(D, ("embed", "heads"), name="out_proj")(out)
 
 
@@ -106,10 +110,12 @@ class AudioLayer(nn.Module):
     def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         cfg = self.cfg
         y = LayerNorm(cfg.layer_norm_eps, name="self_attn_layer_norm")(x)
-        x = x + AudioAttention(cfg.encoder_attention_heads, name="self_attn")(y, valid)
+        y = AudioAttention(cfg.encoder_attention_heads, name="self_attn")(y, valid)
+        x = constrain(x + y, "batch", "length", "act_embed")
         y = LayerNorm(cfg.layer_norm_eps, name="final_layer_norm")(x)
         y = activation(cfg.activation_function)(Linear(cfg.encoder_ffn_dim, ("mlp", "embed"), name="fc1")(y))
-        return x + Linear(cfg.d_model, ("embed", "mlp"), name="fc2")(y)
+        y = Linear(cfg.d_model, ("embed", "mlp"), name="fc2")(constrain(y, "batch", "length", "act_mlp"))
+        return constrain(x + y, "batch", "length", "act_embed")
 
 
 class _Table(nn.Module):
@@ -160,7 +166,7 @@ class AudioTower(nn.Module):
         # Masked before each convolution: beyond the end there are zeros, as at the end of the reference's tensors.
         x = gelu(Conv1d(D, ("mlp", None), name="conv1")(jnp.where(frames, mel, 0)))
         x = gelu(Conv1d(D, ("embed", "mlp"), stride=2, name="conv2")(jnp.where(frames, x, 0)))
-        x = x + jnp.asarray(sinusoids(S, D), x.dtype)
+        x = constrain(x + jnp.asarray(sinusoids(S, D), x.dtype), "batch", "length", "act_embed")
 
         layer = AudioLayer(cfg, parent=None)
         layers = stacked_param(self, "layers", layer, cfg.encoder_layers, x, states)
@@ -172,7 +178,7 @@ class AudioTower(nn.Module):
         x = jnp.mean(x.reshape(C, S // 2, 2, D).astype(jnp.float32), axis=2).astype(x.dtype)
         x = LayerNorm(cfg.layer_norm_eps, name="ln_post")(x)
         _Table((2, cfg.output_dim), name="audio_bos_eos_token")()
-        return Linear(cfg.output_dim, (None, "embed"), name="proj")(x)
+        return replicate(Linear(cfg.output_dim, (None, "embed"), name="proj")(x))
 
 
 def audio_shapes(cfg: AudioConfig, chunks: int, dtype: Any = jnp.float32) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ Letters: L layers, B batch, K kv heads, C cache slots, T new tokens, H head size
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,10 @@ from flax import struct
 from jax import lax
 
 from omni_jax.config import DecoderConfig
+from omni_jax.sharding import constrain
+
+# Logical axes of the stacked keys and values.
+CACHE_AXES = ("layers", "cache_batch", "cache_kv_heads", "cache_length", None)
 
 
 @struct.dataclass
@@ -52,7 +57,7 @@ def init_cache(
     return KVCache(k, v, start.astype(jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def append_rows(cache: KVCache, rows: Any) -> KVCache:
+def append_rows(cache: KVCache, rows: Any, *, first: bool = False) -> KVCache:
     """Writes the new rows of every layer in one update, after the layers have run.
 
     Layers read the old cache and emit only new rows: updating inside the scan would copy the cache (2.8 × the HBM
@@ -61,6 +66,7 @@ def append_rows(cache: KVCache, rows: Any) -> KVCache:
     Args:
       cache: has room for T more slots; the caller checks, since an update beyond the end would be clamped.
       rows: (k, v), each [L, B, K, T, H], or a list of L pairs of [B, K, T, H] for the tuple form.
+      first: the cache is known to be empty.
     """
     k: Any
     v: Any
@@ -70,8 +76,27 @@ def append_rows(cache: KVCache, rows: Any) -> KVCache:
         v = tuple(lax.dynamic_update_slice(old, new[1], at) for old, new in zip(cache.v, rows, strict=True))
         new_tokens = rows[0][0].shape[2]
     else:
-        at5 = (0, 0, 0, cache.length, 0)
-        k = lax.dynamic_update_slice(cache.k, rows[0], at5)
-        v = lax.dynamic_update_slice(cache.v, rows[1], at5)
         new_tokens = rows[0].shape[3]
+        if first:
+            # Nothing to update: slots that lie on several chips are then written where they belong.
+            free = ((0, 0), (0, 0), (0, 0), (0, cache.capacity - new_tokens), (0, 0))
+            k, v = (jnp.pad(new, free) for new in rows)
+        else:
+            at5 = (0, 0, 0, cache.length, 0)
+            k, v = (lax.dynamic_update_slice(old, new, at5) for old, new in zip((cache.k, cache.v), rows, strict=True))
+        k, v = constrain(k, *CACHE_AXES), constrain(v, *CACHE_AXES)
     return dataclasses.replace(cache, k=k, v=v, length=cache.length + new_tokens)
+
+
+# The same as a program of its own. On CPU a program that also reads the cache would copy it before writing to it.
+write_rows = jax.jit(append_rows, donate_argnums=0)
+
+
+@partial(jax.jit, static_argnames="capacity")
+def grow(cache: KVCache, *, capacity: int) -> KVCache:
+    """The same cache with `capacity` slots, the new ones empty."""
+
+    def widen(a: jax.Array) -> jax.Array:
+        return jnp.pad(a, [(0, capacity - n if axis == a.ndim - 2 else 0) for axis, n in enumerate(a.shape)])
+
+    return dataclasses.replace(cache, k=jax.tree.map(widen, cache.k), v=jax.tree.map(widen, cache.v))

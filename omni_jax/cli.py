@@ -14,56 +14,20 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from omni_jax.checkpoint.commands import convert, export, inspect
+from omni_jax.arguments import (
+    Flag,
+    Json,
+    SpeechFormat,
+    Strings,
+    array_file,
+    codes_file,
+    messages_file,
+    use_compilation_cache,
+)
+from omni_jax.checkpoint import commands as checkpoints
 from omni_jax.errors import InputError
 
-Strings = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-SpeechFormat = Literal["wav", "flac", "mp3", "opus"]
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-
-
-def _use_compilation_cache() -> None:
-    """Compiled programs are kept between runs, unless JAX_COMPILATION_CACHE_DIR says where or is empty."""
-    import jax
-
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(home) / "omni-jax" / "programs"))
-    if folder:
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _messages_file(path: pathlib.Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise InputError(
-            f"--messages {path} cannot be read as JSON ({e}); give a file with a list of messages"
-        ) from None
-
-
-def _array_file(path: pathlib.Path) -> Any:
-    import numpy as np
-
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise InputError(f"{path} cannot be read as .npy ({' '.join(str(e).split())})") from None
-
-
-def _codes_file(path: pathlib.Path) -> Any:
-    """Codes of a .npy or JSON file; what they are is checked where they are spoken."""
-    if path.suffix == ".npy":
-        return _array_file(path)
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise InputError(f"--codes {path} cannot be read as JSON ({e}); give a list of codes, or a .npy") from None
-    row = raw.get("codec_ids") if isinstance(raw, dict) else raw
-    if not isinstance(row, list) or not all(type(code) is int and abs(code) < 1 << 31 for code in row):
-        raise InputError(f"--codes {path} must hold a list of whole numbers, or an object with codec_ids")
-    return row
+Solver = Literal["rk38", "midpoint", "euler"]
 
 
 def _conversation(
@@ -81,7 +45,7 @@ def _conversation(
     if messages is not None:
         if given:
             raise InputError(f"{', '.join(given)} go with --text; with --messages, write them into the file")
-        return _messages_file(messages)
+        return messages_file(messages)
     content: list[dict[str, Any]] = [{"type": kind, kind: file} for kind, files in media.items() for file in files]
     content.append({"type": "text", "text": text})
     return [
@@ -110,6 +74,8 @@ def generate(
     stop: Strings = (),
     logprobs: int | None = None,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    mesh: str | None = None,
+    speech_mesh: str | None = None,
     fps: float | None = None,
     max_frames: int | None = None,
     min_pixels: int | None = None,
@@ -122,9 +88,10 @@ def generate(
     talker_repetition_penalty: float = 1.05,
     max_codes: int = 4096,
     ode_steps: int = 10,
+    ode_solver: Solver = "rk38",
     speech_format: SpeechFormat | None = None,
     no_watchdog: Flag = False,
-    as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
+    as_json: Json = False,
 ) -> None:
     """Answer a conversation with any mix of text, pictures, sound and video.
 
@@ -149,6 +116,8 @@ def generate(
       stop: A string that ends the reply; may be given several times.
       logprobs: Report log-probabilities: each token's own and the N best (0 to 20).
       dtype: Of weights and computation.
+      mesh: Chips to lay the model over (2x2, 2x4, 4x4, …), or axes (data=2,tensor=4); by default one device.
+      speech_mesh: Further chips for the speech parts, so that they run beside the text part.
       fps: Frames per second taken from clips (2 if not given).
       max_frames: Most frames taken from a clip.
       min_pixels: Fewest pixels of a picture or frame, by scaling up.
@@ -161,6 +130,7 @@ def generate(
       talker_repetition_penalty: Above 1 discourages codes that were said already.
       max_codes: Most codes of the speech (50 are a second), the ending one not counted.
       ode_steps: Time points in which sound is made; 10 are 9 steps.
+      ode_solver: How; the cheaper ones are midpoint and euler (see `omni-jax solvers`).
       speech_format: Of the file; by default what its suffix names, else wav.
       no_watchdog: Let speech go on that loops, falls silent or outgrows its text.
       as_json: Print one line of JSON and nothing else.
@@ -178,19 +148,19 @@ def generate(
         check_writable(speech)
         spoken = SpeechSettings(
             voice, talker_temperature, talker_top_k, talker_top_p, talker_repetition_penalty, max_codes, seed,
-            ode_steps, None if no_watchdog else Watchdog(),
+            ode_steps, ode_solver, None if no_watchdog else Watchdog(),
         )  # fmt: skip
     conversation = _conversation(text, messages, system, {"image": image, "audio": audio, "video": video})
     limits = {"fps": fps, "max_frames": max_frames, "min_pixels": min_pixels, "max_pixels": max_pixels}
     media = {"use_audio_in_video": use_audio_in_video} | {k: v for k, v in limits.items() if v is not None}
     notes = Console(stderr=True, highlight=False)
-    _use_compilation_cache()
+    use_compilation_cache()
     from omni_jax import omni
     from omni_jax.token2wav import SAMPLE_RATE
 
     parts = ("thinker",) if spoken is None else omni.PARTS
     began = time.perf_counter()
-    loaded = omni.load(model, parts=parts, dtype=dtype, progress=notes.is_terminal)
+    loaded = omni.load(model, parts=parts, dtype=dtype, mesh=mesh, speech_mesh=speech_mesh, progress=notes.is_terminal)
     load_seconds = time.perf_counter() - began
     if as_json:
         reply = loaded.generate(conversation, settings, speech=spoken, media=media)
@@ -238,6 +208,8 @@ def vocode(
     noise: pathlib.Path | None = None,
     seed: int = 0,
     ode_steps: int = 10,
+    ode_solver: Solver = "rk38",
+    mesh: str | None = None,
 ) -> None:
     """Make sound of codes that are there already.
 
@@ -249,19 +221,21 @@ def vocode(
       noise: A .npy of float32 (2 x codes, mel) to start from, instead of random noise.
       seed: Of the noise.
       ode_steps: Time points in which sound is made; 10 are 9 steps.
+      ode_solver: How; the cheaper ones are midpoint and euler (see `omni-jax solvers`).
+      mesh: Chips to lay the model over (2x2, 2x4, …), or axes (data=2,tensor=4); by default one device.
     """
     from omni_jax.processing.encode import check_writable, write_atomically, write_sound
     from omni_jax.settings import SpeechSettings
 
     check_writable(out)
-    settings = SpeechSettings(voice=voice, seed=seed, ode_steps=ode_steps)
-    row, start = _codes_file(codes), None if noise is None else [_array_file(noise)]
-    _use_compilation_cache()
+    settings = SpeechSettings(voice=voice, seed=seed, ode_steps=ode_steps, ode_solver=ode_solver)
+    row, start = codes_file(codes), None if noise is None else [array_file(noise)]
+    use_compilation_cache()
     import numpy as np
 
     from omni_jax import speech, token2wav
 
-    wave = speech.Vocoder.from_folder(model)([row], [settings], start)[0]
+    wave = speech.Vocoder.from_folder(model, mesh=mesh)([row], [settings], start)[0]
     if out.suffix == ".npy":
         write_atomically(out, lambda file: np.save(file, wave))
     else:
@@ -309,63 +283,97 @@ def init(
     write_random(path, config_of(preset), seed=seed, dtype=dtype, progress=sys.stderr.isatty())
 
 
-def bench(
+def export(
+    src: tyro.conf.Positional[str],
+    dst: tyro.conf.Positional[pathlib.Path],
     *,
-    stages: tuple[Literal["decode", "prefill", "audio", "vision", "talker", "dit", "vocoder", "token2wav"], ...] = (
-        "decode",
-        "prefill",
-        "audio",
-        "vision",
-        "talker",
-        "dit",
-        "vocoder",
-    ),
-    preset: Literal["3b", "7b", "nano"] = "3b",
-    pairs: int = 7,
-    layers: int | None = None,
-    as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
+    peft: Flag = False,
+    max_shard_gb: float | None = None,
+    as_json: Json = False,
 ) -> None:
-    """Time the reference (transformers on torch) and this project side by side, on random weights.
-
-    Needs the `bench` extra. Prints a Markdown table of medians and ratios (torch / jax: above 1 we are faster).
+    """Give a converted checkpoint, or what a fine-tuning run has learned, back in the published layout.
 
     Args:
-      stages: Which ones. token2wav, the whole way from codes to sound, takes minutes a pair.
-      preset: Whose shapes.
-      pairs: Interleaved pairs of each stage.
-      layers: Cut every stack to this many layers; by default none is cut.
+      src: Folder that `omni-jax convert` made, or its URL; or the folder of a run of `omni-jax finetune`.
+      dst: Folder to make.
+      peft: Of a run with adapters: write these alone, as PEFT reads them, instead of merging them.
+      max_shard_gb: Cut new shards of at most so many GB; by default they are those of the original (a run: 5).
       as_json: Print one line of JSON and nothing else.
     """
-    from infer import bench as benchmark
+    if "://" in src or not (pathlib.Path(src) / "checkpoints").is_dir():
+        if peft:
+            raise InputError(f"--peft is for runs of omni-jax finetune, which {src} is not")
+        checkpoints.export(src, dst, max_shard_gb=max_shard_gb, as_json=as_json)
+        return
+    if max_shard_gb is not None and not 0 < max_shard_gb < 1e6:
+        raise InputError(f"--max-shard-gb {max_shard_gb} must be above 0")
+    from train import export as trained
 
-    benchmark.main(stages, preset, pairs, layers, as_json)
+    began = time.perf_counter()
+    size = trained.export(src, dst, peft=peft, shard_bytes=max(1, int((max_shard_gb or 5) * 1e9)))
+    checkpoints.report("exported", str(dst), size, began, as_json)
 
 
-def footprint(
-    model: pathlib.Path,
+def _print_plan(config: pathlib.Path, changes: Strings, topology: str) -> None:
+    """The compiler's peak, the bytes that a step moves, and its collectives, as one line of JSON."""
+    from collections import Counter
+
+    from infer import hlo, programs
+    from omni_jax.config import load_config, preset
+    from train import config as C
+    from train import plan
+
+    run = C.load(config, changes)
+    there = (pathlib.Path(run.model) / "config.json").exists()
+    model = load_config(run.model) if there else preset(run.model.rpartition("-")[2].lower())
+    compiled = plan.compile_step(run, model, programs.topology(topology))
+    memory, module = compiled.memory_analysis(), hlo.Module(compiled.as_text())
+    counted: Counter[str] = Counter()
+    for collective in module.collectives():
+        counted[collective.kind] += collective.times
+    figures = {
+        "peak_gib": memory.peak_memory_in_bytes / 2**30, "arguments_gib": memory.argument_size_in_bytes / 2**30,
+        "temporary_gib": memory.temp_size_in_bytes / 2**30, "step_gib": module.hbm_bytes() / 2**30,
+    }  # fmt: skip
+    shown = {"config": str(config), "topology": topology} | {k: round(v, 2) for k, v in figures.items()}
+    print(json.dumps(shown | {"collectives": dict(sorted(counted.items()))}))
+
+
+def finetune(
     *,
-    preset: Literal["3b", "7b", "nano"] = "3b",
-    layers: int | None = None,
-    as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
+    config: pathlib.Path,
+    changes: Annotated[Strings, tyro.conf.arg(name="set")] = (),
+    coordinator: str | None = None,
+    plan: str | None = None,
 ) -> None:
-    """Measure start-up times and resident memory: import, first token, peak of a run, vision tower over long clips.
+    """Fine-tune a checkpoint, as a configuration in configs/ says; see docs/training.md.
+
+    It goes on where the run's folder stops. SIGTERM and Ctrl-C save and end; metrics go to stderr and metrics.jsonl.
 
     Args:
-      model: Checkpoint folder to run, bf16.
-      preset: Whose shapes the vision tower has.
-      layers: Cut the vision tower to this many layers; by default none is cut.
-      as_json: Print one line of JSON and nothing else.
+      config: A Python file with get_config(), such as configs/qwen3b_lora_v5e8.py.
+      changes: A setting to change, as name=value: --set data.batch=4; may be given several times.
+      coordinator: On several hosts: auto on a TPU pod, else host:port,processes,process.
+      plan: Only compile the step, for a TPU that need not be there, such as v5e:2x4, and print what it needs. A model
+        that is not there is taken for the preset that its name ends with (3B, 7B).
     """
-    from infer import footprint as measure
+    if plan is not None:
+        _print_plan(config, changes, plan)
+        return
+    from train import main as training
 
-    measure.main(model, preset, layers, as_json)
+    use_compilation_cache()
+    training.finetune(config, changes, coordinator)
 
 
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
+    from infer import commands as infer
+
     commands: dict[str, Any] = {
-        "generate": generate, "vocode": vocode, "voices": voices, "init": init, "convert": convert, "export": export,
-        "inspect": inspect, "bench": bench, "footprint": footprint,
+        "generate": generate, "vocode": vocode, "voices": voices, "init": init, "convert": checkpoints.convert,
+        "export": export, "inspect": checkpoints.inspect, "finetune": finetune, "bench": infer.bench,
+        "footprint": infer.footprint, "solvers": infer.solvers, "batch": infer.batch,
     }  # fmt: skip
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="omni-jax", description="Qwen2.5-Omni in JAX.")

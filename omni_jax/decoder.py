@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from omni_jax.attention import causal_attention
+from omni_jax.attention import Past, causal_attention
 from omni_jax.cache import KVCache, append_rows
 from omni_jax.config import DecoderConfig
-from omni_jax.layers import GatedMLP, Linear, RMSNorm, run_layers, stacked_param
+from omni_jax.layers import GatedMLP, Linear, RMSNorm, rematerialise, run_layers, stacked_param
 from omni_jax.rope import mrope_angles, rotate
+from omni_jax.sharding import constrain
 
 
 class Attention(nn.Module):
@@ -24,19 +25,25 @@ class Attention(nn.Module):
     cfg: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, angles: jax.Array, old: Any, start: jax.Array, length: jax.Array) -> Any:
+    def __call__(
+        self, x: jax.Array, angles: jax.Array, old: Any, start: jax.Array, length: jax.Array, segments: Any = None
+    ) -> Any:
         cfg, (b, t, d) = self.cfg, x.shape
         q = Linear(cfg.num_attention_heads * cfg.head_dim, ("heads", "embed"), name="q_proj")(x)
         k = Linear(cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), name="k_proj")(x)
         v = Linear(cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), name="v_proj")(x)
-        q = rotate(q.reshape(b, t, cfg.num_attention_heads, cfg.head_dim), angles)
-        k = rotate(k.reshape(b, t, cfg.num_key_value_heads, cfg.head_dim), angles)
-        v = v.reshape(b, t, cfg.num_key_value_heads, cfg.head_dim)
+        q = constrain(q, "batch", "length", "act_proj").reshape(b, t, cfg.num_attention_heads, cfg.head_dim)
+        k, v = (a.reshape(b, t, cfg.num_key_value_heads, cfg.head_dim) for a in (k, v))
+        q = rotate(constrain(q, "attend_batch", "attend_length", "act_heads", None), angles)
+        k, v = (constrain(a, "attend_batch", None, "act_kv_heads", None) for a in (k, v))
+        k = rotate(k, angles)
         # Rows take the cache's layout and dtype at once, so that prefill and decode attend to the same values.
-        dtype = x.dtype if old is None else old[0].dtype
+        dtype = x.dtype if old is None else old.k.dtype
         k, v = (jnp.swapaxes(a, 1, 2).astype(dtype) for a in (k, v))
-        out = causal_attention(q, k, v, old, start, length)
-        return Linear(d, ("embed", "heads"), False, name="o_proj")(out.reshape(b, t, -1)), (k, v)
+        out = causal_attention(q, k, v, old, start, length, segments)
+        out = constrain(out, "attend_batch", "attend_length", "act_heads", None).reshape(b, t, -1)
+        out = constrain(out, "batch", "length", "act_proj")
+        return Linear(d, ("embed", "heads"), False, name="o_proj")(out), (k, v)
 
 
 class DecoderLayer(nn.Module):
@@ -45,26 +52,39 @@ class DecoderLayer(nn.Module):
     cfg: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, angles: jax.Array, old: Any, start: jax.Array, length: jax.Array) -> Any:
+    def __call__(
+        self, x: jax.Array, angles: jax.Array, old: Any, start: jax.Array, length: jax.Array, segments: Any = None
+    ) -> Any:
         cfg = self.cfg
         y, rows = Attention(cfg, name="self_attn")(
-            RMSNorm(cfg.rms_norm_eps, name="input_layernorm")(x), angles, old, start, length
+            RMSNorm(cfg.rms_norm_eps, name="input_layernorm")(x), angles, old, start, length, segments
         )
-        x = x + y
+        x = constrain(x + y, "batch", "length", "act_embed")
         y = GatedMLP(cfg.intermediate_size, cfg.hidden_act, name="mlp")(
             RMSNorm(cfg.rms_norm_eps, name="post_attention_layernorm")(x)
         )
-        return x + y, rows
+        return constrain(x + y, "batch", "length", "act_embed"), rows
 
 
 class Decoder(nn.Module):
-    """All layers and the final norm. Parameters: `layers` (stacked, or a tuple of per-layer trees) and `norm`."""
+    """All layers and the final norm. Parameters: `layers` (stacked, or a tuple of per-layer trees) and `norm`.
+
+    Attributes:
+      cfg: sizes.
+      remat: what the backward pass computes again (`layers.rematerialise`).
+    """
 
     cfg: DecoderConfig
+    remat: str = "none"
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, positions: jax.Array, start: jax.Array, cache: KVCache | None = None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        start: jax.Array,
+        cache: KVCache | None = None,
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """Runs T new tokens.
 
@@ -73,6 +93,7 @@ class Decoder(nn.Module):
           positions: int32 [3, B, T].
           start: int32 [B]; keys in slots before it are padding.
           cache: what came before, or None for a first prefill (then nothing old is read).
+          segments: int32 [B, T], for training on packed rows; then no new rows are kept.
         Returns:
           hidden [B, T, D] after the final norm, and the new rows for `append_rows`.
         """
@@ -84,14 +105,19 @@ class Decoder(nn.Module):
         layers = stacked_param(self, "layers", layer, cfg.num_hidden_layers, *example)
 
         def body(params: Any, x: jax.Array, old: Any) -> tuple[jax.Array, Any]:
-            return layer.apply({"params": params}, x, angles, old, start, length)
+            if cache is not None and not isinstance(old, Past):
+                old = Past(cache.k, cache.v, old)
+            x, rows = layer.apply({"params": params}, x, angles, old, start, length, segments)
+            return x, None if segments is not None else rows
 
         old: Any = None
         if cache is not None:
-            old = (cache.k, cache.v)
             if isinstance(cache.k, tuple):
-                old = list(zip(*old, strict=True))
-        x, rows = run_layers(body, layers, x, old)
+                old = [Past(k, v, None) for k, v in zip(cache.k, cache.v, strict=True)]
+            else:
+                # Each layer is told its number and reads its part of the whole: a slice would be a copy to a kernel.
+                old = jnp.arange(cfg.num_hidden_layers)
+        x, rows = run_layers(rematerialise(body, self.remat), layers, x, old)
         return RMSNorm(cfg.rms_norm_eps, name="norm")(x), rows
 
 
@@ -123,4 +149,4 @@ def decode(
     The caller's jit donates the cache, which must have T free slots.
     """
     hidden, rows = read(cfg, params, x, positions, cache, first=first)
-    return hidden, append_rows(cache, rows)
+    return hidden, append_rows(cache, rows, first=first)

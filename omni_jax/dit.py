@@ -26,7 +26,9 @@ from jax import lax
 from omni_jax import speaker
 from omni_jax.config import DiTConfig
 from omni_jax.declare import Declared, Leaf, dense, stacked, weight
-from omni_jax.layers import Params, linear, run_layers
+from omni_jax.layers import Params, linear, merged_weight, run_layers
+from omni_jax.layers import dense as _dense
+from omni_jax.sharding import constrain, replicate
 
 NORM_EPS = 1e-6
 TIME_SCALE = 1000.0
@@ -81,10 +83,6 @@ def declare(cfg: DiTConfig) -> Declared:
     }
 
 
-def _dense(params: Params, x: jax.Array) -> jax.Array:
-    return linear(x, params["weight"], params["bias"])
-
-
 def _norm(x: jax.Array) -> jax.Array:
     y = x - jnp.mean(x, axis=-1, keepdims=True)
     return y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + NORM_EPS)
@@ -111,7 +109,7 @@ def modulations(params: Params, cfg: DiTConfig, times: jax.Array) -> tuple[jax.A
     t = jax.nn.silu(time_embedding(params, cfg, times))
 
     def project(layer: Params, t: jax.Array, _: Any) -> tuple[jax.Array, jax.Array]:
-        return t, _dense(layer["attn_norm"]["linear"], t)
+        return t, replicate(_dense(layer["attn_norm"]["linear"], t))
 
     _, projected = run_layers(project, params["transformer_blocks"], t)
     layers = jnp.stack(projected, axis=0) if isinstance(projected, list) else projected
@@ -160,7 +158,7 @@ def condition(
     voice = speaker.speaker_vector(embed["spk_encoder"], cfg, mels, mels_lengths)
 
     proj = embed["proj"]
-    _, w_voice, w_code, w_spk = _split_projection(cfg, proj["weight"])
+    _, w_voice, w_code, w_spk = _split_projection(cfg, merged_weight(proj))
     table = params["text_embed"]["codec_embed"]["weight"]
     base = linear(table[codes], w_code) + (linear(spk, w_spk) + linear(voice[:-1], w_voice))[:, None]
     base = jnp.repeat(base, cfg.repeats, axis=1)
@@ -236,13 +234,17 @@ def dit_layer(
 
     attn, y = params["attn"], _norm(x) * (1 + scale) + shift
     split = (rows, frames // cfg.block_size, cfg.block_size, cfg.num_attention_heads, cfg.head_dim)
-    q, k, v = (_dense(attn[name], y).reshape(split) for name in ("to_q", "to_k", "to_v"))
+    q, k, v = (
+        constrain(_dense(attn[name], y).reshape(split), "attend_batch", None, None, "act_heads", None)
+        for name in ("to_q", "to_k", "to_v")
+    )
     q, k = rotate_first_head(q, given.cos, given.sin), rotate_first_head(k, given.cos, given.sin)
-    y = blockwise_attention(q, k, v, visible).reshape(rows, frames, -1)
-    x = x + gate * _dense(attn["to_out"]["0"], y)
+    y = constrain(blockwise_attention(q, k, v, visible).reshape(rows, frames, -1), "batch", "length", "act_proj")
+    x = constrain(x + gate * _dense(attn["to_out"]["0"], y), "batch", "length", "act_embed")
 
     ff, y = params["ff"]["ff"], _norm(x) * (1 + ff_scale) + ff_shift
-    return x + ff_gate * _dense(ff["3"], jax.nn.gelu(_dense(ff["0"], y), approximate=True))
+    y = constrain(jax.nn.gelu(_dense(ff["0"], y), approximate=True), "batch", "length", "act_mlp")
+    return constrain(x + ff_gate * _dense(ff["3"], y), "batch", "length", "act_embed")
 
 
 def velocity(
@@ -263,8 +265,9 @@ def velocity(
     Returns:
       [B, L, mel_dim]; frames beyond the true length are finite and without meaning.
     """
-    w_state = _split_projection(cfg, params["input_embed"]["proj"]["weight"])[0]
+    w_state = _split_projection(cfg, merged_weight(params["input_embed"]["proj"]))[0]
     h = jnp.tile(linear(x, w_state), (len(given.base) // len(x), 1, 1)) + given.base
+    h = constrain(h, "batch", "length", "act_embed")
 
     def body(layer: Params, h: jax.Array, inputs: dict[str, jax.Array]) -> tuple[jax.Array, None]:
         return dit_layer(layer, cfg, h, given=given, **inputs), None

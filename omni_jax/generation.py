@@ -16,11 +16,12 @@ from flax import struct
 from jax import lax
 
 from omni_jax import thinker
-from omni_jax.cache import KVCache, append_rows, init_cache
+from omni_jax.cache import KVCache, append_rows, init_cache, write_rows
 from omni_jax.config import ThinkerConfig
 from omni_jax.decoder import read
 from omni_jax.layers import Params
 from omni_jax.sampling import MAX_LOGPROBS, Array, Sampling, log_probs, sample
+from omni_jax.sharding import constrain, replicate
 
 # Steps of one call of the decode loop. The streaming loop asks the same program for fewer.
 LOOP_STEPS = 32
@@ -88,11 +89,11 @@ def _draw(
 ) -> tuple[StepOutput, jax.Array, jax.Array, jax.Array]:
     """From the last hidden state [B, D] to the next id; returns the output and the updated seen, drawn, done."""
     scores = thinker.logits(params, hidden)
-    token = sample(scores, seen, sampling, drawn)
+    token = replicate(sample(scores, seen, sampling, drawn))
     own, best_ids, best = log_probs(scores, token)
-    seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
-    done = done | jnp.any(token[:, None] == sampling.stop_ids, axis=-1)
-    return StepOutput(token, own, best_ids, best, hidden), seen, drawn + 1, done
+    seen = constrain(seen.at[jnp.arange(token.shape[0]), token].set(True), "batch", "act_vocab")
+    done = replicate(done | jnp.any(token[:, None] == sampling.stop_ids, axis=-1))
+    return replicate(StepOutput(token, own, best_ids, best, hidden)), seen, drawn + 1, done
 
 
 @struct.dataclass
@@ -134,7 +135,8 @@ def prefill(cfg: ThinkerConfig, params: Params, prompt: PromptBatch, *, capacity
     # Padding writes beyond the vocabulary, where `drop` discards it.
     seen = jnp.zeros((batch, cfg.text.vocab_size), bool)
     seen = seen.at[rows, jnp.where(live, prompt.ids, cfg.text.vocab_size)].set(True, mode="drop")
-    return Prefill(cache, seen, hidden[:, -1], x, hidden)
+    x, hidden = (constrain(a, "batch", "length", "act_embed") for a in (x, hidden))
+    return Prefill(cache, constrain(seen, "batch", "act_vocab"), hidden[:, -1], x, hidden)
 
 
 @partial(jax.jit, donate_argnames=("cache", "seen"))
@@ -182,9 +184,6 @@ def _read_only(
     return rows, dataclasses.replace(state, cache=None), out  # type: ignore[arg-type]
 
 
-_write = jax.jit(append_rows, donate_argnums=0)
-
-
 def advance(
     cfg: ThinkerConfig, params: Params, state: DecodeState, sampling: Sampling, steps: int
 ) -> tuple[DecodeState, StepOutput, int]:
@@ -203,7 +202,7 @@ def advance(
     outputs: list[StepOutput] = []
     while len(outputs) < steps and not (outputs and np.asarray(state.done).all()):
         rows, after, out = _read_only(cfg, params, state, sampling)
-        state = dataclasses.replace(after, cache=_write(state.cache, rows))
+        state = dataclasses.replace(after, cache=write_rows(state.cache, rows))
         outputs.append(jax.device_get(out))
     return state, jax.tree.map(lambda *a: np.stack(a), *outputs), len(outputs)
 

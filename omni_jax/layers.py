@@ -6,6 +6,8 @@ conversion a copy. The dtype of the activations is the dtype of the computation;
 
 from __future__ import annotations
 
+import functools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,26 +16,61 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from omni_jax.sharding import constrain
+
 Params = Any  # a nested dict of arrays
 
 # The reference initialises every projection with a normal of this deviation (`initializer_range`).
 INIT_STDDEV = 0.02
+# Rows from which bf16 weights are up-cast on a CPU whose bf16 dots are slow.
+UPCAST_ROWS = 256
 
 
 def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
 
 
+@functools.cache
+def _cpu() -> frozenset[str]:
+    """The words of /proc/cpuinfo: vendor and features. Empty where there is none (not Linux)."""
+    try:
+        return frozenset(pathlib.Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return frozenset()
+
+
+def _has_bf16_dots() -> bool:
+    return "avx512_bf16" in _cpu()
+
+
+def _has_fast_bf16_dots() -> bool:
+    """AMX multiplies bf16 faster than float32, and so does AMD's AVX-512; Intel's AVX-512 alone does not (160 against
+    250 GFLOP/s at 512 rows)."""
+    return "amx_bf16" in _cpu() or (_has_bf16_dots() and "AuthenticAMD" in _cpu())
+
+
 def _dot_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """XLA:CPU up-casts a whole bf16 weight before a one-row dot; a fused multiply and sum reads it once instead."""
-    if x.size != x.shape[-1] or weight.dtype != jnp.bfloat16:
-        return _dot(x, weight)
-    row = x.astype(jnp.float32).reshape(1, -1)
+    """What XLA:CPU is quick at: rows in one axis, bf16 up-cast where float32 is quicker, never one bf16 row."""
+    rows = x.reshape(-1, x.shape[-1])
+    if weight.dtype == jnp.bfloat16:
+        if len(rows) == 1:
+            y = _dot(jnp.concatenate([rows, rows]), weight)[:1] if _has_bf16_dots() else _one_row(rows, weight)
+            return y.reshape(*x.shape[:-1], len(weight))
+        # Up-casting costs a pass over the weight, which many rows pay back.
+        if len(rows) >= UPCAST_ROWS and not _has_fast_bf16_dots():
+            rows, weight = rows.astype(jnp.float32), weight.astype(jnp.float32)
+    return _dot(rows, weight).reshape(*x.shape[:-1], len(weight))
+
+
+def _one_row(row: jax.Array, weight: jax.Array) -> jax.Array:
+    """[1, in] and [out, in] to [1, out]. XLA:CPU would up-cast the whole weight before a dot of one row (of two rows
+    too, on a CPU without bf16 instructions); a fused multiply and sum reads it once instead."""
+    row = row.astype(jnp.float32)
     # XLA:CPU fuses chains of such sums (gate, up, down) into one loop at half the speed. Which of two equal rows is
     # read is known at run time only, and no fusion reaches across that.
     either = (row[0, 0] > 0).astype(jnp.int32)
     row = lax.dynamic_slice_in_dim(jnp.concatenate([row, row]), either, 1)
-    return jnp.sum(weight.astype(jnp.float32) * row, axis=-1).reshape(*x.shape[:-1], weight.shape[0])
+    return jnp.sum(weight.astype(jnp.float32) * row, axis=-1)[None]
 
 
 def linear(
@@ -53,6 +90,30 @@ def linear(
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(out_dtype or x.dtype)
+
+
+def dense(params: Params, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    """`linear` over a tree: `weight`, `bias` where there is one, and a low-rank adapter where there is one.
+
+    Args:
+      params: `weight` [out, in], perhaps `bias` [out], perhaps `lora_a` [rank, in] and `lora_b` [out, rank], which
+        holds the adapter's scale.
+      x: [..., in].
+      out_dtype: see `linear`.
+    """
+    y = linear(x, params["weight"], params.get("bias"), out_dtype)
+    if "lora_a" in params:
+        y = y + linear(linear(x, params["lora_a"]), params["lora_b"], out_dtype=y.dtype)
+    return y
+
+
+def merged_weight(params: Params) -> jax.Array:
+    """The weight with its low-rank adapter added, where there is one; the sum runs in float32."""
+    weight = params["weight"]
+    if "lora_a" not in params:
+        return weight
+    change = jnp.einsum("...or,...ri->...oi", params["lora_b"], params["lora_a"], preferred_element_type=jnp.float32)
+    return (weight.astype(jnp.float32) + change).astype(weight.dtype)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -100,10 +161,11 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = sharded_init(nn.initializers.normal(INIT_STDDEV), *self.axes)
         weight = self.param("weight", init, (self.features, x.shape[-1]))
-        bias = None
+        params = {"weight": weight}
         if self.use_bias:
-            bias = self.param("bias", sharded_init(nn.initializers.zeros, self.axes[0]), (self.features,))
-        return linear(x, weight, bias)
+            params["bias"] = self.param("bias", sharded_init(nn.initializers.zeros, self.axes[0]), (self.features,))
+        adapter = [name for name in ("lora_a", "lora_b") if self.has_variable("params", name)]
+        return dense(params | {name: self.get_variable("params", name) for name in adapter}, x)
 
 
 class RMSNorm(nn.Module):
@@ -139,7 +201,8 @@ class GatedMLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         gate = Linear(self.hidden, ("mlp", "embed"), self.use_bias, name="gate_proj")(x)
         up = Linear(self.hidden, ("mlp", "embed"), self.use_bias, name="up_proj")(x)
-        return Linear(x.shape[-1], ("embed", "mlp"), self.use_bias, name="down_proj")(activation(self.act)(gate) * up)
+        hidden = constrain(activation(self.act)(gate) * up, "batch", "length", "act_mlp")
+        return Linear(x.shape[-1], ("embed", "mlp"), self.use_bias, name="down_proj")(hidden)
 
 
 def stacked_param(module: nn.Module, name: str, layer: nn.Module, length: int, *example: Any, **kwargs: Any) -> Params:
@@ -165,13 +228,30 @@ def stacked_param(module: nn.Module, name: str, layer: nn.Module, length: int, *
     return nn.meta.unbox(module.param(name, init))
 
 
+REMAT = ("none", "dots", "full")
+
+
+def rematerialise(body: Callable, policy: str) -> Callable:
+    """A layer's body for the backward pass: `none` keeps all it computed, `dots` the products, `full` the input alone.
+
+    Raises:
+      ValueError: an unknown policy.
+    """
+    if policy not in REMAT:
+        raise ValueError(f"remat policy {policy!r} is unknown; known are {', '.join(REMAT)}")
+    if policy == "none":
+        return body
+    products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(body, policy=products if policy == "dots" else None)
+
+
 def run_layers(
     body: Callable[[Params, Any, Any], tuple[Any, Any]], layers: Params | Sequence[Params], carry: Any, xs: Any = None
 ) -> tuple[Any, Any]:
     """Applies a stack of equal layers.
 
     Args:
-      body: `(params of one layer, carry, x) -> (carry, y)`; wrap it in `jax.checkpoint` for training.
+      body: `(params of one layer, carry, x) -> (carry, y)`; see `rematerialise` for training.
       layers: stacked parameters (leading axis: layers), which are scanned, as TPU and GPU like it; or a sequence of
         per-layer trees, which is looped over: on CPU a scan would copy each layer's weights at each step.
       carry: what goes through the layers.

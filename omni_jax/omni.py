@@ -6,23 +6,23 @@ Everything between the jitted programs is numpy: what an eager jax operation wou
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import pathlib
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omni_jax import audio, buckets, generation, talker, thinker, token2wav, vision
+from omni_jax import audio, buckets, generation, vision
 from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.sources import local_files
 from omni_jax.checkpoint.speakers import load_voices
 from omni_jax.config import ConfigError, OmniConfig, load_config
 from omni_jax.errors import InputError
+from omni_jax.meshes import Placement, laid_out, place
 from omni_jax.positions import next_position
 from omni_jax.processing.processor import Processor, Prompt
 from omni_jax.processing.tokenizer import Tokenizer
@@ -37,8 +37,9 @@ from omni_jax.settings import (
     TextEvent,
     TokenLogprob,
 )
-from omni_jax.sharding import Rules, param_shardings
+from omni_jax.sharding import MeshError
 from omni_jax.speech import PARTS, Recorder, Speech, SpeechError
+from omni_jax.stages import stage_shardings
 from omni_jax.voice import Voice
 
 Message = Mapping[str, Any]
@@ -94,14 +95,17 @@ class Omni:
       eos: ids that end a reply.
       dtype: of the computation.
       cache_dtype: of keys and values: float32 on CPU, where bf16 dots of few rows are slow, else `dtype`.
+      placement: the meshes of the stages; None for one device.
+      laid: `laid(part, batch, length)` is the context that a call of a part runs in.
     """
 
     def __init__(
         self, config: OmniConfig, params: Any, processor: Processor, eos: Sequence[int], dtype: Any,
-        voices: Mapping[str, Voice] | None = None,
+        voices: Mapping[str, Voice] | None = None, placement: Placement | None = None,
     ):  # fmt: skip
         self.config, self.params, self.processor, self.eos = config, params, processor, tuple(eos)
         self.voices = dict(voices or {})
+        self.placement, self.laid = placement, laid_out(placement)
         self.dtype = jnp.dtype(dtype)
         self.cache_dtype = jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else self.dtype
 
@@ -115,7 +119,7 @@ class Omni:
         """Talker and Token2Wav. Raises SpeechError where they are not loaded."""
         if self.config.talker is not None and "talker" not in self.params:
             raise SpeechError("this model was loaded for text only; load it with parts=omni_jax.PARTS to have it speak")
-        return Speech(self.config, self.params, self.voices, self.cache_dtype)
+        return Speech(self.config, self.params, self.voices, self.cache_dtype, self.placement)
 
     def prepare(self, messages: Conversation, **media_defaults: Any) -> Prompt:
         """Messages to ids, positions and media arrays. See `processing.processor.Processor`."""
@@ -155,12 +159,10 @@ class Omni:
             if not media:
                 continue
             if token == cfg.audio_token_id:
-                run_audio = audio.audio_program(cfg.audio)
-                vectors = audio.audio_features(
-                    run_audio, params["audio_tower"], cfg.audio, cast(Any, media), self.dtype
-                )
+                run = self._on_mesh("audio", audio.audio_program(cfg.audio))
+                vectors = audio.audio_features(run, params["audio_tower"], cfg.audio, cast(Any, media), self.dtype)
             else:
-                run = vision.vision_program(cfg.vision)
+                run = self._on_mesh("vision", vision.vision_program(cfg.vision))
                 vectors = vision.vision_features(run, params["visual"], cfg.vision, cast(Any, media), self.dtype)
             places = [np.flatnonzero(p.ids == token) for p in prompts]
             if sum(map(len, places)) != len(vectors):
@@ -170,6 +172,15 @@ class Omni:
                 offset += len(at)
             rows.append(vectors)
         return (np.concatenate(rows) if rows else None), index
+
+    def _on_mesh(self, tower: Literal["vision", "audio"], program: vision.Run) -> vision.Run:
+        """The program of a tower, each call laid out for its number of frames or chunks."""
+
+        def run(params: Any, first: Any, *others: Any) -> jax.Array:
+            with self.laid(tower, len(first)):
+                return program(params, first, *others)
+
+        return run
 
     def _batch(self, prompts: Sequence[Prompt]) -> generation.PromptBatch:
         """Left-pads the prompts to their bucket; spare rows repeat the first."""
@@ -242,8 +253,11 @@ class Omni:
         # Room for the default reply at least, so that short and long replies run the same programs.
         most = min(max(max(s.max_new_tokens for s in settings), GenerationSettings().max_new_tokens), self.context)
         capacity = buckets.bucket(batch.ids.shape[1] + most, buckets.CACHE)
-        read = generation.prefill(cfg, params, batch, capacity=capacity, cache_dtype=self.cache_dtype)
-        state, out = generation.first_draw(params, read.cache, read.seen, read.last, batch.next_position, sampling)
+        size, width = batch.ids.shape
+        with self.laid("thinker", size, width):
+            read = generation.prefill(cfg, params, batch, capacity=capacity, cache_dtype=self.cache_dtype)
+        with self.laid("thinker", size):
+            state, out = generation.first_draw(params, read.cache, read.seen, read.last, batch.next_position, sampling)
         first = jax.device_get(out)
         if recorder is not None:
             recorder.read(batch, read)
@@ -257,7 +271,8 @@ class Omni:
                 [b.finish_reason is not None for b in builders] + [True] * (len(batch.start) - len(builders))
             )
             state = dataclasses.replace(state, done=done)
-            state, made, count = generation.advance(cfg, params, state, sampling, min(left, steps))
+            with self.laid("thinker", size):
+                state, made, count = generation.advance(cfg, params, state, sampling, min(left, steps))
             if recorder is not None:
                 recorder.wrote(np.asarray(made.hidden)[:count])
             yield self._feed(builders, settings, made, count)
@@ -331,11 +346,28 @@ class Omni:
         began = time.perf_counter()
         prompts = [self.prepare(c, **(media or {})) for c in conversations]
         processed = time.perf_counter() - began
-        recorder = Recorder() if any(spoken) else None
-        replies = [_with_processing(r, processed) for r in _exhaust(self.run(prompts, each, recorder=recorder))]
-        if recorder is not None:
-            replies = self.speech.speak(recorder, replies, spoken)
+        replies = [_with_processing(r, processed) for r in self.answer(prompts, each, spoken)]
         return replies[0] if single else replies
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        settings: Sequence[GenerationSettings],
+        speech: Sequence[SpeechSettings | None] | None = None,
+    ) -> list[Reply]:
+        """Answers prompts of `prepare`: what `generate` does after reading the media.
+
+        Args:
+          prompts: a batch of them.
+          settings: one for each.
+          speech: one for each, or None for text alone.
+        Raises:
+          ValueError: as for `generate`.
+        """
+        spoken = self._speech_settings(speech, len(prompts))
+        recorder = Recorder() if any(spoken) else None
+        replies = _exhaust(self.run(prompts, settings, recorder=recorder))
+        return replies if recorder is None else self.speech.speak(recorder, replies, spoken)
 
     def stream(
         self,
@@ -412,8 +444,8 @@ def load(
     *,
     parts: Sequence[str] = ("thinker",),
     dtype: Any = "bfloat16",
-    mesh: jax.sharding.Mesh | None = None,
-    rules: Rules | None = None,
+    mesh: str | jax.sharding.Mesh | None = None,
+    speech_mesh: str | jax.sharding.Mesh | None = None,
     unroll: bool | None = None,
     adapter: str | pathlib.Path | None = None,
     progress: bool = False,
@@ -425,8 +457,9 @@ def load(
         (`Qwen/Qwen2.5-Omni-3B`), or the URL of a converted folder.
       parts: `PARTS` for a model that speaks; by default the Thinker alone, which takes less memory.
       dtype: of weights and computation, "bfloat16" or "float32".
-      mesh: device mesh to shard the parameters over; None for one device.
-      rules: logical axis → mesh axis; see `sharding.Rules`.
+      mesh: what to lay the model over: a name ("2x4", "data=2,tensor=4") or a mesh of `meshes.make_mesh`; None for one
+        device.
+      speech_mesh: chips of their own for Talker and Token2Wav, beside those of `mesh`; see `meshes.place`.
       unroll: loop over the layers instead of scanning them; by default on one CPU device, where scanning is slow.
       adapter: folder of a PEFT adapter (LoRA) to merge into the weights.
       progress: show a bar on stderr.
@@ -434,12 +467,13 @@ def load(
       ValueError: files that are missing, broken or of another model; one line that names them.
     """
     with local_files(path) as (files, arrays):
-        return _load(files, arrays, parts, dtype, mesh, rules, unroll, adapter, progress)
+        return _load(files, arrays, parts, dtype, mesh, speech_mesh, unroll, adapter, progress)
 
 
 def _load(
-    path: pathlib.Path, arrays: str | None, parts: Sequence[str], dtype: Any, mesh: jax.sharding.Mesh | None,
-    rules: Rules | None, unroll: bool | None, adapter: str | pathlib.Path | None, progress: bool,
+    path: pathlib.Path, arrays: str | None, parts: Sequence[str], dtype: Any, mesh: str | jax.sharding.Mesh | None,
+    speech_mesh: str | jax.sharding.Mesh | None, unroll: bool | None, adapter: str | pathlib.Path | None,
+    progress: bool,
 ) -> Omni:  # fmt: skip
     cfg = load_config(path)
     if set(parts) not in ({"thinker"}, set(PARTS)):
@@ -450,16 +484,16 @@ def _load(
     voices = load_voices(path) if speaks else {}
     processor = Processor.from_folder(path, cfg.thinker)
     unroll = (jax.default_backend() == "cpu" and mesh is None) if unroll is None else unroll
-    shardings = None
+    placement = shardings = None
     if mesh is not None:
         if unroll:
             raise ValueError("a mesh needs stacked layers: leave unroll off")
-        inits: dict[str, Any] = {"thinker": thinker.init, "talker": talker.init, "token2wav": token2wav.init}
-        key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-        shapes = {p: jax.eval_shape(functools.partial(inits[p], getattr(cfg, p)), key) for p in parts}
-        shardings = {p: param_shardings(boxed, mesh, rules) for p, boxed in shapes.items()}
+        placement = place(cfg, mesh, speech_mesh)
+        shardings = stage_shardings(placement, parts)
+    elif speech_mesh is not None:
+        raise MeshError("speech has a mesh of its own, but the Thinker has none; give it one as well, such as 1")
     params = load_params(
         path, cfg, parts=parts, dtype=jnp.dtype(dtype), unroll=unroll, shardings=shardings, progress=progress,
         adapter=adapter, arrays=arrays,
     )  # fmt: skip
-    return Omni(cfg, params, processor, stop_token_ids(path, cfg, processor.tokenizer), dtype, voices)
+    return Omni(cfg, params, processor, stop_token_ids(path, cfg, processor.tokenizer), dtype, voices, placement)

@@ -1,79 +1,187 @@
-"""Logical axes to mesh axes: where the parameters of a part live on a device mesh."""
+"""Logical axes to mesh axes: where parameters, activations and the cache of a part live on a device mesh.
+
+Modules name the axes of what they hold and of what flows through them; a frozen `Rules` table says which mesh axes each
+name is split over (`meshes.rules` makes the tables of the parts). `Layout` is a table on a mesh. It is active inside
+`with layout:`, and it is part of jit's cache key: a program is traced anew under another layout.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 from flax import linen as nn
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-AXES = ("layers", "vocab", "embed", "heads", "kv_heads", "mlp")
+from omni_jax.errors import InputError
+
+# What a mesh axis is for: copies of the model, sharded copies of it (each layer's weights are gathered when needed),
+# slices of every product, and slices of the sequence (of the cache, of long prompts), which slice the weights too.
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+
+# Logical name → what it is. Weights first, then activations, then the cache.
+AXES: Mapping[str, str] = {
+    "layers": "layers of a stack",
+    "vocab": "rows of an output head",
+    "table": "features of an embedding table",
+    "embed": "the side of a weight that faces the residual stream",
+    "heads": "features of all query heads, as a weight stores them",
+    "kv_heads": "features of all key or value heads, as a weight stores them",
+    "mlp": "hidden features of an MLP",
+    "batch": "rows, frames or chunks",
+    "length": "tokens of the residual stream",
+    "act_embed": "features of the residual stream",
+    "act_proj": "features of all heads, as a projection gives them",
+    "act_mlp": "hidden features of an MLP",
+    "act_vocab": "logits",
+    "attend_batch": "rows inside attention",
+    "attend_length": "queries inside attention",
+    "act_heads": "query heads inside attention",
+    "act_kv_heads": "key and value heads inside attention",
+    "cache_batch": "rows of the cache",
+    "cache_kv_heads": "heads of the cache",
+    "cache_length": "slots of the cache",
+}
 
 
-@dataclass(frozen=True)
+class MeshError(InputError):
+    """A mesh that does not fit the machine or the model; the message gives the numbers."""
+
+
+@dataclass(frozen=True, eq=False)
 class Rules:
-    """Which mesh axis, if any, each logical axis is split over.
+    """Which mesh axes each logical axis is split over.
 
     Attributes:
-      table: logical axis → mesh axis or None. Every logical axis must be named: what is replicated is so by choice.
+      table: logical axis → mesh axes, () for replicated. Every logical axis must be named: what is replicated is so by
+        choice.
     """
 
-    table: Mapping[str, str | None] = field(
-        default_factory=lambda: MappingProxyType(
-            {"layers": None, "vocab": "model", "embed": None, "heads": "model", "kv_heads": "model", "mlp": "model"}
-        )
-    )
+    table: Mapping[str, tuple[str, ...]]
 
     def __post_init__(self) -> None:
-        """Raises ValueError for unknown or absent logical axes."""
+        """Raises ValueError for unknown or absent names."""
         wrong, absent = sorted(set(self.table) - set(AXES)), sorted(set(AXES) - set(self.table))
         if wrong or absent:
             raise ValueError(f"rules name unknown axes {wrong} or leave out {absent}; known are {list(AXES)}")
+        if any(isinstance(axes, str) for axes in self.table.values()):
+            raise ValueError("rules give a tuple of mesh axes for each logical axis, not a string")
+        unknown = {a for axes in self.table.values() for a in axes} - set(MESH_AXES)
+        if unknown:
+            raise ValueError(f"rules name unknown mesh axes {sorted(unknown)}; known are {list(MESH_AXES)}")
 
-    def spec(self, names: tuple[str | None, ...]) -> PartitionSpec:
-        """The partition of an array whose axes bear these logical names.
+    def _key(self) -> tuple:
+        return tuple(sorted(self.table.items()))
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rules) and self._key() == other._key()
+
+    def spec(self, names: Sequence[str | None]) -> PartitionSpec:
+        """The partition of an array whose axes bear these logical names; None is replicated.
 
         Raises:
           ValueError: an unknown name, or a mesh axis that would split two axes.
         """
-        unknown = [n for n in names if n is not None and n not in self.table]
-        if unknown:
-            raise ValueError(f"unknown logical axes {unknown}; known are {list(AXES)}")
-        spec = [None if n is None else self.table[n] for n in names]
-        used = [a for a in spec if a is not None]
+        check_names(names)
+        spec = [() if n is None else self.table[n] for n in names]
+        used = [a for axes in spec for a in axes]
         if len(used) != len(set(used)):
-            raise ValueError(f"axes {names} would use a mesh axis twice: {spec}")
-        return PartitionSpec(*spec)
+            raise ValueError(f"axes {tuple(names)} would use a mesh axis twice: {spec}")
+        return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in spec))
 
 
-def param_shardings(boxed: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
+def check_names(names: Sequence[str | None]) -> None:
+    """Raises ValueError for a logical axis that does not exist."""
+    unknown = [n for n in names if n is not None and n not in AXES]
+    if unknown:
+        raise ValueError(f"unknown logical axes {unknown}; known are {list(AXES)}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A part's rules on a mesh, which has the axes MESH_AXES."""
+
+    mesh: Mesh
+    rules: Rules
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a mesh with other axes."""
+        if tuple(self.mesh.axis_names) != MESH_AXES:
+            raise ValueError(f"the mesh has axes {self.mesh.axis_names}; `meshes.make_mesh` gives it {MESH_AXES}")
+
+    def sharding(self, names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+        """How an array of this shape lies, its axes bearing these names.
+
+        Raises:
+          ValueError: see `Rules.spec`; a count of names that is not the array's; an axis that the mesh does not divide.
+        """
+        if len(names) != len(shape):
+            raise ValueError(f"{len(names)} names {tuple(names)} for an array of shape {tuple(shape)}")
+        spec = self.rules.spec(names)
+        for size, name in zip(shape, names, strict=True):
+            over = () if name is None else self.rules.table[name]
+            ways = math.prod(self.mesh.shape[a] for a in over)
+            if size % ways:
+                raise ValueError(f"axis {name} of size {size} cannot be split {ways} ways, over {over}")
+        return NamedSharding(self.mesh, spec)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """`with layout.active(): program(…)` — programs traced inside obey this layout."""
+        with _ACTIVE(self):
+            yield
+
+
+# A user context is part of jit's cache key, unlike a global or flax's logical axis rules.
+_ACTIVE = jax.make_user_context(None)
+
+
+def active_layout() -> Layout | None:
+    """The layout that programs are traced under; None for one device."""
+    return _ACTIVE.value
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Pins an activation to where the active layout has its axes; without a layout only the names are checked.
+
+    Raises:
+      ValueError: see `Layout.sharding`; unknown names raise on one device too.
+    """
+    layout = active_layout()
+    if layout is None:
+        check_names(names)
+        return x
+    return lax.with_sharding_constraint(x, layout.sharding(names, x.shape))
+
+
+def replicate(tree: Any) -> Any:
+    """Pins every array of a tree to be whole on each device, as what goes to the host must be."""
+    return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), tree)
+
+
+def param_shardings(boxed: Any, layout: Layout) -> Any:
     """Shardings for a tree of parameters.
 
     Args:
       boxed: shapes with logical names, as `jax.eval_shape` of a part's `init` gives them.
-      mesh: the device mesh.
-      rules: the table; by default tensor parallelism over the mesh axis "model".
+      layout: of the part.
     Returns:
       the same tree with a `NamedSharding` for each array.
     Raises:
-      ValueError: an axis that the mesh does not divide, or a mesh axis that the rules name and the mesh lacks.
+      ValueError: an axis that the mesh does not divide.
     """
-    rules = rules or Rules()
-    missing = {a for a in rules.table.values() if a is not None} - set(mesh.axis_names)
-    if missing:
-        raise ValueError(f"the mesh has axes {mesh.axis_names}, but the rules need {sorted(missing)}")
 
     def one(box: Any) -> NamedSharding:
-        names = box.names if isinstance(box, nn.Partitioned) else (None,) * len(box.shape)
-        shape = box.value.shape if isinstance(box, nn.Partitioned) else box.shape
-        spec = rules.spec(tuple(names))
-        for size, name, axis in zip(shape, names, spec, strict=True):
-            if axis is not None and size % mesh.shape[axis]:
-                raise ValueError(f"axis {name} of size {size} cannot be split over {mesh.shape[axis]} ({axis})")
-        return NamedSharding(mesh, spec)
+        if isinstance(box, nn.Partitioned):
+            return layout.sharding(box.names, box.value.shape)
+        return layout.sharding((None,) * len(box.shape), box.shape)
 
     return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))

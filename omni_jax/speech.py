@@ -15,19 +15,24 @@ import jax
 import numpy as np
 
 from omni_jax import buckets, generation, talker, token2wav
+from omni_jax.cache import grow
 from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.sources import local_files
 from omni_jax.checkpoint.speakers import load_voices, pick_voice
 from omni_jax.config import OmniConfig, Token2WavConfig, load_config
 from omni_jax.errors import InputError
+from omni_jax.meshes import Laid, Placement, hand_over, laid_out, on_one_device, place
 from omni_jax.sampling import Sampling
 from omni_jax.settings import Reply, SpeechSettings
+from omni_jax.stages import PARTS as PARTS
+from omni_jax.stages import stage_shardings
 from omni_jax.voice import Voice
 from omni_jax.watchdog import SpeechBuilder
 
-PARTS = ("thinker", "talker", "token2wav")
 # Sets the Talker's random numbers apart from those of the Thinker and of the noise, which have the plain seed.
 TALKER_SALT = 0x7A1CE500
+# Codes that the Talker's cache has room for before it must grow: 10 s of speech.
+GROWTH = 512
 # For the rows of a batch that are not spoken.
 SILENT = SpeechSettings(temperature=0.0, max_codes=1)
 
@@ -78,26 +83,38 @@ class Vocoder:
     Attributes:
       config, params: of Token2Wav, the parameters float32.
       voices: by name.
+      laid: how its programs lie on a mesh.
     """
 
     config: Token2WavConfig
     params: Any
     voices: Mapping[str, Voice]
+    laid: Laid = on_one_device
 
     @classmethod
-    def from_folder(cls, path: str | pathlib.Path, *, progress: bool = False) -> Vocoder:
+    def from_folder(
+        cls, path: str | pathlib.Path, *, mesh: str | jax.sharding.Mesh | None = None, progress: bool = False
+    ) -> Vocoder:
         """Loads Token2Wav alone, for codes that are there already.
 
+        Args:
+          path: the checkpoint folder.
+          mesh: to lay it over; see `meshes.place`.
+          progress: show a bar on stderr.
         Raises:
-          InputError: a checkpoint without it, or files that are missing or broken.
+          InputError: a checkpoint without it, files that are missing or broken, or a mesh that does not fit.
         """
         with local_files(path) as (files, arrays):
             cfg = load_config(files)
             if cfg.token2wav is None:
                 raise SpeechError(f"{path} has no Token2Wav: this checkpoint answers in text only")
-            unroll = jax.default_backend() == "cpu"
-            params = load_params(files, cfg, parts=("token2wav",), unroll=unroll, progress=progress, arrays=arrays)
-            return cls(cfg.token2wav, params["token2wav"], load_voices(files))
+            unroll = jax.default_backend() == "cpu" and mesh is None
+            placement = None if mesh is None else place(cfg, mesh)
+            shardings = None if placement is None else stage_shardings(placement, ("token2wav",))
+            params = load_params(
+                files, cfg, parts=("token2wav",), unroll=unroll, shardings=shardings, progress=progress, arrays=arrays
+            )
+            return cls(cfg.token2wav, params["token2wav"], load_voices(files), laid_out(placement))
 
     def __call__(
         self, codes: Sequence[Any], settings: Sequence[SpeechSettings], noise: Sequence[Any] | None = None
@@ -106,7 +123,7 @@ class Vocoder:
 
         Args:
           codes: one row of whole numbers for each request.
-          settings: voice, seed and ODE steps of each. Requests of equal steps share a call.
+          settings: voice, seed, ODE steps and solver of each. Requests of equal steps and solver share a call.
           noise: float32 [2 n, mel] for each row of n codes; by default drawn from the seeds.
         Returns:
           float32 samples at 24 kHz for each row.
@@ -115,13 +132,14 @@ class Vocoder:
           InputError: noise of another shape, or an unknown voice.
         """
         waves: list[np.ndarray] = [np.zeros(0, np.float32)] * len(codes)
-        for steps in sorted({s.ode_steps for s in settings}):
-            rows = [i for i, s in enumerate(settings) if s.ode_steps == steps]
+        flows = [token2wav.Flow(s.ode_steps, s.ode_solver) for s in settings]
+        for flow in dict.fromkeys(flows):
+            rows = [i for i, wanted in enumerate(flows) if wanted == flow]
             made = token2wav.token2wav(
                 self.config, self.params, [codes[i] for i in rows],
                 [pick_voice(self.voices, settings[i].voice) for i in rows],
                 noise=None if noise is None else [noise[i] for i in rows],
-                seeds=[settings[i].seed for i in rows], flow=token2wav.Flow(steps),
+                seeds=[settings[i].seed for i in rows], flow=flow, laid=self.laid,
             )  # fmt: skip
             for i, wave in zip(rows, made, strict=True):
                 waves[i] = wave
@@ -136,14 +154,19 @@ class Speech:
       params: the trees of all three parts.
       voices: by name.
       cache_dtype: of the Talker's keys and values.
+      placement: the stages' meshes; None for one device.
     """
 
-    def __init__(self, config: OmniConfig, params: Any, voices: Mapping[str, Voice], cache_dtype: Any):
+    def __init__(
+        self, config: OmniConfig, params: Any, voices: Mapping[str, Voice], cache_dtype: Any,
+        placement: Placement | None = None,
+    ):  # fmt: skip
         if config.talker is None or config.token2wav is None:
             raise SpeechError("this checkpoint has no Talker: it answers in text only")
         self.config, self.params, self.voices, self.cache_dtype = config, params, voices, cache_dtype
         self.talker = config.talker
-        self.vocoder = Vocoder(config.token2wav, params["token2wav"], voices)
+        self.placement, self.laid = placement, laid_out(placement)
+        self.vocoder = Vocoder(config.token2wav, params["token2wav"], voices, self.laid)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -218,19 +241,30 @@ class Speech:
         batch, size = recorder.batch, len(recorder.batch.start)
         rows = [(settings[i] if i < len(settings) else None) or SILENT for i in range(size)]
         sampling = draw_settings(rows, self.stop_ids)
-        first, vectors = talker.reply_vectors(cfg, table, *reply_arrays(recorder, replies))
+        with self.laid("thinker", size):
+            first, vectors = talker.reply_vectors(cfg, table, *reply_arrays(recorder, replies))
+        voices = np.array([pick_voice(self.voices, s.voice).bos_token for s in rows], np.int32)
+        heard = (recorder.embeddings, recorder.hidden, first, vectors)
+        if self.placement is not None and self.placement.apart:
+            # The Talker's chips have no table of the Thinker's: they get the voices' rows of it.
+            with self.laid("thinker", size):
+                table, voices = talker.table_rows(table, voices), np.arange(size, dtype=np.int32)
+            *heard, table = hand_over((*heard, table), self.placement.speech)
+        embeddings, hidden, first, vectors = heard
         prompt = talker.TalkerPrompt(
-            recorder.embeddings, recorder.hidden, batch.positions, batch.start, batch.next_position, batch.media_index,
-            np.array([pick_voice(self.voices, s.voice).bos_token for s in rows], np.int32), first,
-        )  # fmt: skip
+            embeddings, hidden, batch.positions, batch.start, batch.next_position, batch.media_index, voices, first
+        )
         most = max(s.max_codes for s in rows)
-        capacity = buckets.bucket(batch.ids.shape[1] + talker.EXTRA + most, buckets.CACHE)
-        read = talker.prefill(cfg, params, table, prompt, capacity=capacity, cache_dtype=self.cache_dtype)
-        state = talker.first_draw(cfg, params, read.cache, read.seen, read.last, read.position, sampling)
-        made, count = np.asarray(state.token)[None], 1
+        places = batch.ids.shape[1] + talker.EXTRA
+        capacity = cache_slots(places, most)
+        with self.laid("talker", size, places):
+            read = talker.prefill(cfg, params, table, prompt, capacity=capacity, cache_dtype=self.cache_dtype)
+        with self.laid("talker", size):
+            state = talker.first_draw(cfg, params, read.cache, read.seen, read.last, read.position, sampling)
+        made = np.asarray(state.token)[None]
         while True:
             for row, builder in builders.items():
-                for code in made[:count, row].tolist():
+                for code in made[:, row].tolist():
                     builder.feed(code)
             yield
             if not (left := max(b.left for b in builders.values())):
@@ -238,10 +272,20 @@ class Speech:
             # Rows that the host has ended are done before the device knows; rows without speech never began.
             done = np.ones(size, bool)
             done[list(builders)] = [b.finish_reason is not None for b in builders.values()]
-            state, drawn, number = talker.decode_loop(
-                cfg, params, dataclasses.replace(state, done=done), vectors, sampling, np.int32(min(left, steps))
-            )
-            made, count = np.asarray(drawn), int(number)
+            left = min(left, steps)
+            state = dataclasses.replace(state, done=done)
+            with self.laid("talker", size):
+                if places + left > capacity:
+                    capacity = cache_slots(places, max(b.left for b in builders.values()))
+                    state = dataclasses.replace(state, cache=grow(state.cache, capacity=capacity))
+                state, made = talker.advance(cfg, params, state, vectors, sampling, left)
+            places += len(made)
+
+
+def cache_slots(places: int, left: int) -> int:
+    """Slots of the Talker's cache: a bucket for the places that are taken and the codes to come, but for no more than
+    GROWTH of them: speech may last 4096 codes and mostly ends far sooner, and each step reads the whole cache."""
+    return buckets.bucket(places + min(left, GROWTH), buckets.CACHE)
 
 
 def reply_arrays(recorder: Recorder, replies: Sequence[Reply]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

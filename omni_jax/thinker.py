@@ -15,19 +15,21 @@ from omni_jax.audio import AudioTower, audio_shapes
 from omni_jax.cache import KVCache
 from omni_jax.config import ThinkerConfig
 from omni_jax.decoder import Decoder, decode
-from omni_jax.layers import INIT_STDDEV, Params, linear, sharded_init
+from omni_jax.layers import INIT_STDDEV, Params, dense, sharded_init
+from omni_jax.sharding import constrain
 from omni_jax.vision import VisionTower, vision_shapes
 
 
 class Embedding(nn.Module):
-    """A table of vectors: `weight` [V, D]. The caller checks the ids: gathers clamp silently."""
+    """A table of vectors: `weight` [V, D], with the logical names `axes`. The caller checks the ids: gathers clamp."""
 
     vocab: int
     features: int
+    axes: tuple[str | None, str | None] = (None, "table")
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
-        init = sharded_init(nn.initializers.normal(INIT_STDDEV), "vocab", "embed")
+        init = sharded_init(nn.initializers.normal(INIT_STDDEV), *self.axes)
         return self.param("weight", init, (self.vocab, self.features))[ids]
 
 
@@ -55,7 +57,8 @@ def init(cfg: ThinkerConfig, key: jax.Array) -> Params:
         "audio_tower": AudioTower(cfg.audio).init(keys[4], *_zeros(audio_shapes(cfg.audio, 1)))["params"],
     }
     if not text.tie_word_embeddings:
-        params["lm_head"] = table.init(keys[2], ids)["params"]
+        head = Embedding(text.vocab_size, text.hidden_size, ("vocab", "embed"))
+        params["lm_head"] = head.init(keys[2], ids)["params"]
     return params
 
 
@@ -73,10 +76,10 @@ def embed(
       [B, T, D] in the dtype of the table.
     """
     x = params["model"]["embed_tokens"]["weight"][ids]
-    if media is None or media_index is None:
-        return x
-    vectors = media.astype(x.dtype)[jnp.maximum(media_index, 0)]
-    return jnp.where((media_index >= 0)[..., None], vectors, x)
+    if media is not None and media_index is not None:
+        vectors = media.astype(x.dtype)[jnp.maximum(media_index, 0)]
+        x = jnp.where((media_index >= 0)[..., None], vectors, x)
+    return constrain(x, "batch", "length", "act_embed")
 
 
 def forward(
@@ -89,4 +92,5 @@ def forward(
 def logits(params: Params, hidden: jax.Array) -> jax.Array:
     """[..., D] last hidden states to [..., V] float32 logits; a tied checkpoint uses the embedding table."""
     head = params.get("lm_head", params["model"]["embed_tokens"])
-    return linear(hidden, head["weight"], out_dtype=jnp.float32)
+    scores = dense(head, hidden, jnp.float32)
+    return constrain(scores, "batch", *[None] * (scores.ndim - 2), "act_vocab")

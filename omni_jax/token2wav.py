@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ from omni_jax.buckets import bucket
 from omni_jax.config import DiTConfig, Token2WavConfig
 from omni_jax.errors import InputError
 from omni_jax.layers import Params
+from omni_jax.meshes import Laid, on_one_device
+from omni_jax.sharding import constrain, replicate
 from omni_jax.voice import Voice
 
 SAMPLE_RATE = 24000
@@ -118,14 +120,14 @@ def sample_mel(
         def velocity(x: jax.Array, modulation: Any) -> jax.Array:
             return dit.velocity(params, cfg, x, modulation, given, flow.guidance)
 
-        return ode.integrate(velocity, noise, points, modulations, tableau)
+        return constrain(ode.integrate(velocity, noise, points, modulations, tableau), "batch", "length", None)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def vocode_mel(params: Params, cfg: Any, mel: jax.Array, lengths: jax.Array) -> jax.Array:
     """`bigvgan.vocode`, compiled: [B, L, mel_dim] frames to [B, L × hop] samples, 0 beyond lengths × hop."""
     with jax.default_matmul_precision("highest"):
-        return bigvgan.vocode(params, cfg, mel, lengths)
+        return replicate(bigvgan.vocode(params, cfg, mel, lengths))
 
 
 @functools.partial(jax.jit, static_argnames=("frames", "mel_dim"))
@@ -141,7 +143,7 @@ def draw_noise(keys: jax.Array, frames: int, mel_dim: int) -> jax.Array:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(frames))
         return jax.vmap(lambda k: jax.random.normal(k, (mel_dim,)))(keys)
 
-    return jax.vmap(row)(keys)
+    return constrain(jax.vmap(row)(keys), "batch", "length", None)
 
 
 def _checked_codes(cfg: DiTConfig, codes: Any, row: int) -> np.ndarray:
@@ -191,6 +193,22 @@ def _per_row(value: Any, kind: type | tuple, count: int, what: str) -> list[Any]
     return rows
 
 
+class Drawn(NamedTuple):
+    """Mel spectrograms of a batch, padded.
+
+    Attributes:
+      frames: [rows bucket, L, mel_dim] on the device; rows without codes are not among them.
+      counts: [rows bucket] int32, true codes of each row.
+      requests: which request each of the first rows is of.
+      total: how many requests there were, those without codes included.
+    """
+
+    frames: jax.Array | None
+    counts: np.ndarray
+    requests: tuple[int, ...]
+    total: int
+
+
 def token2wav(
     cfg: Token2WavConfig,
     params: Params,
@@ -201,8 +219,26 @@ def token2wav(
     noise: Sequence[Any] | None = None,
     seeds: int | Sequence[int] = 0,
     flow: Flow = Flow(),
+    laid: Laid = on_one_device,
 ) -> list[np.ndarray]:
-    """Speaks codes. Each row of a batch gets exactly what it would get alone.
+    """Speaks codes: `codes_to_mel`, then `mel_to_sound`; arguments and errors are theirs."""
+    drawn = codes_to_mel(cfg, params, codes, voices, lengths=lengths, noise=noise, seeds=seeds, flow=flow, laid=laid)
+    return mel_to_sound(cfg, params, drawn, laid)
+
+
+def codes_to_mel(
+    cfg: Token2WavConfig,
+    params: Params,
+    codes: Sequence[Any],
+    voices: Voice | Sequence[Voice],
+    *,
+    lengths: Sequence[int] | None = None,
+    noise: Sequence[Any] | None = None,
+    seeds: int | Sequence[int] = 0,
+    flow: Flow = Flow(),
+    laid: Laid = on_one_device,
+) -> Drawn:
+    """Draws the mel spectrograms of codes. Each row of a batch gets exactly what it would get alone.
 
     Args:
       cfg: the model.
@@ -213,8 +249,7 @@ def token2wav(
       noise: [2 n, mel_dim] float32 for a request of n codes (more frames are cut off); by default drawn from `seeds`.
       seeds: one for all, or one each; 0 … 2**64 - 1.
       flow: solver settings.
-    Returns:
-      For each request float32 samples at 24 kHz in [-1, 1], `samples_per_code` a code; none for no codes.
+      laid: how the programs lie on a mesh.
     Raises:
       CodeError: a code outside the DiT's table.
       ValueError: counts or shapes that do not fit together.
@@ -226,10 +261,9 @@ def token2wav(
         raise ValueError(f"{len(noise)} noises for {len(rows)} requests")
     for voice in every_voice:
         _check_voice(cfg.dit, voice)
-    waves = [np.zeros(0, np.float32) for _ in rows]
     speaking = [i for i, row in enumerate(rows) if len(row)]
     if not speaking:
-        return waves
+        return Drawn(None, np.zeros(0, np.int32), (), len(rows))
 
     count = bucket(len(speaking), ROW_BUCKETS)
     length = padded_codes(cfg.dit, max(len(rows[i]) for i in speaking))
@@ -244,17 +278,32 @@ def token2wav(
     if noise is None:
         keys = np.zeros((count, 2), np.uint32)
         keys[: len(speaking)] = [divmod(int(every_seed[i]), 2**32) for i in speaking]
-        start: Any = draw_noise(keys, frames, mel_dim)
+        with laid("dit", count):
+            start: Any = draw_noise(keys, frames, mel_dim)
     else:
         given = [_checked_noise(noise[i], len(rows[i]) * cfg.dit.repeats, mel_dim, i) for i in speaking]
         start = _padded(given, count, frames)
 
     padded = _padded([rows[i] for i in speaking], count, length)
-    dit_params, vocoder_params = params["code2wav_dit_model"], params["code2wav_bigvgan_model"]
-    mel = sample_mel(dit_params, cfg.dit, padded, lens, spk, mels, refs, start, flow)
-    sound = np.asarray(vocode_mel(vocoder_params, cfg.bigvgan, mel, lens * np.int32(cfg.dit.repeats)))
-    for i, wave in zip(speaking, sound):
-        waves[i] = wave[: len(rows[i]) * samples_per_code(cfg)].copy()
+    with laid("dit", count):
+        mel = sample_mel(params["code2wav_dit_model"], cfg.dit, padded, lens, spk, mels, refs, start, flow)
+    return Drawn(mel, lens, tuple(speaking), len(rows))
+
+
+def mel_to_sound(cfg: Token2WavConfig, params: Params, drawn: Drawn, laid: Laid = on_one_device) -> list[np.ndarray]:
+    """Runs BigVGAN over drawn mels.
+
+    Returns:
+      For each request float32 samples at 24 kHz in [-1, 1], `samples_per_code` a code; none for no codes.
+    """
+    waves = [np.zeros(0, np.float32) for _ in range(drawn.total)]
+    if drawn.frames is None:
+        return waves
+    frames = drawn.counts * np.int32(cfg.dit.repeats)
+    with laid("bigvgan", len(frames)):
+        sound = np.asarray(vocode_mel(params["code2wav_bigvgan_model"], cfg.bigvgan, drawn.frames, frames))
+    for row, i in enumerate(drawn.requests):
+        waves[i] = sound[row, : drawn.counts[row] * samples_per_code(cfg)].copy()
     return waves
 
 

@@ -39,6 +39,7 @@ from omni_jax.layers import (
     sharded_init,
     stacked_param,
 )
+from omni_jax.sharding import constrain, replicate
 
 ROPE_THETA = 10000.0
 # Scores of the windowed layers are small: a loop over blocks only pays where a frame is far beyond usual sizes, and
@@ -93,7 +94,8 @@ class VisionAttention(nn.Module):
         window = self.cfg.window_patches**2
 
         def heads(name: str) -> jax.Array:
-            return Linear(D, ("heads", "embed"), name=name)(x).reshape(F, N, H, D // H)
+            y = Linear(D, ("heads", "embed"), name=name)(x).reshape(F, N, H, D // H)
+            return constrain(y, "attend_batch", "attend_length", "act_heads", None)
 
         q, k, v = apply_rope(heads("q"), cos, sin), apply_rope(heads("k"), cos, sin), heads("v")
 
@@ -109,7 +111,8 @@ class VisionAttention(nn.Module):
             out = (frame if kind.full else windows)(q, k, v)
         else:
             out = lax.cond(kind, frame, windows, q, k, v)
-        return Linear(D, ("embed", "heads"), name="proj")(out.reshape(F, N, D))
+        out = constrain(out.reshape(F, N, D), "batch", "length", "act_proj")
+        return Linear(D, ("embed", "heads"), name="proj")(out)
 
 
 class VisionBlock(nn.Module):
@@ -127,9 +130,10 @@ class VisionBlock(nn.Module):
     ) -> jax.Array:
         cfg = self.cfg
         y = RMSNorm(cfg.rms_norm_eps, name="norm1")(x)
-        x = x + VisionAttention(cfg, name="attn")(y, cos, sin, valid, kind)
+        x = constrain(x + VisionAttention(cfg, name="attn")(y, cos, sin, valid, kind), "batch", "length", "act_embed")
         y = RMSNorm(cfg.rms_norm_eps, name="norm2")(x)
-        return x + GatedMLP(cfg.intermediate_size, cfg.hidden_act, use_bias=True, name="mlp")(y)
+        y = GatedMLP(cfg.intermediate_size, cfg.hidden_act, use_bias=True, name="mlp")(y)
+        return constrain(x + y, "batch", "length", "act_embed")
 
 
 class _PatchWeight(nn.Module):
@@ -163,6 +167,7 @@ class _MergerMLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = activation("gelu")(Linear(x.shape[-1], ("mlp", "embed"), name="0")(x))
+        x = constrain(x, "batch", "length", "act_mlp")
         return Linear(self.features, ("embed", "mlp"), name="2")(x)
 
 
@@ -205,7 +210,7 @@ class VisionTower(nn.Module):
         """
         cfg = self.cfg
         cos, sin = rope_tables(positions, cfg.hidden_size // cfg.num_heads)
-        x = PatchEmbed(cfg, name="patch_embed")(pixels)
+        x = constrain(PatchEmbed(cfg, name="patch_embed")(pixels), "batch", "length", "act_embed")
         block = VisionBlock(cfg, parent=None)
         full = [i in cfg.fullatt_block_indexes for i in range(cfg.depth)]
         layers = stacked_param(self, "blocks", block, cfg.depth, x, cos, sin, valid, LayerKind(True))
@@ -215,7 +220,7 @@ class VisionTower(nn.Module):
 
         kinds = tuple(LayerKind(f) for f in full) if isinstance(layers, tuple | list) else np.array(full)
         x, _ = run_layers(jax.checkpoint(body) if self.remat else body, layers, x, kinds)
-        return PatchMerger(cfg, name="merger")(x)
+        return replicate(PatchMerger(cfg, name="merger")(x))
 
 
 def vision_shapes(cfg: VisionConfig, frames: int, windows: int, dtype: Any = jnp.float32) -> Inputs:

@@ -13,11 +13,11 @@ MAX_LINES = 500
 
 # The layers of omni_jax: a module imports its own layer and those before it. A new module must be entered here.
 LAYERS = (
-    {"errors", "config", "sharding", "buckets", "positions", "voice"},
+    {"errors", "arguments", "config", "sharding", "meshes", "buckets", "positions", "voice"},
     {"layers", "attention", "rope", "cache", "sampling", "ode", "declare", "kernels"},
     {"decoder", "vision", "audio", "speaker", "dit", "bigvgan"},
     {"thinker", "talker", "token2wav"},
-    {"settings", "generation"},
+    {"settings", "generation", "stages"},
     {"reply", "watchdog", "speech", "omni"},
     {"cli"},
 )
@@ -27,7 +27,7 @@ BESIDE = {"processing", "checkpoint"}
 OMNI = RANK["omni"]
 # Only the tests and the benchmarks may run the reference.
 REFERENCE = {"torch", "torchvision", "torchaudio", "transformers"}
-BENCHMARKS = {ROOT / "infer" / "bench.py", ROOT / "infer" / "bench_speech.py"}
+BENCHMARKS = {ROOT / "infer" / "bench.py", ROOT / "infer" / "bench_speech.py", ROOT / "train" / "bench.py"}
 # Importing the package, or asking the command for help, must not load these.
 HEAVY = ("jax", "flax", "orbax", "tensorstore", "grain", "av", "soundfile", "PIL", "tokenizers", "huggingface_hub")
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from omni_jax.attention import MIN_QUERIES, full_attention, query_block
+from omni_jax.attention import full_attention
+from omni_jax.kernels.plain import MIN_QUERIES, query_block
 from tests import oracle
 
 

@@ -189,8 +189,7 @@ def test_from_an_empty_folder_on_eight_devices(checkpoint, model, tmp_path):
     code = f"""
 import json, jax
 from omni_jax import load
-mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
-model = load({str(checkpoint)!r}, dtype="float32", mesh=mesh)
+model = load({str(checkpoint)!r}, dtype="float32", mesh="tensor=2")
 q = model.params["thinker"]["model"]["layers"]["self_attn"]["q_proj"]["weight"]
 reply = model.generate([{{"role": "user", "content": "Hello there"}}], max_new_tokens=12)
 print(json.dumps([list(q.sharding.spec), len(jax.devices()), list(reply.token_ids)]))
@@ -201,7 +200,7 @@ print(json.dumps([list(q.sharding.spec), len(jax.devices()), list(reply.token_id
     )
     assert done.returncode == 0, done.stderr
     spec, devices, ids = json.loads(done.stdout)
-    assert (spec, devices) == ([None, "model", None], 8)
+    assert (spec, devices) == ([None, "tensor", None], 8)
     want = model.generate([{"role": "user", "content": "Hello there"}], max_new_tokens=12)
     assert ids == list(want.token_ids)
 

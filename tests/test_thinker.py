@@ -104,13 +104,13 @@ def test_left_padding_changes_nothing():
 
 def test_long_prompts_run_in_query_blocks(monkeypatch):
     """Blocked scores equal whole ones: the oracle over a prompt that needs several blocks."""
-    from omni_jax import attention
+    from omni_jax.kernels import plain
 
-    monkeypatch.setattr(attention, "CAUSAL_SCORE_BYTES", 2**16)
+    monkeypatch.setattr(plain, "CAUSAL_SCORE_BYTES", 2**16)
     cfg, reference, params = _tiny()
     ids, positions = _ids(cfg, 1, 256), _positions(1, 256)
     text = cfg.thinker.text
-    assert attention.query_block(1, text.num_attention_heads, 256, 256, attention.CAUSAL_SCORE_BYTES) < 256
+    assert plain.query_block(1, text.num_attention_heads, 256, 256, plain.CAUSAL_SCORE_BYTES) < 256
     with torch.no_grad():
         h = reference.model(torch.tensor(ids).long(), position_ids=torch.tensor(positions).long()).last_hidden_state
     hidden, _ = _hidden(cfg.thinker, params, ids, positions, [256], unroll=True)

@@ -6,15 +6,15 @@ import json
 import pathlib
 import sys
 import time
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-Json = Annotated[Flag, tyro.conf.arg(name="json")]
+from omni_jax.arguments import Flag, Json
 
 
-def _report(verb: str, target: str, size: int, began: float, as_json: bool) -> None:
+def report(verb: str, target: str, size: int, began: float, as_json: bool) -> None:
+    """Says what was made, on stderr, or as one line of JSON on stdout."""
     seconds = time.perf_counter() - began
     if as_json:
         print(json.dumps({"path": target, "bytes": size, "seconds": seconds}))
@@ -50,7 +50,7 @@ def convert(
     size = run(
         src, dst, dtype=dtype, parts=wanted, adapter=adapter, keep_adapter=keep_adapter, progress=sys.stderr.isatty()
     )
-    _report("converted", dst, size, began, as_json)
+    report("converted", dst, size, began, as_json)
 
 
 def export(
@@ -76,7 +76,7 @@ def export(
     began = time.perf_counter()
     shard = None if max_shard_gb is None else max(1, int(max_shard_gb * 1e9))
     size = run(src, dst, max_shard_bytes=shard, progress=sys.stderr.isatty())
-    _report("exported", str(dst), size, began, as_json)
+    report("exported", str(dst), size, began, as_json)
 
 
 def inspect(

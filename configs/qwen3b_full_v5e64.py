@@ -1,0 +1,23 @@
+"""All weights of the decoder and its head, Qwen2.5-Omni-3B, on a TPU v5e-64 (16 hosts); rows of 4096 tokens, towers frozen.
+
+    omni-jax finetune --config configs/qwen3b_full_v5e64.py --set model=CHECKPOINT --set data.train=train.jsonl
+
+On every host, with `--coordinator auto`.
+
+?
+"""
+
+from train.config import Data, Optimizer, Run
+
+
+def get_config() -> Run:
+    """The run; `--set` changes it."""
+    return Run(
+        model="Qwen2.5-Omni-3B",
+        out="runs/qwen3b_full_v5e64",
+        data=Data(train="train.jsonl", sequence=4096, sizes=(1024, 2048), batch=64),
+        rates={"thinker.model": 1e-5, "thinker.lm_head": 1e-5},
+        optimizer=Optimizer("adamw", warmup=100, weight_decay=0.01),
+        steps=1000,
+        mesh="data=2,fsdp=32",
+    )

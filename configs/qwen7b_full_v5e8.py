@@ -1,0 +1,21 @@
+"""All weights of the decoder and its head, Qwen2.5-Omni-7B, on a TPU v5e-8; rows of 4096 tokens, towers frozen. Adafactor: AdamW's two moments of 7B do not fit eight v5e.
+
+    omni-jax finetune --config configs/qwen7b_full_v5e8.py --set model=CHECKPOINT --set data.train=train.jsonl
+
+?
+"""
+
+from train.config import Data, Optimizer, Run
+
+
+def get_config() -> Run:
+    """The run; `--set` changes it."""
+    return Run(
+        model="Qwen2.5-Omni-7B",
+        out="runs/qwen7b_full_v5e8",
+        data=Data(train="train.jsonl", sequence=4096, sizes=(1024, 2048), batch=8),
+        rates={"thinker.model": 1e-5, "thinker.lm_head": 1e-5},
+        optimizer=Optimizer("adafactor", warmup=100),
+        steps=1000,
+        mesh="fsdp=8",
+    )

@@ -1,0 +1,46 @@
+"""Causal attention on GPUs by cuDNN, through `jax.nn.dot_product_attention`. Reference: `plain.causal_attention`.
+
+B batch, T tokens, N query heads, K key heads, H head size.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+# What cuDNN's attention takes.
+DTYPES = (jnp.bfloat16, jnp.float16)
+MAX_HEAD = 128
+
+
+def supported(dtype: jnp.dtype, head_dim: int) -> bool:
+    """Whether this process has a GPU, hence cuDNN, and cuDNN takes such heads. A process that only compiles for one has
+    none: cuDNN chooses its kernels on the device."""
+    return jax.default_backend() == "gpu" and dtype in DTYPES and head_dim <= MAX_HEAD and head_dim % 8 == 0
+
+
+def causal_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, *, implementation: Literal["cudnn", "xla"] = "cudnn"
+) -> jax.Array:
+    """Causal grouped-query attention of tokens to themselves.
+
+    cuDNN knows padding at the end of a row only, so rows are turned until theirs is there, and back.
+
+    Args:
+      q: [B, T, N, H].
+      k, v: [B, K, T, H].
+      start: int32 [B]; what lies before is padding.
+      implementation: "xla" runs the same call anywhere, with whole scores.
+    Returns:
+      [B, T, N, H]; of padding: without meaning.
+    """
+    turn = jax.vmap(lambda x, by: jnp.roll(x, by, axis=0))
+    q, k, v = (turn(x, -start) for x in (q, k.swapaxes(1, 2), v.swapaxes(1, 2)))
+    live = (q.shape[1] - start).astype(jnp.int32)
+    out = jax.nn.dot_product_attention(
+        q.astype(k.dtype), k, v, is_causal=True, query_seq_lengths=live, key_value_seq_lengths=live,
+        implementation=implementation,
+    )  # fmt: skip
+    return turn(out, start).astype(q.dtype)

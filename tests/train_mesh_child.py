@@ -1,0 +1,109 @@
+"""Run by test_train_mesh.py in processes of their own: the number of devices is fixed when JAX starts.
+
+python -m tests.train_mesh_child devices CHECKPOINT FOLDER
+python -m tests.train_mesh_child process CHECKPOINT FOLDER PORT NUMBER
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import sys
+
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+
+
+def _pictures(folder: pathlib.Path) -> str:
+    """Eight conversations, every third with a picture: hosts see different media."""
+    from tests import conversations, training
+
+    records = training.questions(8)
+    for i in range(0, 8, 3):
+        (folder / f"{i}.png").write_bytes(conversations._image(56, 56 + 28 * i, i)["image"])
+        ask = records[i]["messages"][0]
+        ask["content"] = [{"type": "image", "image": f"{i}.png"}, {"type": "text", "text": ask["content"]}]
+    return training.write_lines(folder / "train.jsonl", records)
+
+
+def devices(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
+    """Two steps on a packed batch with media: on one device, and on a mesh of the eight."""
+    import jax
+    import numpy as np
+
+    import omni_jax
+    from omni_jax import meshes
+    from tests import training
+    from train import checkpoints as K
+    from train import step as S
+    from train.config import Lora
+
+    model = omni_jax.load(checkpoint, dtype="float32")
+    read = training.reader(model, checkpoint)
+    kinds = ["image", "audio", "text", "text", "image", "text", "image", "audio"]
+    rows = [[s] for s in training.samples(read, kinds)]
+    rows[2] += training.samples(read, ["audio", "text"])
+    batch = jax.tree.map(lambda x: x[None], training.batch(model, rows))
+    params = S.flatten(training.stacked(checkpoint, model))
+    for lora in (None, Lora(4, 8.0)):
+        run = training.run(
+            checkpoint, folder / ("full" if lora is None else "lora"), "x", rates={"thinker": 1e-3}, lora=lora,
+            data={"batch": 8}, remat="full",
+        )  # fmt: skip
+        results = {}
+        for mesh in (None, "fsdp=4,tensor=2" if lora is None else "data=2,fsdp=4"):
+            placement = None if mesh is None else meshes.place(model.config, mesh)
+            trainer = S.make_trainer(dataclasses.replace(run, mesh=mesh), model.config, placement)
+            given = params
+            if placement is not None:
+                given = {n: jax.device_put(np.asarray(a), trainer.shardings[n]) for n, a in params.items()}
+            state, frozen = trainer.init_state(given), trainer.freeze(given)
+            placed = S.put(batch, trainer.mesh, 0, 1)
+            if mesh is not None and lora is None:
+                spread = [a for a in state.params.values() if not a.sharding.is_fully_replicated]
+                assert sum(a.size for a in spread) > 0.9 * sum(a.size for a in state.params.values())
+            losses = []
+            for made in range(2):
+                state, metrics = trainer.step(state, frozen, None, placed)
+                losses.append(float(metrics["loss"]))
+                if mesh is None and made == 0:
+                    saved = K.Checkpoints(trainer.run)
+                    saved.save(state, [0])
+                    saved.finish()
+            results[mesh] = losses, {n: np.asarray(a) for n, a in state.params.items()}
+            # What one device saved, the mesh takes up.
+            saved = K.Checkpoints(trainer.run)
+            (restored, _) = saved.restore(trainer.state_shapes(), trainer.state_shardings(), print)
+            assert int(restored.step) == 1
+            restored, metrics = trainer.step(restored, frozen, None, placed)
+            assert abs(float(metrics["loss"]) - results[None][0][1]) < 1e-5 * results[None][0][1], mesh
+        for mesh, (losses, arrays) in results.items():
+            want, theirs = results[None]
+            assert np.allclose(losses, want, rtol=1e-5), (mesh, losses, want)
+            for name, array in arrays.items():
+                # AdamW moves every weight by about its rate, whatever the gradient's size: rounding shows.
+                moved = np.abs(array - theirs[name])
+                assert np.mean(moved) < 2e-5, (mesh, name, np.mean(moved))
+            print("equal", lora, mesh, losses)
+
+
+def process(checkpoint: pathlib.Path, folder: pathlib.Path, port: str, number: str) -> None:
+    """One of two processes with four devices each, through the whole loop; without a port, alone on one device."""
+    import jax
+
+    if port != "none":
+        jax.distributed.initialize(f"localhost:{port}", 2, int(number), initialization_timeout=60)
+    from tests import training
+    from train import loop
+
+    mesh = None if port == "none" else "data=2,fsdp=4"
+    run = training.run(
+        checkpoint, folder, str(folder.parent / "train.jsonl"), mesh=mesh, steps=4, save_every=2,
+        rates={"thinker": 1e-3}, data={"batch": 8, "pack": False},
+    )  # fmt: skip
+    loop.train(run)
+
+
+if __name__ == "__main__":
+    what, checkpoint, folder, *rest = sys.argv[1:]
+    {"devices": devices, "process": process}[what](pathlib.Path(checkpoint), pathlib.Path(folder), *rest)

@@ -1,0 +1,142 @@
+"""What a run has learned, back in the published layout: `omni-jax export RUN DST`.
+
+Merged: every tensor of the checkpoint that the run began with, the trained ones replaced (adapters added in float32,
+rounded once), with config, tokenizer and voices. PEFT: the adapters alone, as `peft` and vLLM read them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from omni_jax.checkpoint import adapter, keys
+from omni_jax.checkpoint.convert import building
+from omni_jax.checkpoint.folder import Stored, open_checkpoint, row_blocks
+from omni_jax.checkpoint.orbax_io import put_file
+from omni_jax.checkpoint.safetensors_io import CheckpointError, write_checkpoint, write_file
+from omni_jax.checkpoint.sources import is_small_file, local_files
+from omni_jax.config import load_config
+from train.checkpoints import FOLDER, Checkpoints
+from train.config import Run, RunError
+from train.lora import is_stacked
+
+
+def is_run(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is that of a run."""
+    return (pathlib.Path(folder) / FOLDER).is_dir()
+
+
+def published(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Flat parameters by published name: one entry a layer."""
+    out: dict[str, np.ndarray] = {}
+    for name, array in params.items():
+        path, values = tuple(name.split(".")), np.asarray(array)
+        if is_stacked(name):
+            out |= {keys.tree_name(path, i): layer for i, layer in enumerate(values)}
+        else:
+            out[name] = values
+    return out
+
+
+def _changed(stored: Stored, new: Mapping[str, np.ndarray], scale: float) -> np.ndarray | None:
+    """A tensor's new values in its own dtype; None where it stays."""
+    name = stored.name
+    module = name.removesuffix(".weight")
+    if name in new:
+        return new[name].astype(stored.dtype)
+    if f"{module}.lora_a" not in new:
+        return None
+    values = np.empty(stored.shape, np.float32)
+    stored.read(values)
+    values += (new[f"{module}.lora_b"] * np.float32(scale)) @ new[f"{module}.lora_a"]
+    return values.astype(stored.dtype)
+
+
+def export_merged(run: Run, params: Mapping[str, Any], dst: str | os.PathLike[str], shard_bytes: int) -> int:
+    """Writes the whole checkpoint with the trained parameters in it; returns bytes. Raises CheckpointError."""
+    new, scale = published(params), run.lora.alpha / run.lora.rank if run.lora else 0.0
+    with local_files(run.model) as (files, url):
+        tensors = open_checkpoint(files, load_config(files), url)
+        entries = {n: (t.dtype, t.shape) for n, t in tensors.items()}
+        total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in entries.values())
+
+        def blocks(name: str) -> Iterator[np.ndarray]:
+            stored = tensors[name]
+            values = _changed(_Named(stored, name), new, scale)
+            for rows in row_blocks(stored.shape, 4):
+                if values is not None:
+                    yield values[rows] if values.ndim else values
+                    continue
+                index = (rows,) if stored.shape else ()
+                out = np.empty((rows.stop - rows.start, *stored.shape[1:]) if stored.shape else (), stored.dtype)
+                stored.read(out, index)
+                yield out
+
+        with building(dst, total) as place:
+            for name in sorted(os.listdir(files)):
+                if is_small_file(name) and (files / name).is_file():
+                    put_file(place, name, (files / name).read_bytes())
+            write_checkpoint(pathlib.Path(place), entries, blocks, shard_bytes)
+    return total
+
+
+class _Named:
+    """A stored tensor under its published name, whatever it is called in its file."""
+
+    def __init__(self, stored: Stored, name: str):
+        self._stored, self.name = stored, name
+        self.dtype, self.shape = stored.dtype, stored.shape
+
+    def read(self, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
+        """See `folder.Stored`."""
+        self._stored.read(out, index)
+
+
+def export_peft(run: Run, params: Mapping[str, Any], dst: str | os.PathLike[str]) -> int:
+    """Writes `adapter_config.json` and `adapter_model.safetensors`; returns bytes. Raises RunError, CheckpointError."""
+    if run.lora is None:
+        raise RunError(f"{run.out} trained whole weights, not adapters; export without --peft")
+    tensors: dict[str, np.ndarray] = {}
+    for name, array in published(params).items():
+        module, _, side = name.rpartition(".lora_")
+        tensors[f"base_model.model.{module}.lora_{side.upper()}.weight"] = array
+    modules = sorted({re.sub(r"\.lora_[AB]\.weight$", "", n).removeprefix("base_model.model.") for n in tensors})
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": run.model, "r": run.lora.rank,
+        "lora_alpha": run.lora.alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": modules,
+        "fan_in_fan_out": False, "inference_mode": True, "use_rslora": False, "use_dora": False,
+    }  # fmt: skip
+    total = sum(a.nbytes for a in tensors.values())
+    with building(dst, total) as place:
+        put_file(place, adapter.CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        entries = {n: (a.dtype, a.shape) for n, a in tensors.items()}
+        write_file(pathlib.Path(place) / adapter.WEIGHTS, entries, lambda n: [tensors[n]])
+    return total
+
+
+def export(
+    folder: str | os.PathLike[str], dst: str | os.PathLike[str], *, peft: bool = False, shard_bytes: int = 5_000_000_000
+) -> int:
+    """Exports a run's newest checkpoint.
+
+    Args:
+      folder: of the run.
+      dst: folder to make.
+      peft: the adapters alone.
+      shard_bytes: of one file.
+    Returns:
+      Bytes of the tensors.
+    Raises:
+      InputError: no sound checkpoint, the checkpoint that the run began with is gone, DST exists, a full disk.
+    """
+    run, params = Checkpoints.trained(folder)
+    if not peft and not pathlib.Path(run.model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", run.model):
+        raise CheckpointError(f"{run.model}, which the run began with, is not there; adapters alone need --peft")
+    return export_peft(run, params, dst) if peft else export_merged(run, params, dst, shard_bytes)

@@ -1,0 +1,253 @@
+"""Losses on text and on codes: cross-entropy and preferences. Pure functions over parameters and a `Batch`.
+
+B rows, T tokens, P codes, D hidden, V vocabulary. Every sum runs in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from omni_jax import thinker
+from omni_jax.audio import AudioTower
+from omni_jax.config import DecoderConfig, OmniConfig, TalkerConfig, ThinkerConfig
+from omni_jax.decoder import Decoder
+from omni_jax.kernels.on_mesh import ways
+from omni_jax.layers import Params, dense
+from omni_jax.meshes import Laid, on_one_device
+from omni_jax.sharding import constrain
+from omni_jax.vision import VisionTower
+from train.batch import Batch, Media, Speech, Tokens
+
+# Logits that exist at one time on a device; beyond this they are taken a block of places at a time, and again in the
+# backward pass.
+LOGIT_BYTES = 512 * 2**20
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """How the model is run: dtype of the computation, what the backward pass computes again, and the layouts of a mesh
+    (`meshes.laid_out`)."""
+
+    dtype: Any = jnp.bfloat16
+    remat: str = "full"
+    laid: Laid = on_one_device
+
+
+def token_logprobs(
+    head: Params, hidden: jax.Array, labels: jax.Array, logit_bytes: int = LOGIT_BYTES
+) -> tuple[jax.Array, jax.Array]:
+    """The log-probability of each label, and whether it is the likeliest id.
+
+    Args:
+      head: the output projection's tree, `weight` [V, D].
+      hidden: [B, T, D].
+      labels: int32 [B, T], -1 where none is asked.
+    Returns:
+      float32 [B, T], 0 where none is asked, and bool [B, T].
+    """
+
+    def block(x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logits = constrain(dense(head, x[0], jnp.float32), "batch", None, "act_vocab")
+        asked = x[1] >= 0
+        own = jnp.take_along_axis(logits, jnp.maximum(x[1], 0)[..., None], axis=-1)[..., 0]
+        logprob = own - jax.nn.logsumexp(logits, axis=-1)
+        hit = asked & (own >= lax.stop_gradient(jnp.max(logits, axis=-1)))
+        return jnp.where(asked, logprob, 0.0), hit
+
+    batch, length, _ = hidden.shape
+    # Gathered here, it is gathered once and not for every block.
+    head = head | {"weight": constrain(head["weight"], "act_vocab", None)}
+    size, row = length, 4 * batch * head["weight"].shape[0] // (ways("batch") * ways("act_vocab"))
+    while size % 2 == 0 and size * row > logit_bytes:
+        size //= 2
+    if size == length:
+        return block((hidden, labels))
+    blocks = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(batch, length // size, size, *x.shape[2:]), 1, 0), (hidden, labels)
+    )
+    out = lax.map(jax.checkpoint(block), blocks)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, length), out)
+
+
+def decode(
+    cfg: DecoderConfig, params: Params, x: jax.Array, positions: jax.Array, segments: jax.Array, how: How
+) -> jax.Array:
+    """Hidden states [B, T, D] of packed rows: x [B, T, D], positions [B, 3, T], segments [B, T]. Runs in a layout."""
+    tree = {"layers": params["layers"], "norm": params["norm"]}
+    start = jnp.zeros(x.shape[0], jnp.int32)
+    rows = jnp.moveaxis(positions, 1, 0)
+    hidden, _ = Decoder(cfg, how.remat).apply({"params": tree}, x, rows, start, None, segments)
+    return hidden
+
+
+def media_vectors(cfg: ThinkerConfig, params: Params, media: Media, how: How) -> jax.Array | None:
+    """All the towers' outputs one after another, [M, D], which `Tokens.media_index` points into."""
+    remat = how.remat != "none"
+    out: list[Any] = []
+    for pixels, positions, valid in media.vision:
+        eyes = VisionTower(cfg.vision, remat)
+        with how.laid("vision", len(pixels)):
+            out.append(eyes.apply({"params": params["visual"]}, pixels.astype(how.dtype), positions, valid))
+    if media.audio is not None:
+        mel, lengths = media.audio
+        ears = AudioTower(cfg.audio, remat)
+        with how.laid("audio", len(mel)):
+            out.append(ears.apply({"params": params["audio_tower"]}, mel.astype(how.dtype), lengths))
+    return jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in out]) if out else None
+
+
+def thinker_states(
+    cfg: ThinkerConfig, params: Params, tokens: Tokens, media: Media, how: How
+) -> tuple[jax.Array, jax.Array]:
+    """Input embeddings and hidden states after the final norm, each [B, T, D]."""
+    vectors = media_vectors(cfg, params, media, how)
+    with how.laid("thinker", *tokens.ids.shape):
+        x = thinker.embed(params, tokens.ids, vectors, tokens.media_index).astype(how.dtype)
+        return x, decode(cfg.text, params["model"], x, tokens.positions, tokens.segments, how)
+
+
+def talker_states(
+    cfg: TalkerConfig,
+    params: Params,
+    table: jax.Array,
+    embeddings: jax.Array,
+    hidden: jax.Array,
+    tokens: Tokens,
+    speech: Speech,
+    how: How,
+) -> jax.Array:
+    """The Talker's hidden states [B, P, D] with the true codes before each place.
+
+    Args:
+      params: the Talker's.
+      table: the Thinker's embeddings.
+      embeddings, hidden: of `thinker_states`.
+    """
+    if tokens.media_index is not None:
+        embeddings = jnp.where((tokens.media_index >= 0)[..., None], jnp.zeros((), embeddings.dtype), embeddings)
+
+    def known(index: jax.Array, rows: jax.Array) -> jax.Array:
+        return jnp.where((index >= 0)[..., None], rows, jnp.zeros((), rows.dtype)).astype(how.dtype)
+
+    heard = jnp.take_along_axis(embeddings + hidden, jnp.maximum(speech.source, 0)[..., None], axis=1)
+    codes = params["model"]["embed_tokens"]["weight"]
+    x = known(speech.source, heard) + known(speech.text, table[jnp.maximum(speech.text, 0)])
+    x = x + known(speech.codec, codes[jnp.maximum(speech.codec, 0)])
+    with how.laid("talker", *speech.source.shape):
+        x = constrain(dense(params["thinker_to_talker_proj"], x), "batch", "length", "act_embed")
+        return decode(cfg.decoder, params["model"], x, speech.positions, speech.segments, how)
+
+
+def text_logprobs(cfg: OmniConfig, params: Mapping[str, Params], batch: Batch, how: How) -> tuple[jax.Array, jax.Array]:
+    """`token_logprobs` of the Thinker's labels."""
+    tree = params["thinker"]
+    _, hidden = thinker_states(cfg.thinker, tree, batch.tokens, batch.media, how)
+    return _of_text(tree, hidden, batch.tokens, how)
+
+
+def _of_text(tree: Params, hidden: jax.Array, tokens: Tokens, how: How) -> tuple[jax.Array, jax.Array]:
+    with how.laid("thinker", *tokens.ids.shape):
+        return token_logprobs(tree.get("lm_head", tree["model"]["embed_tokens"]), hidden, tokens.labels)
+
+
+def code_logprobs(
+    cfg: OmniConfig, params: Mapping[str, Params], batch: Batch, how: How
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`token_logprobs` of the Talker's labels, and the Thinker's hidden states, which a loss on the text takes.
+
+    Raises:
+      ValueError: a batch without codes, or a model without a Talker.
+    """
+    if batch.speech is None or cfg.talker is None:
+        raise ValueError("the Talker's loss needs codes and a Talker")
+    tree, speaker = params["thinker"], params["talker"]
+    embeddings, hidden = thinker_states(cfg.thinker, tree, batch.tokens, batch.media, how)
+    table = tree["model"]["embed_tokens"]["weight"]
+    said = talker_states(cfg.talker, speaker, table, embeddings, hidden, batch.tokens, batch.speech, how)
+    with how.laid("talker", *batch.speech.labels.shape):
+        return *token_logprobs(speaker["codec_head"], said, batch.speech.labels), hidden
+
+
+def counts(batch: Batch) -> Metrics:
+    """How many labels the micro batches of a step have together: what their sums are divided by."""
+    out = {"tokens": jnp.sum(batch.tokens.labels >= 0)}
+    if batch.speech is not None:
+        out["codes"] = jnp.sum(batch.speech.labels >= 0)
+    return {name: jnp.maximum(n, 1).astype(jnp.float32) for name, n in out.items()}
+
+
+def text_loss(
+    cfg: OmniConfig, params: Mapping[str, Params], batch: Batch, total: Metrics, how: How
+) -> tuple[jax.Array, Metrics]:
+    """This micro batch's part of the mean cross-entropy of the assistant's tokens, and of the accuracy."""
+    logprobs, hits = text_logprobs(cfg, params, batch, how)
+    loss = -jnp.sum(logprobs) / total["tokens"]
+    return loss, {"text_loss": loss, "accuracy": jnp.sum(hits) / total["tokens"]}
+
+
+def speech_loss(
+    cfg: OmniConfig, params: Mapping[str, Params], batch: Batch, total: Metrics, how: How, text_weight: float = 0.0
+) -> tuple[jax.Array, Metrics]:
+    """The same for the Talker's codes; the text's own loss is added with a weight, for training both."""
+    logprobs, hits, hidden = code_logprobs(cfg, params, batch, how)
+    loss = -jnp.sum(logprobs) / total["codes"]
+    metrics = {"code_loss": loss, "accuracy": jnp.sum(hits) / total["codes"]}
+    if text_weight:
+        text, _ = _of_text(params["thinker"], hidden, batch.tokens, how)
+        metrics["text_loss"] = -jnp.sum(text) / total["tokens"]
+        loss = loss + text_weight * metrics["text_loss"]
+    return loss, metrics
+
+
+def preference_loss(
+    chosen: jax.Array, rejected: jax.Array, base_chosen: jax.Array, base_rejected: jax.Array, beta: float
+) -> tuple[jax.Array, jax.Array]:
+    """Direct preference optimisation, for each pair: the loss, and the margin of the rewards.
+
+    Args:
+      chosen, rejected: [pairs] log-probabilities of whole replies.
+      base_chosen, base_rejected: the same under the model that training began with.
+      beta: how strongly to stay near it.
+    Source: Rafailov et al. 2023 (arXiv:2305.18290), equation 7.
+    """
+    margin = beta * ((chosen - base_chosen) - (rejected - base_rejected))
+    return -jax.nn.log_sigmoid(margin), margin
+
+
+def dpo_loss(
+    cfg: OmniConfig,
+    params: Mapping[str, Params],
+    base: Mapping[str, Params],
+    batch: Batch,
+    pairs: jax.Array,
+    how: How,
+    *,
+    beta: float,
+    codes: bool = False,
+) -> tuple[jax.Array, Metrics]:
+    """This micro batch's part of the mean preference loss; rows 2i are chosen, rows 2i + 1 rejected.
+
+    Args:
+      base: the parameters that training began with.
+      pairs: of the whole step.
+      codes: prefer speech instead of text.
+    """
+    labels = batch.speech.labels if codes and batch.speech is not None else batch.tokens.labels
+    run = code_logprobs if codes else text_logprobs
+
+    def replies(tree: Mapping[str, Params]) -> jax.Array:
+        return jnp.sum(run(cfg, tree, batch, how)[0], axis=1)
+
+    policy, start = replies(params), lax.stop_gradient(replies(base))
+    real = jnp.any(labels[0::2] >= 0, axis=1)
+    loss, margin = preference_loss(policy[0::2], policy[1::2], start[0::2], start[1::2], beta)
+    mean = jnp.sum(jnp.where(real, loss, 0)) / pairs
+    won = jnp.sum(real & (margin > 0)) / pairs
+    return mean, {"preferred": won, "margin": jnp.sum(jnp.where(real, margin, 0)) / pairs}

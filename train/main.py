@@ -1,0 +1,44 @@
+"""`python -m train.main --config configs/x.py`: the same as `omni-jax finetune`."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+
+def finetune(config: pathlib.Path, changes: Sequence[str] = (), coordinator: str | None = None) -> None:
+    """Runs a configuration.
+
+    Args:
+      config: a file with `get_config()`.
+      changes: settings to change, "data.batch=4".
+      coordinator: "auto" on a pod, where JAX finds the hosts itself, or "host:port,processes,process".
+    Raises:
+      InputError: see `loop.train`.
+    """
+    from train import config as C
+
+    run = C.load(config, changes)
+    import logging
+
+    import jax
+
+    # Orbax logs each failed write with its threads' tracebacks; the loop reports it in one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    if coordinator == "auto":
+        jax.distributed.initialize()
+    elif coordinator is not None:
+        address, processes, process = coordinator.split(",")
+        jax.distributed.initialize(address, int(processes), int(process))
+    from train.loop import train
+
+    train(run)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from omni_jax.cli import main
+
+    sys.argv.insert(1, "finetune")
+    main()

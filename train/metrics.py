@@ -1,0 +1,199 @@
+"""What a run tells: a line in the terminal, JSONL, curves, and TensorBoard or wandb where installed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from omni_jax.config import DecoderConfig
+from omni_jax.processing.encode import OutputError, write_atomically
+from train.config import Run, RunError
+from train.step import Trainer
+
+# bf16 FLOP/s of one chip, from the vendors' data sheets (dense).
+PEAK = {
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12, "TPU v6e": 918e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12,
+}  # fmt: skip
+FILE, CURVES = "metrics.jsonl", "curves.png"
+
+
+def peak_flops() -> float | None:
+    """Of one device; None where unknown, as on CPU."""
+    kind = jax.devices()[0].device_kind
+    fitting = [name for name in PEAK if kind.startswith(name)]
+    return PEAK[max(fitting, key=len)] if fitting else None
+
+
+def flops_per_token(trainer: Trainer) -> float:
+    """Arithmetic of one token of text or one code, forward and backward, of decoders and heads; towers not counted.
+
+    2 a weight forward and 2 for the gradient of its input; 2 more where the weight itself is trained. Attention over
+    half a row on average. What remat computes again does not count.
+    """
+    total = 0.0
+    decoders = {"thinker": trainer.cfg.thinker.text, "talker": getattr(trainer.cfg.talker, "decoder", None)}
+    for part, decoder in decoders.items():
+        if part not in trainer.parts or decoder is None:
+            continue
+        moved = any(n.startswith(f"{part}.") for n in trainer.trained)
+        whole = moved and not trainer.run.lora
+        total += _decoder_weights(decoder) * (6 if whole else 4 if moved else 2)
+        heads = decoder.num_attention_heads * decoder.head_dim * decoder.num_hidden_layers
+        total += 2 * heads * trainer.run.data.sequence * (3 if moved else 1)
+    return total
+
+
+def _decoder_weights(c: DecoderConfig) -> int:
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    layer = c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size)
+    return c.num_hidden_layers * layer + c.vocab_size * c.hidden_size
+
+
+def device_memory() -> float | None:
+    """Peak GiB of the fullest local device; on CPU the process's resident memory."""
+    stats = [d.memory_stats() for d in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
+    if peaks:
+        return max(peaks) / 2**30
+    status = pathlib.Path("/proc/self/status")
+    if not status.exists():
+        return None
+    line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20
+
+
+class Pace:
+    """Speed, from one report to the next.
+
+    Args:
+      trainer: whose arithmetic counts.
+      hosts: parts that the data comes in; tokens are counted of one.
+    """
+
+    def __init__(self, trainer: Trainer, hosts: int):
+        self._flops, self._peak, self._hosts = flops_per_token(trainer), peak_flops(), hosts
+        self.begin()
+
+    def begin(self) -> None:
+        """Counts from now on."""
+        self._began, self._tokens, self._waited = time.perf_counter(), 0, 0.0
+
+    def add(self, tokens: int, waited: float) -> None:
+        """Counts a step: its tokens, and the seconds that the loop waited for its data."""
+        self._tokens, self._waited = self._tokens + tokens, self._waited + waited
+
+    def take(self) -> dict[str, float | None]:
+        """The figures since the last time; `mfu` is the share of the chips' arithmetic, None where it is unknown."""
+        seconds = time.perf_counter() - self._began
+        rate, waited = self._tokens * self._hosts / seconds, self._waited / seconds
+        use = None if self._peak is None else rate * self._flops / (self._peak * jax.device_count())
+        self.begin()
+        return {"tokens_per_second": rate, "mfu": use, "memory_gib": device_memory(), "data_wait": waited}
+
+
+class Writer:
+    """Writes the metrics of a run; only the first process does. Lines of steps that are repeated after a resume stand
+    again, later lines count."""
+
+    def __init__(self, run: Run):
+        self.folder = pathlib.Path(run.out)
+        self.active = jax.process_index() == 0
+        self._sinks: list[Any] = []
+        if not self.active:
+            return
+        from rich.console import Console
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.console = Console(stderr=True, highlight=False)
+        self._file = open(self.folder / FILE, "a", encoding="utf-8")  # noqa: SIM115 — open for the run's length
+        for name in run.tracking:
+            self._sinks.append(_sink(name, self.folder))
+
+    def say(self, line: str) -> None:
+        """A remark on stderr."""
+        if self.active:
+            self.console.print(line, style="dim", soft_wrap=True)
+
+    def write(self, step: int, values: Mapping[str, float | None], *, kind: str = "train") -> None:
+        """One record: a terminal line and a JSONL line; None is left out."""
+        if not self.active:
+            return
+        known = {k: v for k, v in values.items() if v is not None}
+        try:
+            self._file.write(json.dumps({"step": step, "kind": kind} | known) + "\n")
+            self._file.flush()
+        except OSError as e:
+            raise RunError(f"{self.folder / FILE} cannot be written ({e.strerror}); make room") from None
+        shown = "  ".join(f"{k} {_short(v)}" for k, v in known.items())
+        self.console.print(f"{kind} {step}  {shown}", soft_wrap=True)
+        for sink in self._sinks:
+            sink(step, {f"{kind}/{k}": v for k, v in known.items()})
+
+    def close(self) -> None:
+        """Draws the curves and closes the file."""
+        if self.active:
+            self._file.close()
+            try:
+                draw(self.folder)
+            except OutputError as e:
+                self.say(f"no curves: {e}")
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _sink(name: str, folder: pathlib.Path) -> Any:
+    if name == "tensorboard":
+        for module in ("tensorboardX", "torch.utils.tensorboard"):
+            try:
+                writer = importlib.import_module(module).SummaryWriter(str(folder / "tensorboard"))
+            except ImportError:
+                continue
+            return lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()]
+        raise RunError("tracking names tensorboard, which is not installed; pip install tensorboardX")
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        raise RunError("tracking names wandb, which is not installed; pip install wandb") from None
+    wandb.init(dir=str(folder), resume="allow")
+    return lambda step, values: wandb.log(values, step=step)
+
+
+def read(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of a run, without those that a resumed run has written again."""
+    records = [json.loads(line) for line in (folder / FILE).read_text("utf-8").splitlines()]
+    latest = {(r["kind"], r["step"]): r for r in records}
+    return sorted(latest.values(), key=lambda r: r["step"])
+
+
+def draw(folder: pathlib.Path) -> None:
+    """Draws every metric over the steps into `curves.png`."""
+    records = read(folder)
+    names = sorted({k for r in records for k in r} - {"step", "kind"})
+    if not names:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(names))
+    lines = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(5 * columns, 3 * lines), layout="constrained")
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(lines, columns, i + 1)
+        for kind in sorted({r["kind"] for r in records if name in r}):
+            points = [(r["step"], r[name]) for r in records if r["kind"] == kind and name in r]
+            axes.plot(*zip(*points), label=kind, marker="." if len(points) < 20 else "")
+        axes.set_title(name)
+        axes.set_xlabel("step")
+        axes.legend()
+    canvas = FigureCanvasAgg(figure)
+    write_atomically(folder / CURVES, lambda file: canvas.print_png(file))

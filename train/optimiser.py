@@ -1,0 +1,89 @@
+"""The optimiser of a run: optax, one learning rate for each part."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+from train.config import Optimizer, Run, RunError
+from train.lora import is_stacked
+
+# Norms, biases and the vocoder's activations do not decay, nor do adapters, which begin at no change.
+_UNDECAYED = re.compile(r"(bias|alpha|beta|lora_[ab]|norm\w*\.weight|ln_\w+\.weight)$")
+
+
+def rate_of(name: str, rates: Mapping[str, float]) -> str | None:
+    """The longest prefix of a parameter's name that has a rate; None for a frozen parameter."""
+    fitting = [p for p in rates if f"{name}.".startswith(f"{p}.")]
+    return max(fitting, key=len, default=None)
+
+
+def trained(names: Mapping[str, Any], rates: Mapping[str, float]) -> list[str]:
+    """The names that a rate covers. Raises RunError for a rate that covers none."""
+    # Stored frequencies are a buffer.
+    found = {
+        n: p for n in names if not n.endswith("inv_freq") and (p := rate_of(n, rates)) is not None and rates[p] > 0
+    }
+    for prefix, rate in rates.items():
+        if rate < 0:
+            raise RunError(f"rates[{prefix!r}] is {rate}; a learning rate is not negative")
+        if not any(f"{n}.".startswith(f"{prefix}.") for n in names):
+            parts = sorted({".".join(n.split(".")[:2]) for n in names})
+            raise RunError(f"rates name {prefix!r}, which covers no parameter; parts are {', '.join(parts)}")
+    return sorted(found)
+
+
+def schedule(run: Run, rate: float) -> optax.Schedule:
+    """Linear warm-up, then a cosine that ends at `final` × the rate with the last step."""
+    opt, warmup = run.optimizer, min(run.optimizer.warmup, run.steps)
+    return optax.warmup_cosine_decay_schedule(0.0 if warmup else rate, rate, warmup, run.steps, rate * opt.final)
+
+
+def _decayed(params: Any) -> Any:
+    def one(path: Any, _: Any) -> bool:
+        return not _UNDECAYED.search(path[-1].key)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _matrices(params: Any) -> Any:
+    """For Muon: the layers' matrices; everything else takes its Adam."""
+
+    def one(path: Any, array: Any) -> Any:
+        if is_stacked(path[-1].key) and array.ndim == 3:
+            return optax.contrib.MuonDimensionNumbers(2, 1)
+        return None
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _rule(opt: Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
+    decay: dict[str, Any] = {"weight_decay": opt.weight_decay}
+    if opt.name == "adamw":
+        return optax.adamw(rate, opt.b1, opt.b2, opt.eps, **decay, mask=_decayed)
+    if opt.name == "lion":
+        return optax.lion(rate, opt.b1, opt.b2, **decay, mask=_decayed)
+    if opt.name == "muon":
+        return optax.contrib.muon(
+            rate, beta=opt.b1, **decay, weight_decay_mask=_decayed, muon_weight_dimension_numbers=_matrices,
+            adam_b1=opt.b1, adam_b2=opt.b2,
+        )  # fmt: skip
+    if opt.name == "adafactor":
+        return optax.adafactor(
+            rate, multiply_by_parameter_scale=False, weight_decay_rate=opt.weight_decay or None,
+            weight_decay_mask=_decayed,
+        )  # fmt: skip
+    return optax.chain(optax.add_decayed_weights(opt.weight_decay, mask=_decayed), optax.sgd(rate, opt.b1))
+
+
+def make(run: Run, names: Mapping[str, Any]) -> optax.GradientTransformation:
+    """The transformation for flat parameters of these names; the clipping sees all parts together."""
+    labels = {n: rate_of(n, run.rates) for n in names}
+    used = sorted({label for label in labels.values() if label is not None})
+    rules = {p: _rule(run.optimizer, schedule(run, run.rates[p])) for p in used}
+    clip = optax.identity() if run.optimizer.clip is None else optax.clip_by_global_norm(run.optimizer.clip)
+    return optax.chain(clip, optax.partition(rules, labels))
