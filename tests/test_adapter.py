@@ -6,6 +6,7 @@ import copy
 import json
 
 import numpy as np
+import peft
 import pytest
 import safetensors.numpy
 import torch
@@ -25,7 +26,6 @@ from tests.test_convert import same_bytes, state
 @pytest.fixture(scope="module")
 def peft_adapter(oracle_thinker, tmp_path_factory):
     """(folder that peft saved, the Thinker's state dict after peft's merge)."""
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=["q_proj", "down_proj", "lm_head"], modules_to_save=["ln_post"],
         alpha_pattern={"layers.1.mlp.down_proj": 3}, use_rslora=True,

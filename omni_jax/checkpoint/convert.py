@@ -361,7 +361,7 @@ def export(
             original = _DTYPES.get(listed[name]["dtype"], tensor.dtype)
             kinds[name] = original if _holds(tensor.dtype, original) else tensor.dtype
         if any(kinds[name].name != listed[name]["dtype"] for name in tensors if keys.part_of(name) == "thinker"):
-            config["torch_dtype"] = kinds["thinker.model.norm.weight"].name
+            config["dtype" if "dtype" in config else "torch_dtype"] = kinds["thinker.model.norm.weight"].name
         if not bare and (cfg.talker is None or cfg.token2wav is None):
             config["enable_audio_output"] = False
         tensor_of = {spelled: name for name, spelled in names.items()}
