@@ -273,7 +273,7 @@ def mutate(rng, data):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_fuzzed_headers_and_indexes_raise_only_checkpoint_errors(tmp_path, seed):
-    tries = int(os.environ.get("OMNI_FUZZ_TRIES", "2000")) // 4
+    tries = int(os.environ.get("OMNI_FUZZ_TRIES", "10000")) // 4
     rng = random.Random(seed)
     write(tmp_path, ARRAYS, 60)
     sound = {file: file.read_bytes() for file in tmp_path.iterdir()}
