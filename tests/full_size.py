@@ -74,7 +74,8 @@ def do_init(path: str, preset: str, layers: str = "") -> None:
     if layers:
         n = int(layers)
         t, k, w = cfg.thinker, cfg.talker, cfg.token2wav
-        assert k is not None and w is not None
+        assert k is not None
+        assert w is not None
         thinker = dataclasses.replace(
             t, text=dataclasses.replace(t.text, num_hidden_layers=n),
             vision=dataclasses.replace(t.vision, depth=n, fullatt_block_indexes=(n - 1,)),

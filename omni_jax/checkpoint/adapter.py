@@ -68,7 +68,8 @@ class Merged:
         if self.whole is not None:
             self.whole.read(out, index)
             return
-        assert self.a is not None and self.b is not None
+        assert self.a is not None
+        assert self.b is not None
         full = index + (slice(None),) * (2 - len(index))
         rows, columns = (slice(*s.indices(n)[:2]) for s, n in zip(full, self.shape, strict=True))
         a = self.a[:, columns]
@@ -139,7 +140,8 @@ def apply_adapter(tensors: Mapping[str, Stored], folder: str | pathlib.Path) -> 
         if match := _KEY.fullmatch(name):
             pairs.setdefault(match["module"], {})[match["side"]] = tensor
         elif (match := _WHOLE.fullmatch(name)) and ".lora_" not in name:
-            wholes[match["name"]] = tensor
+            # With adapted embeddings or heads, peft stores their own weights as well.
+            wholes[match["name"].replace(".base_layer.", ".")] = tensor
         else:
             raise CheckpointError(f"{folder}: tensor {name[:200]!r} is not part of a plain LoRA; merge with peft")
     if not pairs:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,9 +41,9 @@ _ERRORS = (ValueError, RuntimeError, OSError, KeyError, IndexError, NotImplement
 
 def reason(error: BaseException) -> str:
     """TensorStore's or the system's account of an error in one short line."""
+    if code := re.search(r"os_error_code='(\d{1,4})'", str(error)):
+        return os.strerror(int(code[1]))
     text = " ".join((getattr(error, "strerror", None) or str(error)).split())
-    if "No space left" in text:
-        return "No space left on device"
     return text.split(" [source locations")[0].split(" [tensorstore_spec")[0][:300]
 
 
