@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Options for pytest, e.g. make test PYTEST="tests/test_keys.py -x"
 PYTEST ?=
 
-.PHONY: demo test lint bench footprint solvers bench-training plans clean
+.PHONY: demo test lint bench footprint full-size solvers bench-training plans clean
 .DELETE_ON_ERROR:
 
 # Stamps: installation is skipped until pyproject.toml changes.
@@ -57,6 +57,10 @@ footprint: $(VENV)/.installed-test out/3b/config.json
 
 solvers: $(VENV)/.installed out/3b/config.json
 	$(BIN)/omni-jax solvers --model out/3b
+
+# The figures of docs/checkpoints.md: needs 60 GB of disk, 16 GiB of memory and a quarter of an hour.
+full-size: $(VENV)/.installed-test out/3b/config.json
+	$(BIN)/python -m tests.full_size out/3b
 
 # The figures of docs/training.md and of the docstrings in configs/.
 bench-training: $(VENV)/.installed-test

@@ -55,7 +55,7 @@ def _conversation(
 
 
 def generate(
-    model: pathlib.Path,
+    model: str,
     *,
     text: str = "",
     image: Strings = (),
@@ -74,6 +74,7 @@ def generate(
     stop: Strings = (),
     logprobs: int | None = None,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    adapter: pathlib.Path | None = None,
     mesh: str | None = None,
     speech_mesh: str | None = None,
     fps: float | None = None,
@@ -98,7 +99,7 @@ def generate(
     Files may be paths, http(s) or data: URLs. Text streams to stdout as it comes; progress goes to stderr.
 
     Args:
-      model: Checkpoint folder in the published layout.
+      model: Checkpoint folder of either kind, a model on the hub, or the URL of a converted folder.
       text: The question. Images, audios and videos come before it, in this order.
       image: A picture; may be given several times.
       audio: A sound file; may be given several times.
@@ -116,6 +117,7 @@ def generate(
       stop: A string that ends the reply; may be given several times.
       logprobs: Report log-probabilities: each token's own and the N best (0 to 20).
       dtype: Of weights and computation.
+      adapter: Folder of a PEFT adapter (LoRA) to merge into the weights.
       mesh: Chips to lay the model over (2x2, 2x4, 4x4, …), or axes (data=2,tensor=4); by default one device.
       speech_mesh: Further chips for the speech parts, so that they run beside the text part.
       fps: Frames per second taken from clips (2 if not given).
@@ -160,7 +162,9 @@ def generate(
 
     parts = ("thinker",) if spoken is None else omni.PARTS
     began = time.perf_counter()
-    loaded = omni.load(model, parts=parts, dtype=dtype, mesh=mesh, speech_mesh=speech_mesh, progress=notes.is_terminal)
+    loaded = omni.load(
+        model, parts=parts, dtype=dtype, mesh=mesh, speech_mesh=speech_mesh, adapter=adapter, progress=notes.is_terminal
+    )
     load_seconds = time.perf_counter() - began
     if as_json:
         reply = loaded.generate(conversation, settings, speech=spoken, media=media)
@@ -202,7 +206,7 @@ def generate(
 def vocode(
     out: tyro.conf.Positional[pathlib.Path],
     *,
-    model: pathlib.Path,
+    model: str,
     codes: pathlib.Path,
     voice: str | None = None,
     noise: pathlib.Path | None = None,
@@ -215,7 +219,7 @@ def vocode(
 
     Args:
       out: The file: a sound (wav, flac, mp3, opus, by its suffix), or .npy for float32 samples at 24 kHz.
-      model: Checkpoint folder in the published layout.
+      model: Checkpoint folder of either kind, a model on the hub, or the URL of a converted folder.
       codes: A .npy row of whole numbers, or JSON: a list, or what `generate --json` prints.
       voice: Who speaks; see `omni-jax voices`.
       noise: A .npy of float32 (2 x codes, mel) to start from, instead of random noise.

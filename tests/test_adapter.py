@@ -6,6 +6,7 @@ import copy
 import json
 
 import numpy as np
+import peft
 import pytest
 import safetensors.numpy
 import torch
@@ -19,13 +20,14 @@ from omni_jax.checkpoint.folder import open_checkpoint
 from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.report import inspect
 from omni_jax.checkpoint.safetensors_io import CheckpointError
+from omni_jax.processing.chat import SPEECH_SYSTEM_MESSAGE
+from tests.test_cli import run
 from tests.test_convert import same_bytes, state
 
 
 @pytest.fixture(scope="module")
 def peft_adapter(oracle_thinker, tmp_path_factory):
     """(folder that peft saved, the Thinker's state dict after peft's merge)."""
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=["q_proj", "down_proj", "lm_head"], modules_to_save=["ln_post"],
         alpha_pattern={"layers.1.mlp.down_proj": 3}, use_rslora=True,
@@ -140,7 +142,17 @@ def test_kept_apart(checkpoint, hand_made, tmp_path):
     assert not np.array_equal(weight(merged), weight(base))
 
 
-A, B = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight", "x.lora_B.weight"
+def test_the_command_takes_a_converted_folder_and_an_adapter(checkpoint, hand_made, tmp_path, monkeypatch, capsys):
+    convert(checkpoint, tmp_path / "c")
+    options = ["--text", "Hi", "--max-new-tokens", 4, "--dtype", "float32", "--json", "--adapter", hand_made()]
+    code, out, _ = run(monkeypatch, capsys, "generate", "--model", tmp_path / "c", *options)
+    assert code == 0
+    model = load(checkpoint, dtype="float32", adapter=hand_made())
+    message = [{"role": "system", "content": SPEECH_SYSTEM_MESSAGE}, {"role": "user", "content": "Hi"}]
+    assert json.loads(out)["token_ids"] == list(model.generate(message, max_new_tokens=4).token_ids)
+
+
+A = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 BAD = {
     "another kind": ({"peft_type": "IA3"}, None, "peft_type 'IA3' cannot be merged; only LORA can"),
     "dora": ({"use_dora": True}, None, "use_dora is 'True', which is not supported"),

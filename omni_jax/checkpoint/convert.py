@@ -20,7 +20,7 @@ import numpy as np
 from omni_jax.checkpoint import adapter as adapters
 from omni_jax.checkpoint import keys, orbax_io
 from omni_jax.checkpoint.folder import Stored, open_checkpoint, progress_bar, read_block, row_blocks
-from omni_jax.checkpoint.orbax_io import ARRAYS, FORMAT, MANIFEST, ArrayWriter, put_file, reason, within
+from omni_jax.checkpoint.orbax_io import ARRAYS, FORMAT, MANIFEST, ArrayWriter, chunk_shape, put_file, reason, within
 from omni_jax.checkpoint.safetensors_io import CheckpointError, Tensor, write_checkpoint
 from omni_jax.checkpoint.sources import ADAPTER, is_small_file, local_files
 from omni_jax.checkpoint.speakers import PACK_FILE, SPEAKERS_FILE, load_voices
@@ -225,10 +225,10 @@ def _write_arrays(
             layers = [name for _, name in sorted(names.items(), key=lambda item: item[0] or 0)]
             leaf, stacked, kind = writer.opened(arrays[path]), None not in names, kinds[path]
             shape = tensors[layers[0]].shape
-            rows_per_chunk = leaf.chunk_layout.write_chunk.shape[int(stacked)] if shape else 1
+            chunk = chunk_shape(tuple(leaf.shape), kind.itemsize, stacked=stacked)[int(stacked) :]
             for i, name in enumerate(layers):
                 row = leaf[i] if stacked else leaf
-                for rows in row_blocks(shape, kind.itemsize, rows_per_chunk):
+                for rows in row_blocks(shape, kind.itemsize, chunk[0] if shape else 1):
                     values = read_block(tensors[name], rows, kind)
                     checksums[name] = crc(values, checksums[name])
                     writer.write(row[rows] if shape else row, values)
@@ -278,7 +278,7 @@ def convert(
         config = _part_config(json.loads(_read(files / "config.json")), cfg, parts)
         tensors = {n: t for n, t in open_checkpoint(files, cfg, url).items() if keys.part_of(n) in parts}
         if adapter is not None:
-            merged = adapters.apply_adapter(tensors, adapter)
+            merged = adapters.apply_adapter(tensors, pathlib.Path(adapter))
             tensors = tensors if keep_adapter else merged
         kept = pathlib.Path(adapter) if adapter is not None and keep_adapter else files / ADAPTER
         leaves: dict[tuple[str, ...], dict[int | None, str]] = {}
@@ -361,7 +361,7 @@ def export(
             original = _DTYPES.get(listed[name]["dtype"], tensor.dtype)
             kinds[name] = original if _holds(tensor.dtype, original) else tensor.dtype
         if any(kinds[name].name != listed[name]["dtype"] for name in tensors if keys.part_of(name) == "thinker"):
-            config["torch_dtype"] = kinds["thinker.model.norm.weight"].name
+            config["dtype" if "dtype" in config else "torch_dtype"] = kinds["thinker.model.norm.weight"].name
         if not bare and (cfg.talker is None or cfg.token2wav is None):
             config["enable_audio_output"] = False
         tensor_of = {spelled: name for name, spelled in names.items()}

@@ -289,7 +289,7 @@ def read_arrays(place: str | os.PathLike[str], manifest: Mapping[str, Any]) -> d
     arrays, context = within(place, ARRAYS), _context(4)
     base = kvstore(arrays)
     opening: dict[tuple[str, ...], Any] = {}
-    found = {}
+    found: dict[str, Row] = {}
     for path in [*leaves, *leaves]:  # all are asked for before the first is waited for
         leaf = ".".join(path)[:200]
         try:

@@ -98,7 +98,7 @@ def _verify(files: pathlib.Path, tensors: Mapping[str, Stored], progress: bool) 
     total = sum(map(nbytes, tensors.values()))
     with progress_bar("verifying", total, progress) as advance, concurrent.futures.ThreadPoolExecutor(2) as pool:
         hashes = pool.map(_check_blob, blobs)
-        for size, wrong in pool.map(lambda item: _check(*item, sums.get(item[0])), tensors.items()):
+        for size, wrong in pool.map(lambda name: _check(name, tensors[name], sums.get(name)), tensors):
             problems += wrong
             advance(size)
         problems += [line for wrong in hashes for line in wrong]
