@@ -27,6 +27,7 @@ from omni_jax.stages import boxed_shapes, inner_part
 
 # Ids that end a reply: as wide as `Omni` makes the array for up to four.
 STOP_IDS = 4
+FLOW = token2wav.Flow()
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ def audio_call(cfg: OmniConfig, placement: Placement, chunks: int, dtype: Any = 
 
 def dit_flow(
     cfg: OmniConfig, placement: Placement, batch: int, codes: int, reference: int = 512,
-    flow: token2wav.Flow = token2wav.Flow(),
+    flow: token2wav.Flow = FLOW,
 ) -> Program:  # fmt: skip
     """The whole flow of the DiT for a padded number of codes."""
     assert cfg.token2wav is not None
