@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Options for pytest, e.g. make test PYTEST="tests/test_keys.py -x"
 PYTEST ?=
 
-.PHONY: demo test lint bench footprint bench-training plans clean
+.PHONY: demo test lint bench footprint solvers bench-training plans clean
 .DELETE_ON_ERROR:
 
 # Stamps: installation is skipped until pyproject.toml changes.
@@ -54,6 +54,9 @@ out/3b/config.json: | $(VENV)/.installed
 
 footprint: $(VENV)/.installed-test out/3b/config.json
 	$(BIN)/omni-jax footprint --model out/3b
+
+solvers: $(VENV)/.installed out/3b/config.json
+	$(BIN)/omni-jax solvers --model out/3b
 
 # The figures of docs/training.md and of the docstrings in configs/.
 bench-training: $(VENV)/.installed-test

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import statistics
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,7 +19,7 @@ import numpy as np
 
 from infer.bench import Row, SharedWeights, reference_config, reference_torch, timed_pairs
 from omni_jax import config as C
-from omni_jax import dit, talker, token2wav
+from omni_jax import dit, speech, talker, token2wav
 from omni_jax.cache import init_cache
 from omni_jax.sampling import Sampling
 from omni_jax.voice import Voice
@@ -61,11 +63,13 @@ def _talker_row(cfg: C.OmniConfig, pairs: int, tick: Tick) -> Row:
         one(0, np.float32), one(0, np.int32), one(1, np.float32), one(0, np.float32), one(1.05, np.float32),
         np.zeros((1, 2), np.uint32), np.full((1, 2), -1, np.int32),
     )  # fmt: skip
-    reply = np.random.default_rng(0).standard_normal((1, 64, part.embedding_size)).astype(jnp.bfloat16)
+    reply: Any = np.random.default_rng(0).standard_normal((1, 64, part.embedding_size)).astype(jnp.bfloat16)
+
+    slots = speech.cache_slots(HISTORY, speech.GROWTH)
 
     @jax.jit
     def begin() -> talker.TalkerState:
-        cache = init_cache(decoder, 1, 2048, jnp.float32, jnp.zeros(1, jnp.int32), unroll=True)
+        cache = init_cache(decoder, 1, slots, jnp.float32, jnp.zeros(1, jnp.int32), unroll=True)
         cache = dataclasses.replace(cache, length=jnp.int32(HISTORY))
         seen = jnp.zeros((1, decoder.vocab_size), bool)
         return talker.TalkerState(
@@ -81,9 +85,7 @@ def _talker_row(cfg: C.OmniConfig, pairs: int, tick: Tick) -> Row:
     seen_ids = torch.ones((1, HISTORY), dtype=torch.long)
 
     def our_step() -> None:
-        state, made, _ = talker.decode_loop(part, params, ours["state"], reply, sampling, np.int32(1))
-        ours["state"] = state
-        jax.block_until_ready(made)
+        ours["state"], _ = talker.advance(part, params, ours["state"], reply, sampling, 1)
 
     @torch.inference_mode()
     def their_step() -> None:
@@ -111,11 +113,10 @@ def _reference_token2wav(cfg: C.OmniConfig, weights: SharedWeights, torch: Any) 
     return model.eval()
 
 
-def _dit_row(cfg: C.DiTConfig, params: Any, model: Any, frames: int, pairs: int, tick: Tick) -> Row:
-    """One guided evaluation. What does not change from one to the next is computed once here, 36 times there."""
-    torch = reference_torch()
-    rng = np.random.default_rng(frames)
-    voice, codes = _voice(cfg, rng), rng.integers(0, cfg.num_embeds, (1, frames // cfg.repeats)).astype(np.int32)
+def _our_evaluation(
+    cfg: C.DiTConfig, params: Any, voice: Voice, codes: np.ndarray, rng: np.random.Generator
+) -> tuple[Callable[[], None], np.ndarray]:
+    """One guided evaluation of ours for codes [1, n], all that stays the same computed before; and its state."""
     count = token2wav.padded_codes(cfg, codes.shape[1])
     padded = np.pad(codes, ((0, 0), (0, count - codes.shape[1])))
     x = rng.standard_normal((1, count * cfg.repeats, cfg.mel_dim), dtype=np.float32)
@@ -126,6 +127,15 @@ def _dit_row(cfg: C.DiTConfig, params: Any, model: Any, frames: int, pairs: int,
     times: Any = np.array([0.3], np.float32)
     modulation = jax.tree.map(lambda a: a[0], jax.jit(lambda p: dit.modulations(p, cfg, times))(params))
     evaluate = jax.jit(lambda p, x, m, g: dit.velocity(p, cfg, x, m, g))
+    return lambda: jax.block_until_ready(evaluate(params, x, modulation, given)), x
+
+
+def _dit_row(cfg: C.DiTConfig, params: Any, model: Any, frames: int, pairs: int, tick: Tick) -> Row:
+    """One guided evaluation. What does not change from one to the next is computed once here, 36 times there."""
+    torch = reference_torch()
+    rng = np.random.default_rng(frames)
+    voice, codes = _voice(cfg, rng), rng.integers(0, cfg.num_embeds, (1, frames // cfg.repeats)).astype(np.int32)
+    ours, x = _our_evaluation(cfg, params, voice, codes, rng)
 
     @torch.inference_mode()
     def theirs() -> None:
@@ -135,10 +145,50 @@ def _dit_row(cfg: C.DiTConfig, params: Any, model: Any, frames: int, pairs: int,
             quantized_code=torch.from_numpy(codes), time_step=torch.tensor(0.3),
         )  # fmt: skip
 
-    def ours() -> None:
-        jax.block_until_ready(evaluate(params, x, modulation, given))
-
     return Row("dit", f"one guided evaluation, {frames} frames", *timed_pairs(theirs, ours, pairs, tick))
+
+
+def evaluation_seconds(preset: str, lengths: Iterable[int], runs: int) -> list[float]:
+    """Median seconds of one guided evaluation of the DiT for speech of some lengths in seconds; in turn."""
+    part = C.preset(preset).token2wav
+    assert part is not None
+    cfg, params = part.dit, SharedWeights(C.preset(preset), "token2wav.code2wav_dit_model.").tree()
+    rng, evaluations = np.random.default_rng(0), []
+    for seconds in lengths:
+        codes = rng.integers(0, cfg.num_embeds, (1, seconds * CODES_PER_SECOND)).astype(np.int32)
+        evaluations.append(_our_evaluation(cfg, params, _voice(cfg, rng), codes, rng)[0])
+    times: list[list[float]] = [[] for _ in evaluations]
+    for evaluate in evaluations:
+        evaluate()
+    for _ in range(runs):
+        for evaluate, seen in zip(evaluations, times, strict=True):
+            began = time.perf_counter()
+            evaluate()
+            seen.append(time.perf_counter() - began)
+    return [statistics.median(seen) for seen in times]
+
+
+def speak_once(side: str, preset: str, seconds: int) -> None:
+    """Token2Wav over random codes by `ours` or the `reference`, one ODE step: for the peak memory of a process."""
+    cfg = C.preset(preset)
+    part = cfg.token2wav
+    assert part is not None
+    rng = np.random.default_rng(0)
+    voice, codes = _voice(part.dit, rng), rng.integers(0, part.dit.num_embeds, seconds * CODES_PER_SECOND)
+    if side == "ours":
+        params = SharedWeights(cfg, "token2wav.").tree()
+        token2wav.token2wav(part, params, [codes], voice, flow=token2wav.Flow(2))
+        return
+    torch = reference_torch()
+    from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as M
+
+    # With weights of its own making: a second set beside it would count.
+    model = M.Qwen2_5OmniToken2WavModel._from_config(reference_config(cfg).token2wav_config).float().eval()
+    with torch.inference_mode():
+        model(
+            torch.from_numpy(codes)[None], conditioning=torch.from_numpy(voice.cond)[None],
+            reference_mel=torch.from_numpy(voice.ref_mel)[None], num_steps=2,
+        )  # fmt: skip
 
 
 def _vocoder_row(cfg: C.BigVGANConfig, params: Any, model: Any, pairs: int, tick: Tick) -> Row:

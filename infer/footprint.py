@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,16 @@ from omni_jax import buckets, vision
 from omni_jax import config as C
 from omni_jax.cache import init_cache
 from omni_jax.checkpoint import keys
+from omni_jax.errors import InputError
 from omni_jax.processing.video import FPS
 from omni_jax.settings import GenerationSettings
 
 IMPORTS = 5  # processes whose median start-up is taken
 NEW_TOKENS = 8
+STAGES = ("imports", "generate", "vision", "speech")
+RUNS = 3  # of an evaluation of the DiT
+SPEECH_SECONDS = (2, 60)  # between which its growth is taken
+PEAK_SECONDS = 10
 SIDE = 224  # pixels of the test clip's frames
 QUESTION = "Name three things that a cat does in the morning."
 
@@ -106,28 +112,69 @@ def _vision(preset: str, layers: int | None) -> dict[str, float]:
     return peaks | {"ratio": peaks["peak_60_s_bytes"] / peaks["peak_30_s_bytes"]}
 
 
-def main(model: pathlib.Path, preset: str, layers: int | None, as_json: bool) -> None:
+def _speech(preset: str) -> dict[str, float]:
+    """Peak memory of Token2Wav beside the reference's, and how the DiT's cost grows with the length."""
+    short, long = SPEECH_SECONDS
+    code = f"from infer.bench_speech import evaluation_seconds as e; print(*e({preset!r}, ({short}, {long}), {RUNS}))"
+    few, many = map(float, measured([sys.executable, "-c", code])[0].split())
+    out = {"evaluation_short_s": few, "evaluation_long_s": many, "growth": many / few}
+    for side in ("ours", "reference"):
+        code = f"from infer.bench_speech import speak_once; speak_once({side!r}, {preset!r}, {PEAK_SECONDS})"
+        out[f"peak_{side}_bytes"] = measured([sys.executable, "-c", code])[2]
+    return out
+
+
+def main(model: pathlib.Path | None, preset: str, layers: int | None, stages: Iterable[str], as_json: bool) -> None:
     """The command behind `omni-jax footprint`."""
-    imports, run, clip = _timed_imports(), _generation(model), _vision(preset, layers)
+    stages = [stage for stage in STAGES if stage in set(stages)]
+    if "generate" in stages and model is None:
+        raise InputError("footprint needs --model, the checkpoint to run; or leave generate out of --stages")
+    runs: dict[str, Callable[[], dict[str, Any]]] = {
+        "imports": _timed_imports,
+        "vision": lambda: _vision(preset, layers),
+        "speech": lambda: _speech(preset),
+    }
+    if model is not None:
+        runs["generate"] = functools.partial(_generation, model)
+    found = {stage: runs[stage]() for stage in stages}
+    where = machine()
     if as_json:
-        print(json.dumps({"machine": machine(), "imports": imports, "generate": run, "vision": clip}))
+        print(json.dumps({"machine": where} | found))
         return
-    where, gib = machine(), 2**30
-    clips = f"vision tower, {preset}{'' if layers is None else f', {layers} layers'}, {SIDE}×{SIDE} clip"
-    rows = [(name, f"{seconds:.2f} s") for name, seconds in imports.items()]
-    rows += [
-        (f"loading {model}", f"{run['load_s']:.1f} s"),
-        (f"first token of a prompt of {run['prompt_tokens']}, process start included, cold compile cache",
-         f"{run['first_token_cold_s']:.1f} s"),
-        ("the same, warm compile cache", f"{run['first_token_warm_s']:.1f} s"),
-        ("prefill of it, warm compile cache", f"{run['prefill_warm_s']:.1f} s"),
-        ("peak resident memory", f"{run['peak_bytes'] / gib:.2f} GiB"),
-        ("weights + cache", f"{run['weights_bytes'] / gib:.2f} + {run['cache_bytes'] / gib:.2f} GiB"),
-        ("peak / (weights + cache)", f"{run['ratio']:.3f}"),
-        (f"{clips} of 30 s: peak", f"{clip['peak_30_s_bytes'] / gib:.2f} GiB"),
-        ("the same, 60 s", f"{clip['peak_60_s_bytes'] / gib:.2f} GiB"),
-        ("peak at 60 s / peak at 30 s", f"{clip['ratio']:.2f}"),
-    ]  # fmt: skip
     print(f"{where['cpu']}, {where['cores']} cores, {where['vector']}, jax {where['jax']}.\n")
     print("| what | figure |\n|---|---|")
-    print("\n".join(f"| {what} | {figure} |" for what, figure in rows))
+    for stage in stages:
+        for what, figure in _rows(stage, found[stage], f"{preset}{'' if layers is None else f', {layers} layers'}"):
+            print(f"| {what} | {figure} |")
+
+
+def _rows(stage: str, found: dict[str, Any], size: str) -> list[tuple[str, str]]:
+    """Lines of the table."""
+    gib = 2**30
+    if stage == "imports":
+        return [(name, f"{seconds:.2f} s") for name, seconds in found.items()]
+    if stage == "generate":
+        start = f"first token of a prompt of {found['prompt_tokens']}, process start included"
+        return [
+            ("loading", f"{found['load_s']:.1f} s"),
+            (f"{start}, cold compile cache", f"{found['first_token_cold_s']:.1f} s"),
+            ("the same, warm compile cache", f"{found['first_token_warm_s']:.1f} s"),
+            ("prefill of it, warm compile cache", f"{found['prefill_warm_s']:.1f} s"),
+            ("peak resident memory", f"{found['peak_bytes'] / gib:.2f} GiB"),
+            ("weights + cache", f"{found['weights_bytes'] / gib:.2f} + {found['cache_bytes'] / gib:.2f} GiB"),
+            ("peak / (weights + cache)", f"{found['ratio']:.3f}"),
+        ]
+    if stage == "vision":
+        return [
+            (f"vision tower, {size}, {SIDE}×{SIDE} clip of 30 s: peak", f"{found['peak_30_s_bytes'] / gib:.2f} GiB"),
+            ("the same, 60 s", f"{found['peak_60_s_bytes'] / gib:.2f} GiB"),
+            ("peak at 60 s / peak at 30 s", f"{found['ratio']:.2f}"),
+        ]
+    short, long = SPEECH_SECONDS
+    return [
+        (f"DiT, {size}: one evaluation for {short} s of speech", f"{found['evaluation_short_s']:.2f} s"),
+        (f"the same for {long} s", f"{found['evaluation_long_s']:.2f} s"),
+        (f"growth over {long // short} × the length", f"{found['growth']:.1f}"),
+        (f"Token2Wav, {size}, {PEAK_SECONDS} s of speech: peak", f"{found['peak_ours_bytes'] / gib:.2f} GiB"),
+        ("the reference's", f"{found['peak_reference_bytes'] / gib:.2f} GiB"),
+    ]

@@ -5,11 +5,9 @@ Nothing is allocated: parameters and inputs are `jax.ShapeDtypeStruct`s that car
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from omni_jax import audio, generation, meshes, talker, token2wav, vision
+from omni_jax import audio, generation, talker, token2wav, vision
 from omni_jax.cache import CACHE_AXES, KVCache
 from omni_jax.config import DecoderConfig, OmniConfig
 from omni_jax.errors import InputError
@@ -153,9 +151,7 @@ def thinker_decode(
         steps = _struct(layout, (), jnp.int32)
         args = (cfg.thinker, params, state, sampling, steps)
         return Program("thinker decode loop", layout, generation.decode_loop, args, {}, params, cache)
-    return Program(
-        "thinker decode", layout, _thinker_step, (cfg.thinker, params, state, sampling), {}, params, cache
-    )
+    return Program("thinker decode", layout, _thinker_step, (cfg.thinker, params, state, sampling), {}, params, cache)
 
 
 def thinker_prefill(

@@ -6,6 +6,7 @@ Letters: L layers, B batch, K kv heads, C cache slots, T new tokens, H head size
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -85,3 +86,17 @@ def append_rows(cache: KVCache, rows: Any, *, first: bool = False) -> KVCache:
             k, v = (lax.dynamic_update_slice(old, new, at5) for old, new in zip((cache.k, cache.v), rows, strict=True))
         k, v = constrain(k, *CACHE_AXES), constrain(v, *CACHE_AXES)
     return dataclasses.replace(cache, k=k, v=v, length=cache.length + new_tokens)
+
+
+# The same as a program of its own. On CPU a program that also reads the cache would copy it before writing to it.
+write_rows = jax.jit(append_rows, donate_argnums=0)
+
+
+@partial(jax.jit, static_argnames="capacity")
+def grow(cache: KVCache, *, capacity: int) -> KVCache:
+    """The same cache with `capacity` slots, the new ones empty."""
+
+    def widen(a: jax.Array) -> jax.Array:
+        return jnp.pad(a, [(0, capacity - n if axis == a.ndim - 2 else 0) for axis, n in enumerate(a.shape)])
+
+    return dataclasses.replace(cache, k=jax.tree.map(widen, cache.k), v=jax.tree.map(widen, cache.v))

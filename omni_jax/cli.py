@@ -14,57 +14,20 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from omni_jax.checkpoint import commands
-from omni_jax.checkpoint.commands import convert, inspect
+from omni_jax.arguments import (
+    Flag,
+    Json,
+    SpeechFormat,
+    Strings,
+    array_file,
+    codes_file,
+    messages_file,
+    use_compilation_cache,
+)
+from omni_jax.checkpoint import commands as checkpoints
 from omni_jax.errors import InputError
 
-Strings = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-SpeechFormat = Literal["wav", "flac", "mp3", "opus"]
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-
-
-def _use_compilation_cache() -> None:
-    """Compiled programs are kept between runs, unless JAX_COMPILATION_CACHE_DIR says where or is empty."""
-    import jax
-
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(home) / "omni-jax" / "programs"))
-    if folder:
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _messages_file(path: pathlib.Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise InputError(
-            f"--messages {path} cannot be read as JSON ({e}); give a file with a list of messages"
-        ) from None
-
-
-def _array_file(path: pathlib.Path) -> Any:
-    import numpy as np
-
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise InputError(f"{path} cannot be read as .npy ({' '.join(str(e).split())})") from None
-
-
-def _codes_file(path: pathlib.Path) -> Any:
-    """Codes of a .npy or JSON file; what they are is checked where they are spoken."""
-    if path.suffix == ".npy":
-        return _array_file(path)
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise InputError(f"--codes {path} cannot be read as JSON ({e}); give a list of codes, or a .npy") from None
-    row = raw.get("codec_ids") if isinstance(raw, dict) else raw
-    if not isinstance(row, list) or not all(type(code) is int and abs(code) < 1 << 31 for code in row):
-        raise InputError(f"--codes {path} must hold a list of whole numbers, or an object with codec_ids")
-    return row
+Solver = Literal["rk38", "midpoint", "euler"]
 
 
 def _conversation(
@@ -82,7 +45,7 @@ def _conversation(
     if messages is not None:
         if given:
             raise InputError(f"{', '.join(given)} go with --text; with --messages, write them into the file")
-        return _messages_file(messages)
+        return messages_file(messages)
     content: list[dict[str, Any]] = [{"type": kind, kind: file} for kind, files in media.items() for file in files]
     content.append({"type": "text", "text": text})
     return [
@@ -125,9 +88,10 @@ def generate(
     talker_repetition_penalty: float = 1.05,
     max_codes: int = 4096,
     ode_steps: int = 10,
+    ode_solver: Solver = "rk38",
     speech_format: SpeechFormat | None = None,
     no_watchdog: Flag = False,
-    as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
+    as_json: Json = False,
 ) -> None:
     """Answer a conversation with any mix of text, pictures, sound and video.
 
@@ -166,6 +130,7 @@ def generate(
       talker_repetition_penalty: Above 1 discourages codes that were said already.
       max_codes: Most codes of the speech (50 are a second), the ending one not counted.
       ode_steps: Time points in which sound is made; 10 are 9 steps.
+      ode_solver: How; the cheaper ones are midpoint and euler (see `omni-jax solvers`).
       speech_format: Of the file; by default what its suffix names, else wav.
       no_watchdog: Let speech go on that loops, falls silent or outgrows its text.
       as_json: Print one line of JSON and nothing else.
@@ -183,13 +148,13 @@ def generate(
         check_writable(speech)
         spoken = SpeechSettings(
             voice, talker_temperature, talker_top_k, talker_top_p, talker_repetition_penalty, max_codes, seed,
-            ode_steps, None if no_watchdog else Watchdog(),
+            ode_steps, ode_solver, None if no_watchdog else Watchdog(),
         )  # fmt: skip
     conversation = _conversation(text, messages, system, {"image": image, "audio": audio, "video": video})
     limits = {"fps": fps, "max_frames": max_frames, "min_pixels": min_pixels, "max_pixels": max_pixels}
     media = {"use_audio_in_video": use_audio_in_video} | {k: v for k, v in limits.items() if v is not None}
     notes = Console(stderr=True, highlight=False)
-    _use_compilation_cache()
+    use_compilation_cache()
     from omni_jax import omni
     from omni_jax.token2wav import SAMPLE_RATE
 
@@ -243,6 +208,7 @@ def vocode(
     noise: pathlib.Path | None = None,
     seed: int = 0,
     ode_steps: int = 10,
+    ode_solver: Solver = "rk38",
     mesh: str | None = None,
 ) -> None:
     """Make sound of codes that are there already.
@@ -255,15 +221,16 @@ def vocode(
       noise: A .npy of float32 (2 x codes, mel) to start from, instead of random noise.
       seed: Of the noise.
       ode_steps: Time points in which sound is made; 10 are 9 steps.
+      ode_solver: How; the cheaper ones are midpoint and euler (see `omni-jax solvers`).
       mesh: Chips to lay the model over (2x2, 2x4, …), or axes (data=2,tensor=4); by default one device.
     """
     from omni_jax.processing.encode import check_writable, write_atomically, write_sound
     from omni_jax.settings import SpeechSettings
 
     check_writable(out)
-    settings = SpeechSettings(voice=voice, seed=seed, ode_steps=ode_steps)
-    row, start = _codes_file(codes), None if noise is None else [_array_file(noise)]
-    _use_compilation_cache()
+    settings = SpeechSettings(voice=voice, seed=seed, ode_steps=ode_steps, ode_solver=ode_solver)
+    row, start = codes_file(codes), None if noise is None else [array_file(noise)]
+    use_compilation_cache()
     import numpy as np
 
     from omni_jax import speech, token2wav
@@ -316,65 +283,13 @@ def init(
     write_random(path, config_of(preset), seed=seed, dtype=dtype, progress=sys.stderr.isatty())
 
 
-def bench(
-    *,
-    stages: tuple[Literal["decode", "prefill", "audio", "vision", "talker", "dit", "vocoder", "token2wav"], ...] = (
-        "decode",
-        "prefill",
-        "audio",
-        "vision",
-        "talker",
-        "dit",
-        "vocoder",
-    ),
-    preset: Literal["3b", "7b", "nano"] = "3b",
-    pairs: int = 7,
-    layers: int | None = None,
-    as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
-) -> None:
-    """Time the reference (transformers on torch) and this project side by side, on random weights.
-
-    Needs the `bench` extra. Prints a Markdown table of medians and ratios (torch / jax: above 1 we are faster).
-
-    Args:
-      stages: Which ones. token2wav, the whole way from codes to sound, takes minutes a pair.
-      preset: Whose shapes.
-      pairs: Interleaved pairs of each stage.
-      layers: Cut every stack to this many layers; by default none is cut.
-      as_json: Print one line of JSON and nothing else.
-    """
-    from infer import bench as benchmark
-
-    benchmark.main(stages, preset, pairs, layers, as_json)
-
-
-def footprint(
-    model: pathlib.Path,
-    *,
-    preset: Literal["3b", "7b", "nano"] = "3b",
-    layers: int | None = None,
-    as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
-) -> None:
-    """Measure start-up times and resident memory: import, first token, peak of a run, vision tower over long clips.
-
-    Args:
-      model: Checkpoint folder to run, bf16.
-      preset: Whose shapes the vision tower has.
-      layers: Cut the vision tower to this many layers; by default none is cut.
-      as_json: Print one line of JSON and nothing else.
-    """
-    from infer import footprint as measure
-
-    measure.main(model, preset, layers, as_json)
-
-
 def export(
     src: tyro.conf.Positional[str],
     dst: tyro.conf.Positional[pathlib.Path],
     *,
     peft: Flag = False,
     max_shard_gb: float | None = None,
-    as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
+    as_json: Json = False,
 ) -> None:
     """Give a converted checkpoint, or what a fine-tuning run has learned, back in the published layout.
 
@@ -388,7 +303,7 @@ def export(
     if "://" in src or not (pathlib.Path(src) / "checkpoints").is_dir():
         if peft:
             raise InputError(f"--peft is for runs of omni-jax finetune, which {src} is not")
-        commands.export(src, dst, max_shard_gb=max_shard_gb, as_json=as_json)
+        checkpoints.export(src, dst, max_shard_gb=max_shard_gb, as_json=as_json)
         return
     if max_shard_gb is not None and not 0 < max_shard_gb < 1e6:
         raise InputError(f"--max-shard-gb {max_shard_gb} must be above 0")
@@ -396,7 +311,7 @@ def export(
 
     began = time.perf_counter()
     size = trained.export(src, dst, peft=peft, shard_bytes=max(1, int((max_shard_gb or 5) * 1e9)))
-    commands.report("exported", str(dst), size, began, as_json)
+    checkpoints.report("exported", str(dst), size, began, as_json)
 
 
 def _print_plan(config: pathlib.Path, changes: Strings, topology: str) -> None:
@@ -447,15 +362,18 @@ def finetune(
         return
     from train import main as training
 
-    _use_compilation_cache()
+    use_compilation_cache()
     training.finetune(config, changes, coordinator)
 
 
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
+    from infer import commands as infer
+
     commands: dict[str, Any] = {
-        "generate": generate, "vocode": vocode, "voices": voices, "init": init, "convert": convert, "export": export,
-        "inspect": inspect, "bench": bench, "footprint": footprint, "finetune": finetune,
+        "generate": generate, "vocode": vocode, "voices": voices, "init": init, "convert": checkpoints.convert,
+        "export": export, "inspect": checkpoints.inspect, "finetune": finetune, "bench": infer.bench,
+        "footprint": infer.footprint, "solvers": infer.solvers, "batch": infer.batch,
     }  # fmt: skip
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="omni-jax", description="Qwen2.5-Omni in JAX.")

@@ -16,7 +16,7 @@ from flax import struct
 from jax import lax
 
 from omni_jax import thinker
-from omni_jax.cache import KVCache, append_rows, init_cache
+from omni_jax.cache import KVCache, append_rows, init_cache, write_rows
 from omni_jax.config import ThinkerConfig
 from omni_jax.decoder import read
 from omni_jax.layers import Params
@@ -184,9 +184,6 @@ def _read_only(
     return rows, dataclasses.replace(state, cache=None), out  # type: ignore[arg-type]
 
 
-_write = jax.jit(append_rows, donate_argnums=0)
-
-
 def advance(
     cfg: ThinkerConfig, params: Params, state: DecodeState, sampling: Sampling, steps: int
 ) -> tuple[DecodeState, StepOutput, int]:
@@ -205,7 +202,7 @@ def advance(
     outputs: list[StepOutput] = []
     while len(outputs) < steps and not (outputs and np.asarray(state.done).all()):
         rows, after, out = _read_only(cfg, params, state, sampling)
-        state = dataclasses.replace(after, cache=_write(state.cache, rows))
+        state = dataclasses.replace(after, cache=write_rows(state.cache, rows))
         outputs.append(jax.device_get(out))
     return state, jax.tree.map(lambda *a: np.stack(a), *outputs), len(outputs)
 

@@ -346,11 +346,28 @@ class Omni:
         began = time.perf_counter()
         prompts = [self.prepare(c, **(media or {})) for c in conversations]
         processed = time.perf_counter() - began
-        recorder = Recorder() if any(spoken) else None
-        replies = [_with_processing(r, processed) for r in _exhaust(self.run(prompts, each, recorder=recorder))]
-        if recorder is not None:
-            replies = self.speech.speak(recorder, replies, spoken)
+        replies = [_with_processing(r, processed) for r in self.answer(prompts, each, spoken)]
         return replies[0] if single else replies
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        settings: Sequence[GenerationSettings],
+        speech: Sequence[SpeechSettings | None] | None = None,
+    ) -> list[Reply]:
+        """Answers prompts of `prepare`: what `generate` does after reading the media.
+
+        Args:
+          prompts: a batch of them.
+          settings: one for each.
+          speech: one for each, or None for text alone.
+        Raises:
+          ValueError: as for `generate`.
+        """
+        spoken = self._speech_settings(speech, len(prompts))
+        recorder = Recorder() if any(spoken) else None
+        replies = _exhaust(self.run(prompts, settings, recorder=recorder))
+        return replies if recorder is None else self.speech.speak(recorder, replies, spoken)
 
     def stream(
         self,

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -98,6 +98,10 @@ class Watchdog:
     silence: int = 150
 
 
+# Names of `ode.SOLVERS`; that module imports jax, and this one must not.
+OdeSolver = Literal["rk38", "midpoint", "euler"]
+
+
 @dataclass(frozen=True)
 class SpeechSettings:
     """How the Talker speaks. The defaults are the reference's.
@@ -111,6 +115,8 @@ class SpeechSettings:
       max_codes: most codes (50 a second), the ending id not counted.
       seed: of the random choices and of the noise that the sound is made of.
       ode_steps: time points of Token2Wav; 10 are 9 steps.
+      ode_solver: `rk38` evaluates the DiT 4 times a step, `midpoint` twice, `euler` once (`omni-jax solvers` tells what
+        that costs).
       watchdog: when to cut speech off; None for never.
     """
 
@@ -122,6 +128,7 @@ class SpeechSettings:
     max_codes: int = MAX_CODES
     seed: int = 0
     ode_steps: int = 10
+    ode_solver: OdeSolver = "rk38"
     watchdog: Watchdog | None = Watchdog()
 
     def __post_init__(self) -> None:
@@ -130,6 +137,8 @@ class SpeechSettings:
             "temperature": (0, None), "top_k": (0, None), "top_p": (0, 1), "repetition_penalty": (0, None),
             "max_codes": (1, MAX_CODES), "seed": (0, 2**63 - 1), "ode_steps": (2, 1000),
         })  # fmt: skip
+        if self.ode_solver not in get_args(OdeSolver):
+            raise InputError(f"ode_solver is {self.ode_solver!r}; it must be one of {', '.join(get_args(OdeSolver))}")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from omni_jax import buckets, generation, talker, token2wav
+from omni_jax.cache import grow
 from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.sources import local_files
 from omni_jax.checkpoint.speakers import load_voices, pick_voice
@@ -30,6 +31,8 @@ from omni_jax.watchdog import SpeechBuilder
 
 # Sets the Talker's random numbers apart from those of the Thinker and of the noise, which have the plain seed.
 TALKER_SALT = 0x7A1CE500
+# Codes that the Talker's cache has room for before it must grow: 10 s of speech.
+GROWTH = 512
 # For the rows of a batch that are not spoken.
 SILENT = SpeechSettings(temperature=0.0, max_codes=1)
 
@@ -120,7 +123,7 @@ class Vocoder:
 
         Args:
           codes: one row of whole numbers for each request.
-          settings: voice, seed and ODE steps of each. Requests of equal steps share a call.
+          settings: voice, seed, ODE steps and solver of each. Requests of equal steps and solver share a call.
           noise: float32 [2 n, mel] for each row of n codes; by default drawn from the seeds.
         Returns:
           float32 samples at 24 kHz for each row.
@@ -129,13 +132,14 @@ class Vocoder:
           InputError: noise of another shape, or an unknown voice.
         """
         waves: list[np.ndarray] = [np.zeros(0, np.float32)] * len(codes)
-        for steps in sorted({s.ode_steps for s in settings}):
-            rows = [i for i, s in enumerate(settings) if s.ode_steps == steps]
+        flows = [token2wav.Flow(s.ode_steps, s.ode_solver) for s in settings]
+        for flow in dict.fromkeys(flows):
+            rows = [i for i, wanted in enumerate(flows) if wanted == flow]
             made = token2wav.token2wav(
                 self.config, self.params, [codes[i] for i in rows],
                 [pick_voice(self.voices, settings[i].voice) for i in rows],
                 noise=None if noise is None else [noise[i] for i in rows],
-                seeds=[settings[i].seed for i in rows], flow=token2wav.Flow(steps), laid=self.laid,
+                seeds=[settings[i].seed for i in rows], flow=flow, laid=self.laid,
             )  # fmt: skip
             for i, wave in zip(rows, made, strict=True):
                 waves[i] = wave
@@ -251,15 +255,16 @@ class Speech:
             embeddings, hidden, batch.positions, batch.start, batch.next_position, batch.media_index, voices, first
         )
         most = max(s.max_codes for s in rows)
-        capacity = buckets.bucket(batch.ids.shape[1] + talker.EXTRA + most, buckets.CACHE)
-        with self.laid("talker", size, batch.ids.shape[1] + talker.EXTRA):
+        places = batch.ids.shape[1] + talker.EXTRA
+        capacity = cache_slots(places, most)
+        with self.laid("talker", size, places):
             read = talker.prefill(cfg, params, table, prompt, capacity=capacity, cache_dtype=self.cache_dtype)
         with self.laid("talker", size):
             state = talker.first_draw(cfg, params, read.cache, read.seen, read.last, read.position, sampling)
-        made, count = np.asarray(state.token)[None], 1
+        made = np.asarray(state.token)[None]
         while True:
             for row, builder in builders.items():
-                for code in made[:count, row].tolist():
+                for code in made[:, row].tolist():
                     builder.feed(code)
             yield
             if not (left := max(b.left for b in builders.values())):
@@ -267,12 +272,20 @@ class Speech:
             # Rows that the host has ended are done before the device knows; rows without speech never began.
             done = np.ones(size, bool)
             done[list(builders)] = [b.finish_reason is not None for b in builders.values()]
+            left = min(left, steps)
             state = dataclasses.replace(state, done=done)
             with self.laid("talker", size):
-                state, drawn, number = talker.decode_loop(
-                    cfg, params, state, vectors, sampling, np.int32(min(left, steps))
-                )
-            made, count = np.asarray(drawn), int(number)
+                if places + left > capacity:
+                    capacity = cache_slots(places, max(b.left for b in builders.values()))
+                    state = dataclasses.replace(state, cache=grow(state.cache, capacity=capacity))
+                state, made = talker.advance(cfg, params, state, vectors, sampling, left)
+            places += len(made)
+
+
+def cache_slots(places: int, left: int) -> int:
+    """Slots of the Talker's cache: a bucket for the places that are taken and the codes to come, but for no more than
+    GROWTH of them: speech may last 4096 codes and mostly ends far sooner, and each step reads the whole cache."""
+    return buckets.bucket(places + min(left, GROWTH), buckets.CACHE)
 
 
 def reply_arrays(recorder: Recorder, replies: Sequence[Reply]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

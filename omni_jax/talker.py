@@ -13,17 +13,19 @@ V codec vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 
-from omni_jax.cache import KVCache, init_cache
+from omni_jax.cache import KVCache, append_rows, init_cache, write_rows
 from omni_jax.config import TalkerConfig
-from omni_jax.decoder import Decoder, decode
+from omni_jax.decoder import Decoder, decode, read
 from omni_jax.layers import Linear, Params, dense
 from omni_jax.sampling import Array, Sampling, sample
 from omni_jax.sharding import constrain, replicate
@@ -150,12 +152,9 @@ def prompt_vectors(cfg: TalkerConfig, params: Params, table: jax.Array, prompt: 
     return jnp.concatenate([known + prompt.hidden, begin], axis=1)
 
 
-def forward(
-    cfg: TalkerConfig, params: Params, x: jax.Array, positions: jax.Array, cache: KVCache, *, first: bool = False
-) -> tuple[jax.Array, KVCache]:
-    """Projects T new sums [B, T, E] and runs the decoder over them. See `decoder.decode`."""
-    x = constrain(dense(params["thinker_to_talker_proj"], x), "batch", "length", "act_embed")
-    return decode(cfg.decoder, params["model"], x, positions, cache, first=first)
+def project(params: Params, x: jax.Array) -> jax.Array:
+    """Sums [..., E] of the Thinker's size to what the decoder reads, [..., D]."""
+    return constrain(dense(params["thinker_to_talker_proj"], x), "batch", "length", "act_embed")
 
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:
@@ -190,7 +189,7 @@ def prefill(
     positions = jnp.concatenate([prompt.positions, jnp.broadcast_to(after, (3, batch, EXTRA))], axis=2)
     unroll = isinstance(params["model"]["layers"], tuple)
     cache = init_cache(cfg.decoder, batch, capacity, cache_dtype, prompt.start, unroll=unroll)
-    hidden, cache = forward(cfg, params, x, positions, cache, first=True)
+    hidden, cache = decode(cfg.decoder, params["model"], project(params, x), positions, cache, first=True)
     # To the penalty the prompt is a row of codec marks; padding does not count, but every row has at least one token.
     marks = [cfg.tts_codec_mask_token_id, cfg.tts_codec_pad_token_id, cfg.tts_codec_start_token_id]
     seen = jnp.zeros((batch, cfg.decoder.vocab_size), bool).at[:, jnp.array(marks)].set(True)
@@ -221,6 +220,18 @@ def first_draw(
     return TalkerState(cache, token, position, seen, drawn, done)
 
 
+def _read_step(
+    cfg: TalkerConfig, params: Params, state: TalkerState, reply: jax.Array, sampling: Sampling
+) -> tuple[Any, TalkerState]:
+    """A step up to the writing of its rows: they, and the state with the old cache in it."""
+    heard = jnp.minimum(state.drawn, reply.shape[1] - 1)
+    x = params["model"]["embed_tokens"]["weight"][state.token] + reply[jnp.arange(len(heard)), heard]
+    positions = jnp.broadcast_to(state.position[None, :, None], (3, *state.position.shape, 1))
+    hidden, rows = read(cfg.decoder, params["model"], project(params, x[:, None]), positions, state.cache)
+    token, seen, drawn, done = _draw(cfg, params, hidden[:, -1], state.seen, state.drawn, state.done, sampling)
+    return rows, TalkerState(state.cache, token, state.position + 1, seen, drawn, done)
+
+
 def decode_step(
     cfg: TalkerConfig, params: Params, state: TalkerState, reply: jax.Array, sampling: Sampling
 ) -> TalkerState:
@@ -230,12 +241,39 @@ def decode_step(
     Args:
       reply: [B, R, E], of `reply_vectors`.
     """
-    heard = jnp.minimum(state.drawn, reply.shape[1] - 1)
-    x = params["model"]["embed_tokens"]["weight"][state.token] + reply[jnp.arange(len(heard)), heard]
-    positions = jnp.broadcast_to(state.position[None, :, None], (3, *state.position.shape, 1))
-    hidden, cache = forward(cfg, params, x[:, None], positions, state.cache)
-    token, seen, drawn, done = _draw(cfg, params, hidden[:, -1], state.seen, state.drawn, state.done, sampling)
-    return TalkerState(cache, token, state.position + 1, seen, drawn, done)
+    rows, state = _read_step(cfg, params, state, reply, sampling)
+    return dataclasses.replace(state, cache=append_rows(state.cache, rows))
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _read_only(
+    cfg: TalkerConfig, params: Params, state: TalkerState, reply: jax.Array, sampling: Sampling
+) -> tuple[Any, TalkerState]:
+    rows, state = _read_step(cfg, params, state, reply, sampling)
+    # The cache itself stays out of the outputs: there it would be a copy.
+    return rows, dataclasses.replace(state, cache=None)  # type: ignore[arg-type]
+
+
+def advance(
+    cfg: TalkerConfig, params: Params, state: TalkerState, reply: jax.Array, sampling: Sampling, steps: int
+) -> tuple[TalkerState, np.ndarray]:
+    """Up to `steps` decode steps, at most LOOP_STEPS; stops early when every row is done. The state is used up.
+
+    One program for stacked layers, two a step for layers in a tuple; see `generation.advance`.
+
+    Returns:
+      the state, and the codes [steps made, B] on the host.
+    """
+    if not isinstance(params["model"]["layers"], tuple):
+        state, made, count = decode_loop(cfg, params, state, reply, sampling, np.int32(steps))
+        made, count = jax.device_get((made, count))
+        return state, made[: int(count)]
+    codes: list[np.ndarray] = []
+    while len(codes) < steps and not (codes and np.asarray(state.done).all()):
+        rows, after = _read_only(cfg, params, state, reply, sampling)
+        state = dataclasses.replace(after, cache=write_rows(state.cache, rows))
+        codes.append(np.asarray(state.token))
+    return state, np.stack(codes)
 
 
 @partial(jax.jit, static_argnames="cfg", donate_argnames="state")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -193,6 +193,22 @@ def _per_row(value: Any, kind: type | tuple, count: int, what: str) -> list[Any]
     return rows
 
 
+class Drawn(NamedTuple):
+    """Mel spectrograms of a batch, padded.
+
+    Attributes:
+      frames: [rows bucket, L, mel_dim] on the device; rows without codes are not among them.
+      counts: [rows bucket] int32, true codes of each row.
+      requests: which request each of the first rows is of.
+      total: how many requests there were, those without codes included.
+    """
+
+    frames: jax.Array | None
+    counts: np.ndarray
+    requests: tuple[int, ...]
+    total: int
+
+
 def token2wav(
     cfg: Token2WavConfig,
     params: Params,
@@ -205,7 +221,24 @@ def token2wav(
     flow: Flow = Flow(),
     laid: Laid = on_one_device,
 ) -> list[np.ndarray]:
-    """Speaks codes. Each row of a batch gets exactly what it would get alone.
+    """Speaks codes: `codes_to_mel`, then `mel_to_sound`; arguments and errors are theirs."""
+    drawn = codes_to_mel(cfg, params, codes, voices, lengths=lengths, noise=noise, seeds=seeds, flow=flow, laid=laid)
+    return mel_to_sound(cfg, params, drawn, laid)
+
+
+def codes_to_mel(
+    cfg: Token2WavConfig,
+    params: Params,
+    codes: Sequence[Any],
+    voices: Voice | Sequence[Voice],
+    *,
+    lengths: Sequence[int] | None = None,
+    noise: Sequence[Any] | None = None,
+    seeds: int | Sequence[int] = 0,
+    flow: Flow = Flow(),
+    laid: Laid = on_one_device,
+) -> Drawn:
+    """Draws the mel spectrograms of codes. Each row of a batch gets exactly what it would get alone.
 
     Args:
       cfg: the model.
@@ -217,8 +250,6 @@ def token2wav(
       seeds: one for all, or one each; 0 … 2**64 - 1.
       flow: solver settings.
       laid: how the programs lie on a mesh.
-    Returns:
-      For each request float32 samples at 24 kHz in [-1, 1], `samples_per_code` a code; none for no codes.
     Raises:
       CodeError: a code outside the DiT's table.
       ValueError: counts or shapes that do not fit together.
@@ -230,10 +261,9 @@ def token2wav(
         raise ValueError(f"{len(noise)} noises for {len(rows)} requests")
     for voice in every_voice:
         _check_voice(cfg.dit, voice)
-    waves = [np.zeros(0, np.float32) for _ in rows]
     speaking = [i for i, row in enumerate(rows) if len(row)]
     if not speaking:
-        return waves
+        return Drawn(None, np.zeros(0, np.int32), (), len(rows))
 
     count = bucket(len(speaking), ROW_BUCKETS)
     length = padded_codes(cfg.dit, max(len(rows[i]) for i in speaking))
@@ -255,13 +285,25 @@ def token2wav(
         start = _padded(given, count, frames)
 
     padded = _padded([rows[i] for i in speaking], count, length)
-    dit_params, vocoder_params = params["code2wav_dit_model"], params["code2wav_bigvgan_model"]
     with laid("dit", count):
-        mel = sample_mel(dit_params, cfg.dit, padded, lens, spk, mels, refs, start, flow)
-    with laid("bigvgan", count):
-        sound = np.asarray(vocode_mel(vocoder_params, cfg.bigvgan, mel, lens * np.int32(cfg.dit.repeats)))
-    for i, wave in zip(speaking, sound):
-        waves[i] = wave[: len(rows[i]) * samples_per_code(cfg)].copy()
+        mel = sample_mel(params["code2wav_dit_model"], cfg.dit, padded, lens, spk, mels, refs, start, flow)
+    return Drawn(mel, lens, tuple(speaking), len(rows))
+
+
+def mel_to_sound(cfg: Token2WavConfig, params: Params, drawn: Drawn, laid: Laid = on_one_device) -> list[np.ndarray]:
+    """Runs BigVGAN over drawn mels.
+
+    Returns:
+      For each request float32 samples at 24 kHz in [-1, 1], `samples_per_code` a code; none for no codes.
+    """
+    waves = [np.zeros(0, np.float32) for _ in range(drawn.total)]
+    if drawn.frames is None:
+        return waves
+    frames = drawn.counts * np.int32(cfg.dit.repeats)
+    with laid("bigvgan", len(frames)):
+        sound = np.asarray(vocode_mel(params["code2wav_bigvgan_model"], cfg.bigvgan, drawn.frames, frames))
+    for row, i in enumerate(drawn.requests):
+        waves[i] = sound[row, : drawn.counts[row] * samples_per_code(cfg)].copy()
     return waves
 
 

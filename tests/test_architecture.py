@@ -13,7 +13,7 @@ MAX_LINES = 500
 
 # The layers of omni_jax: a module imports its own layer and those before it. A new module must be entered here.
 LAYERS = (
-    {"errors", "config", "sharding", "meshes", "buckets", "positions", "voice"},
+    {"errors", "arguments", "config", "sharding", "meshes", "buckets", "positions", "voice"},
     {"layers", "attention", "rope", "cache", "sampling", "ode", "declare", "kernels"},
     {"decoder", "vision", "audio", "speaker", "dit", "bigvgan"},
     {"thinker", "talker", "token2wav"},

@@ -65,3 +65,15 @@ def test_cut_stacks_keep_their_widths():
     assert cfg.thinker.vision.fullatt_block_indexes == (7,)
     assert cfg.thinker.text.hidden_size == C.preset("3b").thinker.text.hidden_size
     assert len(unstack({"w": np.zeros((3, 2))})) == 3
+
+
+def test_footprint_of_speech(monkeypatch, capsys):
+    """Nano shapes, both sides in processes of their own."""
+    monkeypatch.setattr(footprint, "SPEECH_SECONDS", (1, 2))
+    monkeypatch.setattr(footprint, "PEAK_SECONDS", 1)
+    footprint.main(None, "nano", None, ["speech"], as_json=True)
+    found = json.loads(capsys.readouterr().out)["speech"]
+    assert found["growth"] == found["evaluation_long_s"] / found["evaluation_short_s"]
+    assert min(found["peak_ours_bytes"], found["peak_reference_bytes"]) > 100 << 20
+    with pytest.raises(InputError, match="--model"):
+        footprint.main(None, "nano", None, ["generate"], as_json=True)

@@ -222,3 +222,107 @@ def test_where_the_ending_ids_come_from(checkpoint, model, tmp_path):
     del raw["thinker_config"]["eos_token_id"]
     (folder / "generation_config.json").unlink()
     assert stop_token_ids(folder, from_dict(raw), tokenizer) == (tokenizer.id("<|im_end|>"),)
+
+
+def test_convert_inspect_export(monkeypatch, capsys, checkpoint, tmp_path):
+    code, out, err = run(monkeypatch, capsys, "convert", checkpoint, tmp_path / "c", "--parts", "thinker", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["path"] == str(tmp_path / "c")
+    code, out, _ = run(monkeypatch, capsys, "inspect", tmp_path / "c", "--verify", "--json")
+    assert (code, out.count("\n")) == (0, 1)
+    found = json.loads(out)
+    assert (list(found["parts"]), found["verified"]["checksums"]) == (["thinker"], "CRC-32")
+    code, out, _ = run(monkeypatch, capsys, "inspect", tmp_path / "c", "--verify")
+    assert code == 0
+    for text in (
+        "converted checkpoint",
+        "thinker.text.rope_theta",
+        "voices: Chelsie, Ethan",
+        "checksums (CRC-32) agree",
+    ):
+        assert text in out
+    code, out, err = run(monkeypatch, capsys, "export", tmp_path / "c", tmp_path / "e")
+    assert (code, out) == (0, "")
+    assert err.startswith("exported 0.00 GB to ")
+    for args in (("export", tmp_path / "c", tmp_path / "f", "--max-shard-gb", "0"), ("inspect", tmp_path / "none"),
+                 ("convert", checkpoint, tmp_path / "c")):  # fmt: skip
+        code, out, err = run(monkeypatch, capsys, *args)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+def corrupt_header(folder, change):
+    """Rewrites the header of the one shard, its data untouched."""
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = change(data[8 : 8 + size])
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+
+
+def edit_entry(name, **changes):
+    def change(header):
+        raw = json.loads(header)
+        raw[name] |= changes
+        return json.dumps(raw).encode()
+
+    return change
+
+
+def with_index(folder, shard):
+    names = json.loads((folder / "model.safetensors").read_bytes()[8:].split(b"}}", 1)[0] + b"}}")
+    weights = {name: "model.safetensors" for name in names if name != "__metadata__"} | {
+        "thinker.lm_head.weight": shard
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+
+
+class Evil:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def hostile_pickle(folder):
+    import pickle
+    import zipfile
+
+    with zipfile.ZipFile(folder / "spk_dict.pt", "w") as file:
+        file.writestr("spk_dict/data.pkl", pickle.dumps({"Chelsie": Evil(f"touch {folder}/was-here")}, protocol=2))
+
+
+NORM = "thinker.model.norm.weight"
+CORRUPTIONS = {
+    "a truncated shard": (lambda f: os.truncate(f / "model.safetensors", 1_000_000), "fetch it again"),
+    "a flipped byte in the header": (
+        lambda f: corrupt_header(f, lambda h: h[:1] + bytes([h[1] ^ 1]) + h[2:]),
+        "not a sound safetensors file",
+    ),
+    "a shard that is missing": (lambda f: with_index(f, "model-00002-of-00002.safetensors"), "lacks this shard"),
+    "overlapping offsets": (lambda f: corrupt_header(f, edit_entry(NORM, data_offsets=[0, 256])), "overlaps"),
+    "a wrong dtype": (lambda f: corrupt_header(f, edit_entry(NORM, dtype="I32")), "is int32 where a float is asked"),
+    "a mis-shaped tensor": (lambda f: corrupt_header(f, edit_entry(NORM, shape=[8, 8])), "is [8, 8] where the config"),
+    "an absolute path": (lambda f: with_index(f, "/etc/passwd"), "only plain file names are allowed"),
+    "a path upwards": (lambda f: with_index(f, "../model.safetensors"), "only plain file names are allowed"),
+    "a header of 10 GB": (
+        lambda f: (f / "model.safetensors").write_bytes((10 << 30).to_bytes(8, "little") + b"{}"),
+        "claims 10737418240 bytes",
+    ),
+    "a pickle that calls os.system": (hostile_pickle, "which a voice file has no use for; it is refused"),
+}
+
+
+@pytest.mark.parametrize("case", CORRUPTIONS)
+def test_corrupt_checkpoints_are_one_line(monkeypatch, capsys, checkpoint, tmp_path, case):
+    folder = shutil.copytree(checkpoint, tmp_path / "broken")
+    corrupt, message = CORRUPTIONS[case]
+    corrupt(folder)
+    for args in (("convert", folder, tmp_path / "c"), ("inspect", folder, "--verify")):
+        code, out, err = run(monkeypatch, capsys, *args)
+        assert (code, out) == (2, "")
+        assert message in err
+        assert err.startswith(f"omni-jax: {folder}")
+        assert err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["broken"]
+    assert not (folder / "was-here").exists()

@@ -17,6 +17,7 @@ from transformers import Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration
 
 from omni_jax import config as C
 from omni_jax.checkpoint import keys
+from omni_jax.checkpoint.convert import convert
 from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.safetensors_io import INDEX, SINGLE, CheckpointError
 from tests.tiny import tiny_config
@@ -75,11 +76,15 @@ def assert_equal(params, state, dtype=np.float32, parts=PARTS):
         np.testing.assert_array_equal(array, state[name].astype(wanted), err_msg=name)
 
 
+@pytest.mark.parametrize("kind", ["published", "converted"])
 @pytest.mark.parametrize("unroll", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_published_layout(oracle, unroll, dtype):
+def test_either_kind_of_folder(oracle, tmp_path, kind, unroll, dtype):
     folder, state = oracle
     assert (folder / INDEX).exists()
+    if kind == "converted":
+        convert(folder, tmp_path / "c")
+        folder = tmp_path / "c"
     cfg = C.load_config(folder)
     params = load_params(folder, cfg, parts=PARTS, dtype=dtype, unroll=unroll)
     assert_equal(params, state, dtype)
@@ -240,9 +245,9 @@ from jax.sharding import NamedSharding, PartitionSpec as P, AxisType
 from omni_jax import config as C
 from omni_jax.checkpoint import load
 
-folder = sys.argv[1]
-cfg = C.load_config(folder)
-whole = load.load_params(folder, cfg, parts=("thinker", "token2wav"), dtype=np.float32, unroll=False)
+published, folder = sys.argv[1:]
+cfg = C.load_config(published)
+whole = load.load_params(published, cfg, parts=("thinker", "token2wav"), dtype=np.float32, unroll=False)
 mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 by = lambda *spec: NamedSharding(mesh, P(*spec))
 layers = {
@@ -281,9 +286,15 @@ print("equal on", jax.device_count())
 """
 
 
-def test_sharded_over_eight_devices(oracle):
+@pytest.mark.parametrize("kind", ["published", "converted"])
+def test_sharded_over_eight_devices(oracle, tmp_path, kind):
+    folder = oracle[0]
+    if kind == "converted":
+        folder = tmp_path / "c"
+        convert(oracle[0], folder)
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    run = subprocess.run([sys.executable, "-c", SHARDED, str(oracle[0])], env=env, capture_output=True, text=True)
+    command = [sys.executable, "-c", SHARDED, str(oracle[0]), str(folder)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "equal on 8\n"
 

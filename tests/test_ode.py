@@ -1,3 +1,5 @@
+from typing import get_args
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -5,6 +7,8 @@ import torch
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import RungeKutta4ODESolver
 
 from omni_jax import ode
+from omni_jax.errors import InputError
+from omni_jax.settings import OdeSolver, SpeechSettings
 
 
 def _run(name, count, x=None):
@@ -41,3 +45,9 @@ def test_time_points():
         ode.time_points(1)
     with pytest.raises(ValueError, match="euler"):
         ode.solver("heun")
+
+
+def test_settings_name_every_solver():
+    assert set(get_args(OdeSolver)) == set(ode.SOLVERS)
+    with pytest.raises(InputError, match=r"ode_solver is 'heun'.*midpoint"):
+        SpeechSettings(ode_solver="heun")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from infer import solvers
 from omni_jax import PARTS, SpeechSettings, cli, load, speech, token2wav
 from omni_jax import config as C
 from omni_jax.checkpoint.publish import write_random
@@ -338,3 +339,16 @@ def test_a_sound_file_is_whole_or_absent(tmp_path, monkeypatch):
     with pytest.raises(encode.OutputError, match="No space left"):
         encode.write_sound(tmp_path / "x.wav", np.zeros(10, np.float32), 24000)
     assert not list(tmp_path.iterdir())
+
+
+def test_solvers(checkpoint, monkeypatch, capsys):
+    """The table of time points and solvers: the default differs from itself by nothing, one step by the most."""
+    monkeypatch.setattr(solvers, "CHOICES", (solvers.DEFAULT, token2wav.Flow(9), token2wav.Flow(2, "euler")))
+    code, out, err = run(monkeypatch, capsys, "solvers", "--model", checkpoint, "--json")
+    assert code == 0, err
+    default, nearly, one = json.loads(out)
+    assert default["mel_error"] == default["sound_error"] == 0
+    assert 0 < nearly["mel_error"] < one["mel_error"]
+    assert 0 < nearly["sound_error"] < one["sound_error"]
+    assert [row["evaluations"] for row in (default, nearly, one)] == [36, 32, 1]
+    assert all(row["seconds"] > 0 for row in (default, nearly, one))

@@ -14,8 +14,9 @@ import torch
 import transformers
 from flax import linen as nn
 
-from omni_jax import SpeechSettings, speech, talker
+from omni_jax import SpeechSettings, buckets, speech, talker
 from omni_jax import config as C
+from omni_jax.cache import grow
 from omni_jax.checkpoint import keys
 from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.speakers import pick_voice
@@ -202,3 +203,19 @@ def test_shapes_of_the_published_sizes(name):
     assert made == want
     if name == "3b":
         assert sum(map(math.prod, made.values())) == 375_199_616 + 7_569_408 + 1_835_904
+
+
+def test_cache_grows(speaker, monkeypatch):
+    """A cache that grows while the Talker speaks gives the same codes as one that is large from the start."""
+    settings = dataclasses.replace(GREEDY, max_codes=90, watchdog=None)
+    _, [want], _ = codes_of(speaker, KINDS["text"], settings, 24)
+    monkeypatch.setattr(speech, "GROWTH", 16)
+    monkeypatch.setattr(buckets, "CACHE", buckets.steps(4096, 4, 128))
+    grown = []
+    monkeypatch.setattr(
+        speech, "grow", lambda cache, capacity: grown.append(capacity) or grow(cache, capacity=capacity)
+    )
+    _, [got], _ = codes_of(speaker, KINDS["text"], settings, 24)
+    assert len(set(grown)) > 1
+    assert got.codes == want.codes
+    assert len(got.codes) == 90 or got.finish_reason == "eos"

@@ -68,7 +68,8 @@ class Merged:
         if self.whole is not None:
             self.whole.read(out, index)
             return
-        assert self.a is not None and self.b is not None
+        assert self.a is not None
+        assert self.b is not None
         full = index + (slice(None),) * (2 - len(index))
         rows, columns = (slice(*s.indices(n)[:2]) for s, n in zip(full, self.shape, strict=True))
         a = self.a[:, columns]
@@ -99,8 +100,12 @@ def _config(folder: pathlib.Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: peft_type {str(raw.get('peft_type'))[:40]!r} cannot be merged; only LORA can")
     for field, plain in _PLAIN.items():
         if raw.get(field) not in plain:
-            raise CheckpointError(f"{file}: {field} is {str(raw[field])[:40]!r}, which is not supported; merge with peft")
+            raise CheckpointError(
+                f"{file}: {field} is {str(raw[field])[:40]!r}, which is not supported; merge with peft"
+            )
     patterns = raw.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{file}: alpha_pattern is not an object; save the adapter again")
     for name, alpha in (("lora_alpha", raw.get("lora_alpha")), *dict(patterns).items()):
         if type(alpha) not in (int, float) or not math.isfinite(alpha):
             raise CheckpointError(f"{file}: the alpha of {str(name)[:80]!r} is not a number; save the adapter again")
@@ -135,7 +140,8 @@ def apply_adapter(tensors: Mapping[str, Stored], folder: str | pathlib.Path) -> 
         if match := _KEY.fullmatch(name):
             pairs.setdefault(match["module"], {})[match["side"]] = tensor
         elif (match := _WHOLE.fullmatch(name)) and ".lora_" not in name:
-            wholes[match["name"]] = tensor
+            # With adapted embeddings or heads, peft stores their own weights as well.
+            wholes[match["name"].replace(".base_layer.", ".")] = tensor
         else:
             raise CheckpointError(f"{folder}: tensor {name[:200]!r} is not part of a plain LoRA; merge with peft")
     if not pairs:

@@ -6,12 +6,11 @@ import json
 import pathlib
 import sys
 import time
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
-Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-Json = Annotated[Flag, tyro.conf.arg(name="json")]
+from omni_jax.arguments import Flag, Json
 
 
 def report(verb: str, target: str, size: int, began: float, as_json: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import math
@@ -93,7 +92,7 @@ def building(dst: str | os.PathLike[str], size: int) -> Iterator[str]:
         free = shutil.disk_usage(temporary).free
         if free < size:
             raise CheckpointError(
-                f"{dst} takes {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left; make room, or go elsewhere"
+                f"{dst} takes {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left; make room"
             )
         yield str(temporary)
         _sync(temporary)
@@ -198,7 +197,11 @@ def _origins(files: pathlib.Path, tensors: Mapping[str, Stored], whole: bool) ->
         listed = orbax_io.read_manifest(files)["tensors"]
         out = {n: {k: e[k] for k in ("dtype", "file") if k in e} for n, e in listed.items() if n in tensors}
     else:
-        placed = {n: t.base if isinstance(t, adapters.Merged) else t for n, t in tensors.items()}
+        placed = {}
+        for name, tensor in tensors.items():
+            while isinstance(tensor, adapters.Merged):
+                tensor = tensor.base
+            placed[name] = tensor
         order = sorted(placed.items(), key=lambda item: (str(item[1].file), item[1].offset))  # type: ignore[attr-defined]
         out = {n: {"dtype": t.dtype.name, "file": t.file.name} for n, t in order if isinstance(t, Tensor)}
     return out if whole else {n: {"dtype": e["dtype"]} for n, e in out.items()}

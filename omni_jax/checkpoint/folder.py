@@ -16,7 +16,6 @@ from omni_jax.checkpoint.safetensors_io import BLOCK, DTYPES, CheckpointError, r
 from omni_jax.config import OmniConfig
 
 
-
 class Stored(Protocol):
     """A stored tensor, or one layer of a stored stack: `safetensors_io.Tensor`, `orbax_io.Row`, `adapter.Merged`."""
 

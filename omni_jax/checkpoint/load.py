@@ -22,6 +22,7 @@ from omni_jax.config import OmniConfig
 
 Params = Any  # a nested dict of arrays
 
+
 def _lookup(tree: Any, path: Sequence[Any]) -> Any:
     """The entry of a (possibly partial) tree of shardings; a leaf above covers what is below."""
     for key in path:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,9 +41,9 @@ _ERRORS = (ValueError, RuntimeError, OSError, KeyError, IndexError, NotImplement
 
 def reason(error: BaseException) -> str:
     """TensorStore's or the system's account of an error in one short line."""
+    if code := re.search(r"os_error_code='(\d{1,4})'", str(error)):
+        return os.strerror(int(code[1]))
     text = " ".join((getattr(error, "strerror", None) or str(error)).split())
-    if "No space left" in text:
-        return "No space left on device"
     return text.split(" [source locations")[0].split(" [tensorstore_spec")[0][:300]
 
 
@@ -73,7 +74,12 @@ def _context(threads: int) -> ts.Context:
 def _spec(base: Any, path: Sequence[str]) -> dict[str, Any]:
     store = {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/", "cache_pool": "cache_pool#ocdbt"}
     # A chunk that is absent is an error, never a silent zero.
-    return {"driver": "zarr", "kvstore": store, "store_data_equal_to_fill_value": True, "fill_missing_data_reads": False}
+    return {
+        "driver": "zarr",
+        "kvstore": store,
+        "store_data_equal_to_fill_value": True,
+        "fill_missing_data_reads": False,
+    }
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int, *, stacked: bool) -> tuple[int, ...]:
@@ -299,6 +305,8 @@ def read_arrays(place: str | os.PathLike[str], manifest: Mapping[str, Any]) -> d
         stacked = None not in names
         if stacked and (store.rank == 0 or set(names) != set(range(store.shape[0]))):
             have = store.shape[0] if store.rank else 0
-            raise CheckpointError(f"{arrays}: {leaf!r} stacks {have} layers where {len(names)} are listed; convert again")
+            raise CheckpointError(
+                f"{arrays}: {leaf!r} stacks {have} layers where {len(names)} are listed; convert again"
+            )
         found |= {name: Row(name, store, layer) for layer, name in names.items()}
     return {name: found[name] for name in manifest["tensors"]}

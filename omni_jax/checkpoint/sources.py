@@ -30,7 +30,7 @@ def is_small_file(name: str) -> bool:
 
 
 def _download(repo: str) -> pathlib.Path:
-    """A snapshot of a model on the hub, in the hub's cache; a download that broke off goes on. Raises CheckpointError."""
+    """A snapshot of a model on the hub, in the hub's cache; broken-off downloads go on. Raises CheckpointError."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -1,0 +1,63 @@
+"""What the commands' modules share: types of their arguments, and the files that arguments name."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from omni_jax.errors import InputError
+
+Strings = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+SpeechFormat = Literal["wav", "flac", "mp3", "opus"]
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Json = Annotated[Flag, tyro.conf.arg(name="json")]
+
+
+def use_compilation_cache() -> None:
+    """Compiled programs are kept between runs, unless JAX_COMPILATION_CACHE_DIR says where or is empty."""
+    import jax
+
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(home) / "omni-jax" / "programs"))
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def messages_file(path: pathlib.Path) -> Any:
+    """The conversation of a JSON file; what it says is checked where it is read. Raises InputError."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise InputError(
+            f"--messages {path} cannot be read as JSON ({e}); give a file with a list of messages"
+        ) from None
+
+
+def array_file(path: pathlib.Path) -> Any:
+    """The array of a .npy file, which may hold no pickles. Raises InputError."""
+    import numpy as np
+
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise InputError(f"{path} cannot be read as .npy ({' '.join(str(e).split())})") from None
+
+
+def codes_file(path: pathlib.Path) -> Any:
+    """Codes of a .npy or JSON file; what they are is checked where they are spoken."""
+    if path.suffix == ".npy":
+        return array_file(path)
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise InputError(f"--codes {path} cannot be read as JSON ({e}); give a list of codes, or a .npy") from None
+    row = raw.get("codec_ids") if isinstance(raw, dict) else raw
+    if not isinstance(row, list) or not all(type(code) is int and abs(code) < 1 << 31 for code in row):
+        raise InputError(f"--codes {path} must hold a list of whole numbers, or an object with codec_ids")
+    return row
