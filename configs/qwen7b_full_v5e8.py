@@ -1,6 +1,8 @@
-"""The whole decoder and head, Qwen2.5-Omni-7B, on a TPU v5e-8; towers frozen, 4096 tokens a row. Adafactor, since AdamW's moments do not fit.
+"""The whole decoder and head, Qwen2.5-Omni-7B, on a TPU v5e-8; towers frozen, 4096 tokens a row.
 
     omni-jax finetune --config configs/qwen7b_full_v5e8.py --set model=CHECKPOINT --set data.train=train.jsonl
+
+Adafactor, since AdamW's two moments of 7B do not fit eight v5e.
 
 What a step needs, compiled without the chips:
 
