@@ -181,7 +181,7 @@ def test_speech_files(checkpoint, speaker, tmp_path, monkeypatch):
         (["none.jsonl", "out.jsonl"], "none.jsonl cannot be read"),
         (["empty.jsonl", "out.jsonl"], "empty.jsonl has no line"),
         (["in.jsonl", "none/out.jsonl"], "there is no folder"),
-        (["in.jsonl", "out.jsonl", "--processes", "2", "--model", "none"], "process"),
+        (["in.jsonl", "out.jsonl", "--processes", "2", "--model", "none"], "none/config.json"),
     ],
 )
 def test_jobs_that_cannot_run(monkeypatch, capfd, checkpoint, tmp_path, args, said):
