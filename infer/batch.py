@@ -333,7 +333,7 @@ def _run(
             ready = [f.result() for f in made]
             coming = [pool.submit(_make_ready, model, job, line) for line in windows[i + 1]] if windows[i + 1 :] else []
             if agree is not None:
-                for at in np.flatnonzero(agree(np.array([isinstance(r, dict) for r in ready]))):
+                for at in np.flatnonzero(agree(np.array([isinstance(r, dict) for r in ready]))).tolist():
                     if not isinstance(ready[at], dict):
                         line = window[at]
                         ready[at] = _record(
