@@ -232,6 +232,15 @@ def test_two_conversions_to_one_place(nano, tmp_path):
         convert(nano, tmp_path / "c")
 
 
+def test_a_link_in_the_place_of_what_an_earlier_run_left(nano, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("keep")
+    (tmp_path / ".c.partial").symlink_to(tmp_path / "mine")
+    with pytest.raises(CheckpointError, match="c cannot be written"):
+        convert(nano, tmp_path / "c")
+    assert (tmp_path / "mine" / "file").read_text() == "keep"
+
+
 def test_no_room_on_the_disk(nano, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

@@ -81,7 +81,7 @@ def building(dst: str | os.PathLike[str], size: int) -> Iterator[str]:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise CheckpointError(f"{dst} exists already; give a new folder, or remove it first")
         temporary.mkdir(parents=True, exist_ok=True)
-        lock = os.open(temporary, os.O_RDONLY)
+        lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
