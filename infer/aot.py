@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -162,10 +163,11 @@ def listed(cfg: C.OmniConfig, placement: meshes.Placement) -> dict[str, Callable
     run: dict[str, Callable[[], Facts]] = {}
     for b in (1, 32):
         where = f"batch {b}, {context} slots"
-        run[f"decode {b}"] = lambda b=b, w=where: facts(P.thinker_decode(cfg, placement, b, context), w)
-        run[f"loop {b}"] = lambda b=b, w=where: facts(
-            P.thinker_decode(cfg, placement, b, context, loop=True), f"{w}, {loop} steps", loop
-        )
+        run[f"decode {b}"] = partial(lambda b, w: facts(P.thinker_decode(cfg, placement, b, context), w), b, where)
+        run[f"loop {b}"] = partial(
+            lambda b, w: facts(P.thinker_decode(cfg, placement, b, context, loop=True), f"{w}, {loop} steps", loop),
+            b, where,
+        )  # fmt: skip
     run["prefill"] = lambda: facts(P.thinker_prefill(cfg, placement, 1, context, 2 * context), f"{context} tokens")
     run["prefill 8k"] = lambda: facts(P.thinker_prefill(cfg, placement, 1, 6144, 8192), "6144 tokens, 8192 slots")
     run["decode 32k"] = lambda: facts(P.thinker_decode(cfg, placement, 1, LONG), f"batch 1, {LONG} slots")
@@ -179,7 +181,7 @@ def listed(cfg: C.OmniConfig, placement: meshes.Placement) -> dict[str, Callable
     if cfg.talker is not None:
         for b in (1, 32):
             where = f"batch {b}, {context} slots"
-            run[f"talker {b}"] = lambda b=b, w=where: facts(P.talker_decode(cfg, placement, b, context), w)
+            run[f"talker {b}"] = partial(lambda b, w: facts(P.talker_decode(cfg, placement, b, context), w), b, where)
     if cfg.token2wav is not None:
         sound = f"{SPEECH_CODES / 50:g} s"
         run["dit"] = lambda: facts(
@@ -203,9 +205,10 @@ def resident(cfg: C.OmniConfig, placement: meshes.Placement, found: dict[str, Fa
     if len(chosen) < len(names) or any(f.error for f in chosen):
         return None
     text, speech = cfg.thinker.text, cfg.talker.decoder
+    decoders: tuple[tuple[meshes.Part, C.DecoderConfig], ...] = (("thinker", text), ("talker", speech))
     caches = {
         part: on_device(P.cache_shapes(d, placement.layout(part), 1, 8192, jax.numpy.bfloat16).k) * 2
-        for part, d in (("thinker", text), ("talker", speech))
+        for part, d in decoders
     }
     parts = {p: P.weights(cfg, placement, p, jax.numpy.bfloat16) for p in ("thinker", "talker")}
     parts["token2wav"] = P.weights(cfg, placement, "token2wav", jax.numpy.float32)

@@ -1,7 +1,7 @@
 """What a model needs on a mesh before it runs: memory of each device by part, tokens of a clip, and roofline times.
 
-Weights and caches follow from shapes and rules and are exact. What a program needs beside them is a straight line in the
-size of its input, with coefficients taken from what the TPU compiler allocates (`make plan-fit` prints them again);
+Weights and caches follow from shapes and rules and are exact. What a program needs beside them is a straight line in
+the size of its input, with coefficients taken from what the TPU compiler allocates (`make plan-fit` prints them again);
 `tests/test_plan.py` holds the sums against the compiler on configurations that no coefficient was taken from.
 """
 
