@@ -1,8 +1,10 @@
-"""All weights of the decoder and its head, Qwen2.5-Omni-3B, on a TPU v6e-8; rows of 4096 tokens, towers frozen.
+"""The whole decoder and head, Qwen2.5-Omni-3B, on a TPU v6e-8; towers frozen, 4096 tokens a row.
 
     omni-jax finetune --config configs/qwen3b_full_v6e8.py --set model=CHECKPOINT --set data.train=train.jsonl
 
-?
+What a step needs, compiled without the chips:
+
+    omni-jax finetune --config configs/qwen3b_full_v6e8.py --plan v6e:2x4
 """
 
 from train.config import Data, Optimizer, Run

@@ -1,8 +1,10 @@
-"""Adapters on every projection of the decoder, Qwen2.5-Omni-3B, on a TPU v5e-8; rows of 4096 tokens, towers frozen.
+"""Adapters on the decoder, Qwen2.5-Omni-3B, on a TPU v5e-8; towers frozen, 4096 tokens a row.
 
     omni-jax finetune --config configs/qwen3b_lora_v5e8.py --set model=CHECKPOINT --set data.train=train.jsonl
 
-?
+What a step needs, compiled without the chips:
+
+    omni-jax finetune --config configs/qwen3b_lora_v5e8.py --plan v5e:2x4
 """
 
 from train.config import Data, Lora, Optimizer, Run

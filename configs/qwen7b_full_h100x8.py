@@ -1,8 +1,9 @@
-"""All weights of the decoder and its head, Qwen2.5-Omni-7B, on eight H100 of one host; rows of 4096 tokens, towers frozen.
+"""The whole decoder and head, Qwen2.5-Omni-7B, on eight H100 of one host; towers frozen, 4096 tokens a row.
 
     omni-jax finetune --config configs/qwen7b_full_h100x8.py --set model=CHECKPOINT --set data.train=train.jsonl
 
-The state alone, by its shapes (`python -m train.plan` compiles for TPUs only): ?
+Not compiled ahead: --plan is for TPUs. Eight ways, the state, the weights and the batch are what they are on
+eight TPU chips (configs/qwen7b_full_v6e8.py).
 """
 
 from train.config import Data, Optimizer, Run

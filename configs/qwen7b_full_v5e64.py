@@ -1,10 +1,12 @@
-"""All weights of the decoder and its head, Qwen2.5-Omni-7B, on a TPU v5e-64 (16 hosts); rows of 4096 tokens, towers frozen.
+"""The whole decoder and head, Qwen2.5-Omni-7B, on a TPU v5e-64 (16 hosts); towers frozen, 4096 tokens a row.
 
     omni-jax finetune --config configs/qwen7b_full_v5e64.py --set model=CHECKPOINT --set data.train=train.jsonl
 
 On every host, with `--coordinator auto`.
 
-?
+What a step needs, compiled without the chips:
+
+    omni-jax finetune --config configs/qwen7b_full_v5e64.py --plan v5e:8x8
 """
 
 from train.config import Data, Optimizer, Run
@@ -19,5 +21,5 @@ def get_config() -> Run:
         rates={"thinker.model": 1e-5, "thinker.lm_head": 1e-5},
         optimizer=Optimizer("adamw", warmup=100, weight_decay=0.01),
         steps=1000,
-        mesh="data=2,fsdp=32",
+        mesh="data=8,fsdp=8",
     )

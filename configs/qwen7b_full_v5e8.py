@@ -1,8 +1,12 @@
-"""All weights of the decoder and its head, Qwen2.5-Omni-7B, on a TPU v5e-8; rows of 4096 tokens, towers frozen. Adafactor: AdamW's two moments of 7B do not fit eight v5e.
+"""The whole decoder and head, Qwen2.5-Omni-7B, on a TPU v5e-8; towers frozen, 4096 tokens a row.
 
     omni-jax finetune --config configs/qwen7b_full_v5e8.py --set model=CHECKPOINT --set data.train=train.jsonl
 
-?
+Adafactor, since AdamW's two moments of 7B do not fit eight v5e.
+
+What a step needs, compiled without the chips:
+
+    omni-jax finetune --config configs/qwen7b_full_v5e8.py --plan v5e:2x4
 """
 
 from train.config import Data, Optimizer, Run

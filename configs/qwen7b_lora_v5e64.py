@@ -1,10 +1,12 @@
-"""Adapters on every projection of the decoder, Qwen2.5-Omni-7B, on a TPU v5e-64 (16 hosts); rows of 4096 tokens, towers frozen.
+"""Adapters on the decoder, Qwen2.5-Omni-7B, on a TPU v5e-64 (16 hosts); towers frozen, 4096 tokens a row.
 
     omni-jax finetune --config configs/qwen7b_lora_v5e64.py --set model=CHECKPOINT --set data.train=train.jsonl
 
 On every host, with `--coordinator auto`.
 
-?
+What a step needs, compiled without the chips:
+
+    omni-jax finetune --config configs/qwen7b_lora_v5e64.py --plan v5e:8x8
 """
 
 from train.config import Data, Lora, Optimizer, Run
@@ -20,5 +22,5 @@ def get_config() -> Run:
         lora=Lora(rank=16, alpha=32.0),
         optimizer=Optimizer("adamw", warmup=100),
         steps=1000,
-        mesh="data=2,fsdp=32",
+        mesh="data=8,fsdp=8",
     )

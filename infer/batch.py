@@ -318,7 +318,8 @@ def _same_failures(failed: np.ndarray) -> np.ndarray:
     """Which lines failed on any host: all of them must make the same calls."""
     from jax.experimental import multihost_utils
 
-    return np.asarray(multihost_utils.process_allgather(failed)).any(axis=0)
+    every: np.ndarray = np.asarray(multihost_utils.process_allgather(failed))
+    return np.asarray(every.any(axis=0))
 
 
 def _run(
@@ -333,7 +334,7 @@ def _run(
             ready = [f.result() for f in made]
             coming = [pool.submit(_make_ready, model, job, line) for line in windows[i + 1]] if windows[i + 1 :] else []
             if agree is not None:
-                for at in np.flatnonzero(agree(np.array([isinstance(r, dict) for r in ready]))):
+                for at in np.flatnonzero(agree(np.array([isinstance(r, dict) for r in ready]))).tolist():
                     if not isinstance(ready[at], dict):
                         line = window[at]
                         ready[at] = _record(
@@ -350,6 +351,9 @@ def main(job: Job, processes: int, join: str | None, patience: int, as_json: boo
         raise JobError("--processes must be at least 1, and goes without --join")
     if patience < 1:
         raise JobError(f"--patience is {patience} seconds; it must be at least 1")
+    from omni_jax.config import load_config
+
+    load_config(job.model)  # one line here, and not one of each process
     lines = job.lines()
     before = len(records.answered(job.out, lines))
     if processes == 1 and join is None:

@@ -1,4 +1,4 @@
-"""The commands of this package: `omni-jax batch`, `bench`, `footprint`, `solvers`."""
+"""The commands of this package: `omni-jax aot`, `batch`, `bench`, `footprint`, `solvers`."""
 
 from __future__ import annotations
 
@@ -176,3 +176,29 @@ def batch(
     )  # fmt: skip
     use_compilation_cache()
     main(job, processes, join, patience, as_json)
+
+
+def aot(
+    *,
+    preset: Literal["3b", "7b", "nano"] = "3b",
+    topology: str = "v5e:2x4",
+    mesh: str | None = None,
+    layers: int | None = None,
+    only: Strings = (),
+    as_json: Json = False,
+) -> None:
+    """Compile every network for a TPU topology that need not be there; print memory, HBM traffic and collectives.
+
+    Needs the `aot` extra (x86-64 Linux). Takes minutes.
+
+    Args:
+      preset: Whose shapes.
+      topology: Generation and chips: v5e:1x1, v5e:2x4, v6e:2x4, v5p:2x2x1, tpu7x:2x2x1, …
+      mesh: How the chips are used, as in `generate --mesh`; by default all of them.
+      layers: Cut every stack to this many layers; by default none is cut.
+      only: A program by name ("decode 32"); may be given several times.
+      as_json: Print one line of JSON and nothing else.
+    """
+    from infer import aot as ahead
+
+    ahead.main(preset, topology, mesh, layers, only, as_json)

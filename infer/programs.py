@@ -27,6 +27,7 @@ from omni_jax.stages import boxed_shapes, inner_part
 
 # Ids that end a reply: as wide as `Omni` makes the array for up to four.
 STOP_IDS = 4
+FLOW = token2wav.Flow()
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,9 @@ def cache_shapes(d: DecoderConfig, layout: Layout, batch: int, capacity: int, dt
     """A cache as shapes with shardings."""
     shape = (d.num_hidden_layers, batch, d.num_key_value_heads, capacity, d.head_dim)
     rows = _struct(layout, shape, dtype, *CACHE_AXES)
-    return KVCache(rows, rows, _struct(layout, (batch,), jnp.int32), _struct(layout, (), jnp.int32))
+    start: Any = _struct(layout, (batch,), jnp.int32)
+    length: Any = _struct(layout, (), jnp.int32)
+    return KVCache(rows, rows, start, length)
 
 
 def sampling_shapes(layout: Layout, batch: int) -> Sampling:
@@ -183,7 +186,7 @@ def talker_decode(
     params = weights(cfg, placement, "talker", dtype)
     state = _state(layout, d, batch, capacity, dtype, talker.TalkerState)
     vectors = _struct(layout, (batch, reply, cfg.talker.embedding_size), dtype, "batch", None, None)
-    args = (cfg.talker, params, state, vectors, sampling_shapes(layout, batch))
+    args: tuple[Any, ...] = (cfg.talker, params, state, vectors, sampling_shapes(layout, batch))
     cache = (state.cache.k, state.cache.v)
     if loop:
         args = (*args, _struct(layout, (), jnp.int32))
@@ -209,7 +212,7 @@ def audio_call(cfg: OmniConfig, placement: Placement, chunks: int, dtype: Any = 
 
 def dit_flow(
     cfg: OmniConfig, placement: Placement, batch: int, codes: int, reference: int = 512,
-    flow: token2wav.Flow = token2wav.Flow(),
+    flow: token2wav.Flow = FLOW,
 ) -> Program:  # fmt: skip
     """The whole flow of the DiT for a padded number of codes."""
     assert cfg.token2wav is not None

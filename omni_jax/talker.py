@@ -26,7 +26,7 @@ from jax import lax
 from omni_jax.cache import KVCache, append_rows, init_cache, write_rows
 from omni_jax.config import TalkerConfig
 from omni_jax.decoder import Decoder, decode, read
-from omni_jax.layers import Linear, Params, dense
+from omni_jax.layers import Linear, Params, dense, look_up
 from omni_jax.sampling import Array, Sampling, sample
 from omni_jax.sharding import constrain, replicate
 from omni_jax.thinker import Embedding
@@ -225,7 +225,7 @@ def _read_step(
 ) -> tuple[Any, TalkerState]:
     """A step up to the writing of its rows: they, and the state with the old cache in it."""
     heard = jnp.minimum(state.drawn, reply.shape[1] - 1)
-    x = params["model"]["embed_tokens"]["weight"][state.token] + reply[jnp.arange(len(heard)), heard]
+    x = look_up(params["model"]["embed_tokens"]["weight"], state.token) + look_up(reply, jnp.arange(len(heard)), heard)
     positions = jnp.broadcast_to(state.position[None, :, None], (3, *state.position.shape, 1))
     hidden, rows = read(cfg.decoder, params["model"], project(params, x[:, None]), positions, state.cache)
     token, seen, drawn, done = _draw(cfg, params, hidden[:, -1], state.seen, state.drawn, state.done, sampling)

@@ -94,7 +94,7 @@ def theirs(cfg: C.OmniConfig, ids: np.ndarray) -> Callable[[], float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(named.values()), CLIP)
         adam.step()
-        return float(loss)
+        return float(loss.detach())
 
     return run_step
 

@@ -166,9 +166,10 @@ class Trainer:
         if not name.endswith((".lora_a", ".lora_b")):
             return _spread(self.shardings[name], shape)
         weight = self.shardings[f"{name.rpartition('.')[0]}.weight"]
-        *lead, rows, cols = [*tuple(weight.spec), *[None] * (len(shape) - len(tuple(weight.spec)))]
-        spec = (*lead, None, cols) if name.endswith("lora_a") else (*lead, rows, None)
-        return NamedSharding(weight.mesh, PartitionSpec(*spec))
+        spec: list[Any] = [*weight.spec] + [None] * (len(shape) - len(weight.spec))
+        lead, (rows, cols) = spec[:-2], spec[-2:]
+        split = (*lead, None, cols) if name.endswith("lora_a") else (*lead, rows, None)
+        return NamedSharding(weight.mesh, PartitionSpec(*split))
 
     def state_shardings(self) -> State | None:
         """Shardings of a `State`; None on one device."""
