@@ -318,7 +318,7 @@ def _same_failures(failed: np.ndarray) -> np.ndarray:
     """Which lines failed on any host: all of them must make the same calls."""
     from jax.experimental import multihost_utils
 
-    return np.asarray(multihost_utils.process_allgather(failed)).any(axis=0)
+    return np.any(np.asarray(multihost_utils.process_allgather(failed)), axis=0)
 
 
 def _run(
