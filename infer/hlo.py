@@ -28,7 +28,14 @@ FREE = frozenset((
     "collective-permute-done", "opt-barrier", "add-dependency", "send-done", "recv-done", "dynamic-slice-done",
     "dynamic-update-slice-done",
 ))  # fmt: skip
-_FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "Sharding", "MoveToHost", "MoveToDevice", "AssumeGatherIndicesInBound")
+_FREE_CALLS = (
+    "AllocateBuffer",
+    "ConcatBitcast",
+    "Sharding",
+    "MoveToHost",
+    "MoveToDevice",
+    "AssumeGatherIndicesInBound",
+)
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
 
@@ -275,7 +282,7 @@ class Module:
 
     def turns(self, computation: Computation, loop: Instruction, trips: int | None = None) -> int:
         """How often a loop runs. Raises ValueError where only the run time knows and `trips` is not given."""
-        known = re.search(r'known_trip_count[^\d]*(\d+)', loop.text)
+        known = re.search(r"known_trip_count[^\d]*(\d+)", loop.text)
         if known:
             return int(known[1])
         counted = self._counted(computation, loop)
@@ -395,7 +402,10 @@ class Module:
                     continue  # its operand
                 if i.opcode == "dynamic-update-slice":
                     continue
-                if i.opcode == "fusion" and self._fusion_writes(i, self.computations[i.called["calls"][0]]) < array.bytes:
+                if (
+                    i.opcode == "fusion"
+                    and self._fusion_writes(i, self.computations[i.called["calls"][0]]) < array.bytes
+                ):
                     continue
                 out.append(f"{i.opcode} {i.name}")
         return out

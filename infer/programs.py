@@ -5,11 +5,9 @@ Nothing is allocated: parameters and inputs are `jax.ShapeDtypeStruct`s that car
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from omni_jax import audio, generation, meshes, talker, token2wav, vision
+from omni_jax import audio, generation, talker, token2wav, vision
 from omni_jax.cache import CACHE_AXES, KVCache
 from omni_jax.config import DecoderConfig, OmniConfig
 from omni_jax.errors import InputError
@@ -29,6 +27,7 @@ from omni_jax.stages import boxed_shapes, inner_part
 
 # Ids that end a reply: as wide as `Omni` makes the array for up to four.
 STOP_IDS = 4
+FLOW = token2wav.Flow()
 
 
 @dataclass(frozen=True)
@@ -153,9 +152,7 @@ def thinker_decode(
         steps = _struct(layout, (), jnp.int32)
         args = (cfg.thinker, params, state, sampling, steps)
         return Program("thinker decode loop", layout, generation.decode_loop, args, {}, params, cache)
-    return Program(
-        "thinker decode", layout, _thinker_step, (cfg.thinker, params, state, sampling), {}, params, cache
-    )
+    return Program("thinker decode", layout, _thinker_step, (cfg.thinker, params, state, sampling), {}, params, cache)
 
 
 def thinker_prefill(
@@ -213,7 +210,7 @@ def audio_call(cfg: OmniConfig, placement: Placement, chunks: int, dtype: Any = 
 
 def dit_flow(
     cfg: OmniConfig, placement: Placement, batch: int, codes: int, reference: int = 512,
-    flow: token2wav.Flow = token2wav.Flow(),
+    flow: token2wav.Flow = FLOW,
 ) -> Program:  # fmt: skip
     """The whole flow of the DiT for a padded number of codes."""
     assert cfg.token2wav is not None

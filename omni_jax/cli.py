@@ -449,11 +449,37 @@ def footprint(
     measure.main(model, preset, layers, as_json)
 
 
+def aot(
+    *,
+    preset: Literal["3b", "7b", "nano"] = "3b",
+    topology: str = "v5e:2x4",
+    mesh: str | None = None,
+    layers: int | None = None,
+    only: Strings = (),
+    as_json: Annotated[Flag, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Compile every network for a TPU topology that need not be there; print memory, HBM traffic and collectives.
+
+    Needs the `aot` extra (x86-64 Linux). Takes minutes.
+
+    Args:
+      preset: Whose shapes.
+      topology: Generation and chips: v5e:1x1, v5e:2x4, v6e:2x4, v5p:2x2x1, tpu7x:2x2x1, …
+      mesh: How the chips are used, as in `generate --mesh`; by default all of them.
+      layers: Cut every stack to this many layers; by default none is cut.
+      only: A program by name ("decode 32"); may be given several times.
+      as_json: Print one line of JSON and nothing else.
+    """
+    from infer import aot as ahead
+
+    ahead.main(preset, topology, mesh, layers, only, as_json)
+
+
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
     commands: dict[str, Any] = {
         "generate": generate, "batch": batch, "vocode": vocode, "voices": voices, "init": init, "bench": bench,
-        "footprint": footprint,
+        "footprint": footprint, "aot": aot,
     }  # fmt: skip
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="omni-jax", description="Qwen2.5-Omni in JAX.")

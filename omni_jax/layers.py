@@ -57,6 +57,16 @@ def linear(
     return y.astype(out_dtype or x.dtype)
 
 
+def look_up(table: jax.Array, *index: jax.Array) -> jax.Array:
+    """`table[index]` for the few rows of a decode step; zeros where an index is negative.
+
+    It stands in a branch, since a TPU compiler fetches a table that fits its fast memory whole, for a row of it.
+    """
+    shape = jax.eval_shape(lambda t, i: t[i], table, index)
+    known = jnp.all(jnp.stack([jnp.min(i) for i in index]) >= 0)
+    return lax.cond(known, lambda: table[index], lambda: jnp.zeros(shape.shape, shape.dtype))
+
+
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis: float32, cast, then × weight (the order matters in bf16)."""
     y = x.astype(jnp.float32)

@@ -24,7 +24,7 @@ from jax import lax
 from omni_jax.cache import KVCache, init_cache
 from omni_jax.config import TalkerConfig
 from omni_jax.decoder import Decoder, decode
-from omni_jax.layers import Linear, Params, linear
+from omni_jax.layers import Linear, Params, linear, look_up
 from omni_jax.sampling import Array, Sampling, sample
 from omni_jax.sharding import constrain, replicate
 from omni_jax.thinker import Embedding
@@ -232,7 +232,7 @@ def decode_step(
       reply: [B, R, E], of `reply_vectors`.
     """
     heard = jnp.minimum(state.drawn, reply.shape[1] - 1)
-    x = params["model"]["embed_tokens"]["weight"][state.token] + reply[jnp.arange(len(heard)), heard]
+    x = look_up(params["model"]["embed_tokens"]["weight"], state.token) + look_up(reply, jnp.arange(len(heard)), heard)
     positions = jnp.broadcast_to(state.position[None, :, None], (3, *state.position.shape, 1))
     hidden, cache = forward(cfg, params, x[:, None], positions, state.cache)
     token, seen, drawn, done = _draw(cfg, params, hidden[:, -1], state.seen, state.drawn, state.done, sampling)

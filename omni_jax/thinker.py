@@ -15,7 +15,7 @@ from omni_jax.audio import AudioTower, audio_shapes
 from omni_jax.cache import KVCache
 from omni_jax.config import ThinkerConfig
 from omni_jax.decoder import Decoder, decode
-from omni_jax.layers import INIT_STDDEV, Params, linear, sharded_init
+from omni_jax.layers import INIT_STDDEV, Params, linear, look_up, sharded_init
 from omni_jax.sharding import constrain
 from omni_jax.vision import VisionTower, vision_shapes
 
@@ -75,7 +75,8 @@ def embed(
     Returns:
       [B, T, D] in the dtype of the table.
     """
-    x = params["model"]["embed_tokens"]["weight"][ids]
+    table = params["model"]["embed_tokens"]["weight"]
+    x = look_up(table, ids) if ids.shape[1] == 1 else table[ids]
     if media is not None and media_index is not None:
         vectors = media.astype(x.dtype)[jnp.maximum(media_index, 0)]
         x = jnp.where((media_index >= 0)[..., None], vectors, x)

@@ -1,0 +1,109 @@
+"""The byte counter on programs whose traffic is known, compiled for a TPU that is not there: right within 1 %."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from infer.hlo import Array, Module
+from tests.ahead import needs_compiler
+
+pytestmark = needs_compiler
+N = 8192  # a bf16 square of this side is 128 MiB: it does not fit a v5e's VMEM
+
+
+@pytest.fixture(scope="module")
+def one():
+    """A v5e chip."""
+    from infer.programs import topology
+
+    mesh = Mesh(np.array(topology("v5e:1x1")), ("x",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def module(function, sharding, *shapes, donate=()):
+    args = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=sharding) for s in shapes]
+    return Module(jax.jit(function, donate_argnums=donate).lower(*args).compile().as_text())
+
+
+def test_a_matmul(one):
+    m = module(lambda x, w: x @ w, one, (N, N), (N, N))
+    assert m.hbm_bytes() == pytest.approx(3 * 2 * N * N, rel=0.01)
+
+
+def test_a_matmul_that_reads_its_weight_once(one):
+    m = module(lambda x, w: x @ w, one, (8, N), (N, N))
+    assert m.hbm_bytes() == pytest.approx(2 * (N * N + 2 * 8 * N), rel=0.01)
+
+
+@pytest.mark.parametrize("layers", [3, 16])
+def test_a_scan_of_matmuls(one, layers):
+    """The loop's body counts as often as it runs, and of the stack only the layer's slice."""
+    m = module(
+        lambda x, w: lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, w)[0], one, (8, N // 2), (layers, N // 2, N // 2)
+    )
+    assert m.hbm_bytes() == pytest.approx(layers * 2 * (N // 2) ** 2, rel=0.01)
+
+
+def test_a_loop_whose_turns_are_data(one):
+    def loop(x, w, steps):
+        return lax.fori_loop(0, steps, lambda _, c: jnp.tanh(c @ w), x)
+
+    args = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=one) for s in ((8, N), (N, N))]
+    steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=one)
+    m = Module(jax.jit(loop).lower(*args, steps).compile().as_text())
+    assert m.hbm_bytes(7) == pytest.approx(7 * 2 * N * N, rel=0.01)
+    with pytest.raises(ValueError, match="say trips"):
+        m.hbm_bytes()
+
+
+def update(buffer, row):
+    return lax.dynamic_update_slice(buffer, row, (5, 0))
+
+
+def test_a_missing_donation(one):
+    """Donated, an update moves the row; not donated, it copies the buffer, which is read and written."""
+    shapes = ((N, N), (1, N))
+    kept = module(update, one, *shapes, donate=(0,))
+    assert kept.donated == {0}
+    assert kept.hbm_bytes() < 0.01 * 2 * N * N
+    assert kept.copies({(N, N)}) == []
+    copied = module(update, one, *shapes)
+    assert copied.donated == set()
+    assert copied.hbm_bytes() == pytest.approx(2 * 2 * N * N, rel=0.01)
+    assert len(copied.copies({(N, N)})) == 1
+
+
+def test_a_deliberate_copy(one):
+    m = module(lambda x: (x, x.T.reshape(N // 2, 2 * N)), one, (N, N), donate=(0,))
+    assert m.hbm_bytes() == pytest.approx(2 * 2 * N * N, rel=0.01)
+
+
+def test_collectives_are_found_with_their_bytes():
+    from infer.programs import topology
+
+    mesh = Mesh(np.array(topology("v5e:2x4")).reshape(8), ("x",), axis_types=(AxisType.Auto,))
+    by = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))  # noqa: E731
+    x = jax.ShapeDtypeStruct((8, N), jnp.bfloat16, sharding=by(None, "x"))
+    w = jax.ShapeDtypeStruct((5, N, N), jnp.bfloat16, sharding=by(None, None, "x"))
+
+    @functools.partial(jax.jit, out_shardings=by(None, "x"))
+    def run(x, w):
+        return lax.scan(lambda c, w: (lax.with_sharding_constraint(jnp.tanh(c @ w), by(None, "x")), None), x, w)[0]
+
+    m = Module(run.lower(x, w).compile().as_text())
+    gathers = [c for c in m.collectives() if c.kind == "all-gather"]
+    assert [(c.bytes, c.times, c.depth) for c in gathers] == [(8 * N * 2, 5, 1)]
+    assert m.hbm_bytes() == pytest.approx(5 * 2 * N * N / 8, rel=0.01)
+
+
+def test_sizes_count_the_padding_of_tiles():
+    assert Array("bf16", (3, 100), "1,0:T(8,128)(2,1)").bytes == 8 * 128 * 2
+    assert Array("bf16", (2, 5, 128), "2,1,0:T(8,128)(2,1)").bytes == 2 * 8 * 128 * 2
+    assert Array("bf16", (2, 5, 128), "2,0,1:T(2,128)(2,1)").bytes == 5 * 2 * 128 * 2
+    assert Array("f32", (3, 100), "").bytes == 1200
+    assert not Array("f32", (3,), "0:T(128)S(1)").in_hbm
