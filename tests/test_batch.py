@@ -254,7 +254,7 @@ def test_a_host_that_falls_silent_ends_the_job(checkpoint, tmp_path):
     """Two hosts, each with its own watcher: one vanishes, and the other ends within its patience."""
     lines = [user(f"What is {n}?") for n in range(400)]
     source, out, port = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl", launch.free_port()
-    flags = ("--model", checkpoint, "--dtype", "float32", "--max-new-tokens", 16, "--batch-size", 1, "--patience", 10)
+    flags = ("--model", checkpoint, "--dtype", "float32", "--max-new-tokens", 16, "--batch-size", 1, "--patience", 20)
     hosts = [_two_processes(source, out, *flags, "--join", f"127.0.0.1:{port},{i}/2") for i in range(2)]
     part = tmp_path / "out.jsonl.part-00001"
     while not (part.exists() and part.stat().st_size > 2000):
@@ -263,8 +263,8 @@ def test_a_host_that_falls_silent_ends_the_job(checkpoint, tmp_path):
     child = subprocess.run(["pgrep", "-P", str(hosts[1].pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(child[0]), signal.SIGKILL)
     killed = time.monotonic()
-    errors = [h.communicate(timeout=60)[1] for h in hosts]
-    assert time.monotonic() - killed < 10 + 10
+    errors = [h.communicate(timeout=90)[1] for h in hosts]
+    assert time.monotonic() - killed < 20 + 15
     assert "process 1 of 2 was ended by SIGKILL" in errors[1]
     assert "process 0 of 2 was ended by SIGABRT" in errors[0]
     assert [h.returncode for h in hosts] == [1, 1]
