@@ -17,7 +17,7 @@ LAYERS = (
     {"layers", "attention", "rope", "cache", "sampling", "ode", "declare", "kernels"},
     {"decoder", "vision", "audio", "speaker", "dit", "bigvgan"},
     {"thinker", "talker", "token2wav"},
-    {"settings", "generation", "stages"},
+    {"settings", "generation", "stages", "plan"},
     {"reply", "watchdog", "speech", "omni"},
     {"cli"},
 )
