@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from omni_jax import cli
 from omni_jax.processing.chat import SPEECH_SYSTEM_MESSAGE
@@ -276,6 +277,17 @@ def with_index(folder, shard):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
 
 
+def forget_shard(folder):
+    """Two shards, of which the index knows one."""
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    known = {name: tensors.pop(name) for name in list(tensors) if name.startswith("thinker.")}
+    for i, part in enumerate((known, tensors), 1):
+        safetensors.numpy.save_file(part, folder / f"model-{i:05d}-of-00002.safetensors")
+    weights = dict.fromkeys(known, "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+
+
 class Evil:
     def __init__(self, command):
         self.command = command
@@ -300,6 +312,7 @@ CORRUPTIONS = {
         "not a sound safetensors file",
     ),
     "a shard that is missing": (lambda f: with_index(f, "model-00002-of-00002.safetensors"), "lacks this shard"),
+    "a shard that the index forgets": (forget_shard, "do not fit config.json; missing "),
     "overlapping offsets": (lambda f: corrupt_header(f, edit_entry(NORM, data_offsets=[0, 256])), "overlaps"),
     "a wrong dtype": (lambda f: corrupt_header(f, edit_entry(NORM, dtype="I32")), "is int32 where a float is asked"),
     "a mis-shaped tensor": (lambda f: corrupt_header(f, edit_entry(NORM, shape=[8, 8])), "is [8, 8] where the config"),
