@@ -227,6 +227,11 @@ def _lookup(cls: type, name: str, raw: Mapping[str, Any]) -> Any:
     return None
 
 
+# What is counted to when the tensors are listed: a hostile file must not make that endless.
+_COUNTS = ("num_hidden_layers", "depth", "encoder_layers", "enc_res2net_scale")
+_MAX_COUNT = 10_000
+
+
 def _checked(where: str, name: str, value: Any, default: Any) -> Any:
     """The value, frozen, if it is of the kind of the default; whole floats pass for integers."""
 
@@ -245,6 +250,8 @@ def _checked(where: str, name: str, value: Any, default: Any) -> Any:
             return v
         if v != int(v) or (v == 0 and not isinstance(default, tuple) and not name.endswith("_id")):
             raise wrong(kind)
+        if name in _COUNTS and v > _MAX_COUNT:
+            raise wrong(f"at most {_MAX_COUNT}")
         return int(v)
 
     if isinstance(default, str | bool):

@@ -238,13 +238,14 @@ def test_convert_inspect_export(monkeypatch, capsys, checkpoint, tmp_path):
     for text in (
         "converted checkpoint",
         "thinker.text.rope_theta",
+        "default: 2 fields that config.json leaves out",
         "voices: Chelsie, Ethan",
         "checksums (CRC-32) agree",
     ):
         assert text in out
     code, out, err = run(monkeypatch, capsys, "export", tmp_path / "c", tmp_path / "e")
     assert (code, out) == (0, "")
-    assert err.startswith("exported 0.00 GB to ")
+    assert err.startswith("exported 1.6 MB to ")
     for args in (("export", tmp_path / "c", tmp_path / "f", "--max-shard-gb", "0"), ("inspect", tmp_path / "none"),
                  ("convert", checkpoint, tmp_path / "c")):  # fmt: skip
         code, out, err = run(monkeypatch, capsys, *args)

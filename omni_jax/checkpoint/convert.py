@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
+from rich.filesize import decimal
 
 from omni_jax.checkpoint import adapter as adapters
 from omni_jax.checkpoint import keys, orbax_io
@@ -94,9 +95,7 @@ def building(dst: str | os.PathLike[str], size: int) -> Iterator[str]:
         _empty(temporary)
         free = shutil.disk_usage(temporary).free
         if free < size:
-            raise CheckpointError(
-                f"{dst} takes {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left; make room"
-            )
+            raise CheckpointError(f"{dst} takes {decimal(size)}, and its disk has {decimal(free)} left; make room")
         yield str(temporary)
         _sync(temporary)
         os.replace(temporary, target)
