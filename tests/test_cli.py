@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -233,19 +234,22 @@ def test_convert_inspect_export(monkeypatch, capsys, checkpoint, tmp_path):
     assert (code, out.count("\n")) == (0, 1)
     found = json.loads(out)
     assert (list(found["parts"]), found["verified"]["checksums"]) == (["thinker"], "CRC-32")
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    del config["thinker_config"]["text_config"]["rope_theta"]
+    (tmp_path / "c" / "config.json").write_text(json.dumps(config))
     code, out, _ = run(monkeypatch, capsys, "inspect", tmp_path / "c", "--verify")
     assert code == 0
+    assert re.search(r"thinker\.text\.rope_theta +│ 1000000\.0 +│ default ", out)
     for text in (
         "converted checkpoint",
-        "thinker.text.rope_theta",
-        "default: 2 fields that config.json leaves out",
+        "default: left out of config.json, 1 of ",
         "voices: Chelsie, Ethan",
         "checksums (CRC-32) agree",
     ):
         assert text in out
     code, out, err = run(monkeypatch, capsys, "export", tmp_path / "c", tmp_path / "e")
     assert (code, out) == (0, "")
-    assert err.startswith("exported 1.6 MB to ")
+    assert re.match(r"exported \d\.\d MB to ", err)
     for args in (("export", tmp_path / "c", tmp_path / "f", "--max-shard-gb", "0"), ("inspect", tmp_path / "none"),
                  ("convert", checkpoint, tmp_path / "c")):  # fmt: skip
         code, out, err = run(monkeypatch, capsys, *args)

@@ -124,7 +124,7 @@ def _print_tables(found: dict[str, Any]) -> None:
         config.add_row(name, str(value), "default" if name in found["defaults"] else "")
     console.print(config)
     if found["defaults"]:
-        console.print(f"default: {len(found['defaults'])} fields that config.json leaves out")
+        console.print(f"default: left out of config.json, {len(found['defaults'])} of {len(found['config'])} fields")
     if "verified" in found:
         sums = found["verified"]["checksums"]
         against = f"checksums ({sums}) agree" if sums != "none" else "this folder carries no checksums"
