@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omni_jax.checkpoint import keys
+from omni_jax.checkpoint import keys, orbax_io
 from omni_jax.checkpoint.adapter import apply_adapter
-from omni_jax.checkpoint.folder import Stored, nbytes, open_checkpoint, progress_bar, read_block, row_blocks
+from omni_jax.checkpoint.folder import Stored, nbytes, open_checkpoint, progress_bar, row_blocks
 from omni_jax.checkpoint.safetensors_io import CheckpointError, aligned_empty
 from omni_jax.config import OmniConfig
 
@@ -52,7 +52,8 @@ def _read_slices(
 ) -> dict[str, np.ndarray]:
     """Slices of a leaf, by the text of their index. Those that share rows are cut out of one reading of these.
 
-    In a file the columns of a slice lie scattered: device by device, all of it would be read for each.
+    In a file the columns of a slice lie scattered: device by device, all of it would be read for each. The chunks of a
+    converted folder are cut for the devices instead.
     """
     lead = 1 + stacked
     groups: dict[str, list[tuple[slice, ...]]] = {}
@@ -60,17 +61,20 @@ def _read_slices(
         groups.setdefault(str(index[:lead]), []).append(index)
     out: dict[str, np.ndarray] = {}
     for group in groups.values():
-        if len(group) == 1:
-            out[str(group[0])] = _read_leaf(tensors, stacked, dtype, group[0])
+        if len(group) == 1 or isinstance(tensors[0], orbax_io.Row):
+            out |= {str(index): _read_leaf(tensors, stacked, dtype, index) for index in group}
             continue
         shape = (len(tensors), *tensors[0].shape) if stacked else tensors[0].shape
         sizes = [tuple(len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)) for index in group]
         slices = [aligned_empty(size, dtype) for size in sizes]
         layers = range(*group[0][0].indices(len(tensors))) if stacked else range(1)
         begin, end, _ = group[0][lead - 1].indices(shape[lead - 1])
+        blocks = list(row_blocks((end - begin, *shape[lead:]), np.dtype(dtype).itemsize))
+        buffer = np.empty((blocks[0].stop, *shape[lead:]), dtype)
         for i, layer in enumerate(layers):
-            for rows in row_blocks((end - begin, *shape[lead:]), np.dtype(dtype).itemsize):
-                block = read_block(tensors[layer], slice(begin + rows.start, begin + rows.stop), dtype)
+            for rows in blocks:
+                block = buffer[: rows.stop - rows.start]
+                tensors[layer].read(block, (slice(begin + rows.start, begin + rows.stop),))
                 for part, index in zip(slices, group, strict=True):
                     (part[i] if stacked else part)[rows] = block[(slice(None), *index[lead:])]
         out |= {str(index): part for index, part in zip(group, slices, strict=True)}
