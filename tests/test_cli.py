@@ -6,12 +6,14 @@ import base64
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from omni_jax import cli
 from omni_jax.processing.chat import SPEECH_SYSTEM_MESSAGE
@@ -232,18 +234,22 @@ def test_convert_inspect_export(monkeypatch, capsys, checkpoint, tmp_path):
     assert (code, out.count("\n")) == (0, 1)
     found = json.loads(out)
     assert (list(found["parts"]), found["verified"]["checksums"]) == (["thinker"], "CRC-32")
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    del config["thinker_config"]["text_config"]["rope_theta"]
+    (tmp_path / "c" / "config.json").write_text(json.dumps(config))
     code, out, _ = run(monkeypatch, capsys, "inspect", tmp_path / "c", "--verify")
     assert code == 0
+    assert re.search(r"thinker\.text\.rope_theta +│ 1000000\.0 +│ default ", out)
     for text in (
         "converted checkpoint",
-        "thinker.text.rope_theta",
+        "default: left out of config.json, 1 of ",
         "voices: Chelsie, Ethan",
         "checksums (CRC-32) agree",
     ):
         assert text in out
     code, out, err = run(monkeypatch, capsys, "export", tmp_path / "c", tmp_path / "e")
     assert (code, out) == (0, "")
-    assert err.startswith("exported 0.00 GB to ")
+    assert re.match(r"exported \d\.\d MB to ", err)
     for args in (("export", tmp_path / "c", tmp_path / "f", "--max-shard-gb", "0"), ("inspect", tmp_path / "none"),
                  ("convert", checkpoint, tmp_path / "c")):  # fmt: skip
         code, out, err = run(monkeypatch, capsys, *args)
@@ -276,6 +282,17 @@ def with_index(folder, shard):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
 
 
+def forget_shard(folder):
+    """Two shards, of which the index knows one."""
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    known = {name: tensors.pop(name) for name in list(tensors) if name.startswith("thinker.")}
+    for i, part in enumerate((known, tensors), 1):
+        safetensors.numpy.save_file(part, folder / f"model-{i:05d}-of-00002.safetensors")
+    weights = dict.fromkeys(known, "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+
+
 class Evil:
     def __init__(self, command):
         self.command = command
@@ -300,6 +317,7 @@ CORRUPTIONS = {
         "not a sound safetensors file",
     ),
     "a shard that is missing": (lambda f: with_index(f, "model-00002-of-00002.safetensors"), "lacks this shard"),
+    "a shard that the index forgets": (forget_shard, "do not fit config.json; missing "),
     "overlapping offsets": (lambda f: corrupt_header(f, edit_entry(NORM, data_offsets=[0, 256])), "overlaps"),
     "a wrong dtype": (lambda f: corrupt_header(f, edit_entry(NORM, dtype="I32")), "is int32 where a float is asked"),
     "a mis-shaped tensor": (lambda f: corrupt_header(f, edit_entry(NORM, shape=[8, 8])), "is [8, 8] where the config"),
