@@ -52,6 +52,9 @@ def _is_whole(file: BinaryIO, form: str) -> bool:
     size = file.seek(0, os.SEEK_END)
     if form == "wav":
         return _wav_is_whole(file, size)
+    if form == "avi":
+        file.seek(4)
+        return 8 + int.from_bytes(file.read(4), "little") <= size
     if form.startswith("matroska"):
         file.seek(0)
         return _matroska_is_whole(file.read(4096), size)

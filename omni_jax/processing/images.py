@@ -88,6 +88,8 @@ def load_image(source: Any, access: Access = ANYTHING) -> Pillow.Image:
     with fetch(source, access) as file:
         try:
             with Pillow.open(file) as image:
+                if image.format == "EPS":  # Pillow would run Ghostscript on it
+                    raise Pillow.UnidentifiedImageError
                 image.load()
                 return to_rgb(ImageOps.exif_transpose(image), name)
         except Pillow.UnidentifiedImageError:
