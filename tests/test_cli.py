@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from omni_jax import cli
+from omni_jax.errors import InputError
 from omni_jax.processing.chat import SPEECH_SYSTEM_MESSAGE
 from tests import media
 
@@ -231,6 +232,10 @@ def test_where_the_ending_ids_come_from(checkpoint, model, tmp_path):
     raw = json.loads((folder / "config.json").read_text())
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
     assert stop_token_ids(folder, model.config, tokenizer) == (5, 6)
+    for wrong in ('"end"', "[]", "[null]", "-1", "true", "{}"):
+        (folder / "generation_config.json").write_text(f'{{"eos_token_id": {wrong}}}')
+        with pytest.raises(InputError, match=r"generation_config.json: eos_token_id is .* fetch the file again"):
+            stop_token_ids(folder, model.config, tokenizer)
     (folder / "generation_config.json").write_text("{}")
     raw["thinker_config"]["eos_token_id"] = 7
     assert stop_token_ids(folder, from_dict(raw), tokenizer) == (7,)

@@ -78,7 +78,7 @@ def test_waveform_equals_the_oracles(kind, speaker, oracle_omni):
 
 
 def test_a_batch_of_four_equals_the_four_alone(speaker):
-    """Unequal prompts, voices, seeds and lengths in one call, Token2Wav included: ids, codes and sound of each alone."""
+    """Unequal prompts, voices, seeds and lengths in one call, Token2Wav included: the ids, codes and sound of each."""
     batch = [KINDS["text"], KINDS["mixed"], KINDS["audio"], KINDS["image"]]
     spoken = [
         SHORT,
