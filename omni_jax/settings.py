@@ -28,9 +28,9 @@ def _check_ranges(settings: Any, limits: Mapping[str, tuple[float, float | None]
     """Raises InputError naming a field outside [low, high], or a fraction where the limit is a whole number."""
     for name, (low, high) in limits.items():
         value = getattr(settings, name)
-        kind = numbers.Integral if isinstance(low, int) else numbers.Real
-        if not isinstance(value, kind) or not low <= value or (high is not None and value > high):
-            whole = "a whole number, " if kind is numbers.Integral else ""
+        whole = "a whole number, " if isinstance(low, int) else ""
+        number = isinstance(value, numbers.Integral if whole else numbers.Real)
+        if not number or not low <= value or (high is not None and value > high):
             most = f" and at most {high}" if high is not None else ""
             raise InputError(f"{name} is {value!r}; it must be {whole}at least {low}{most}")
     if settings.top_p == 0:

@@ -21,6 +21,7 @@ from omni_jax.processing import encode
 from omni_jax.settings import DoneEvent, Watchdog
 from omni_jax.watchdog import SpeechBuilder
 from tests import conversations, oracle_speech
+from tests.compile_counter import count_compiles
 
 KINDS = conversations.all_kinds()
 ASK = KINDS["text"]
@@ -119,6 +120,10 @@ def test_streamed_text_then_the_same_speech(speaker):
     reply = speaker.generate(ASK, max_new_tokens=12, speech=SHORT)
     assert done.reply.codes == reply.codes
     np.testing.assert_allclose(done.reply.waveform, reply.waveform, atol=1e-6)
+    other = [ASK[0], {"role": "user", "content": "And what is a dog?"}]
+    with count_compiles() as n:
+        speaker.generate(other, max_new_tokens=9, speech=dataclasses.replace(SHORT, voice="Ethan", seed=4, max_codes=9))
+    assert n.value == 0
 
 
 def test_text_alone_stays_as_it_was(speaker, model):
