@@ -261,7 +261,7 @@ def test_bad_requests(tmp_path):
         ({"end": float("inf")}, r"video_end is inf"),
         ({"max_frames": 1}, r"max_frames is 1; frames come in pairs"),
         ({"min_pixels": 9, "max_pixels": 4}, r"min_pixels 9 is above"),
-        ({"most_tokens": 100}, r"would take 260 tokens, and the model's context holds 100; lower fps"),
+        ({"most_tokens": 100}, r"would take 280 tokens, and the model's context holds 100; lower fps"),
         ({"most_tokens": 32768, "min_pixels": 1 << 26}, r"tokens, and the model's context holds 32768"),
     ):
         with pytest.raises(MediaError, match=message):
