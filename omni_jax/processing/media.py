@@ -181,7 +181,8 @@ def fetch(source: Any, access: Access = ANYTHING) -> BinaryIO:
     except (OSError, ValueError) as e:
         if isinstance(e, MediaError):
             raise
-        raise MediaError(f"{describe(source)} cannot be opened ({e}); check the path and its permissions") from None
+        why = getattr(e, "strerror", None) or e  # without the whole name once more
+        raise MediaError(f"{describe(source)} cannot be opened ({why}); check the path and its permissions") from None
 
 
 def _not_empty(file: BinaryIO, source: Any) -> BinaryIO:

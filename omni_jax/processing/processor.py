@@ -233,7 +233,8 @@ class Processor:
         if part.kind == "image":
             patches = image_patches(
                 part.source, self.cfg.vision, self.image,
-                min_pixels=options["min_pixels"], max_pixels=options["max_pixels"], access=access,
+                min_pixels=options["min_pixels"], max_pixels=options["max_pixels"],
+                most_tokens=self.cfg.text.max_position_embeddings, access=access,
             )  # fmt: skip
             return _Medium(P.Image(patches.grid), image=patches)
         if part.kind == "audio":

@@ -189,9 +189,9 @@ def _prepare(samples: np.ndarray, own_rate: float, rate: int, name: str, part: P
     Raises:
       MediaError: see `load_sound`.
     """
-    if not len(samples) and not skipped:
-        raise MediaError(f"{name} holds no samples; give sound of at least {MIN_FRAMES / 100} s")
     first, last = part.samples(own_rate)
+    if not len(samples) and not skipped and last > 0:
+        raise MediaError(f"{name} holds no samples; give sound of at least {MIN_FRAMES / 100} s")
     samples = samples[max(first - skipped, 0) : None if math.isinf(last) else max(int(last) - skipped, 0)]
     if not len(samples):
         times = f"{part.start or 0} s and {'its end' if part.end is None else f'{part.end} s'}"
