@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -232,6 +233,14 @@ def test_not_sound(tmp_path):
     silent = encode_clip([picture(56, 56)] * 4)
     with pytest.raises(MediaError, match="has no sound track"):
         load_sound(silent)
+
+
+def test_a_title_that_is_no_utf8():
+    whole = encode_sound(tone(1.0), 16000, "WAV")
+    info = b"INFOINAM" + struct.pack("<I", 4) + "Café".encode("latin-1")
+    tagged = whole[:36] + b"LIST" + struct.pack("<I", len(info)) + info + whole[36:]
+    tagged = tagged[:4] + struct.pack("<I", len(tagged) - 8) + tagged[8:]
+    np.testing.assert_array_equal(load_sound(tagged), load_sound(whole))
 
 
 def test_a_wav_of_unknown_length_is_read():

@@ -32,7 +32,8 @@ def open_container(file: BinaryIO, name: str, what: str, better: str) -> InputCo
       MediaError: not a media file, or not whole; the message says that it is not `what` and to convert it to `better`.
     """
     try:
-        container = av.open(file, "r", options={"protocol_whitelist": "none"})
+        # Titles in Latin-1 are common, and nobody reads them here.
+        container = av.open(file, "r", options={"protocol_whitelist": "none"}, metadata_errors="replace")
     except (av.FFmpegError, OSError, ValueError) as e:
         raise MediaError(f"{name} is not {what} that FFmpeg can read ({reason(e)}); convert it to {better}") from None
     if container.format.name in NOT_MEDIA:
