@@ -6,7 +6,6 @@ Everything between the jitted programs is numpy: what an eager jax operation wou
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -20,12 +19,11 @@ from omni_jax import audio, buckets, generation, vision
 from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.sources import local_files
 from omni_jax.checkpoint.speakers import load_voices
-from omni_jax.config import ConfigError, OmniConfig, load_config
+from omni_jax.config import OmniConfig, load_config
 from omni_jax.errors import InputError
 from omni_jax.meshes import Placement, laid_out, place
 from omni_jax.positions import next_position
-from omni_jax.processing.processor import Processor, Prompt
-from omni_jax.processing.tokenizer import Tokenizer
+from omni_jax.processing.processor import Processor, Prompt, stop_token_ids
 from omni_jax.reply import ReplyBuilder
 from omni_jax.sampling import Sampling
 from omni_jax.settings import (
@@ -51,37 +49,6 @@ STREAM_STEPS = 1
 
 class PromptError(InputError):
     """A prompt that the model cannot read; the message gives the numbers and the remedy."""
-
-
-def _read_object(file: pathlib.Path) -> dict[str, Any]:
-    """A JSON object, {} where there is no such file."""
-    try:
-        raw = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise ConfigError(f"{file} cannot be read as JSON ({e}); fetch it again") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{file} must hold a JSON object; fetch it again")
-    return raw
-
-
-def stop_token_ids(path: pathlib.Path, cfg: OmniConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end a reply: of generation_config.json, else of the config, else of the tokenizer.
-
-    Raises:
-      ConfigError: none of them names one.
-    """
-    raw = _read_object(path / "generation_config.json").get("eos_token_id")
-    if raw is not None:
-        return tuple(raw) if isinstance(raw, list) else (int(raw),)
-    if cfg.thinker.eos_token_id:
-        return cfg.thinker.eos_token_id
-    token = _read_object(path / "tokenizer_config.json").get("eos_token")
-    name = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(name, str):
-        raise ConfigError(f"{path} names no end of a reply; add eos_token_id to its generation_config.json")
-    return (tokenizer.id(name),)
 
 
 class Omni:
@@ -111,8 +78,8 @@ class Omni:
 
     @property
     def context(self) -> int:
-        """Most tokens of prompt and reply together."""
-        return self.config.thinker.text.max_position_embeddings
+        """Most tokens of prompt and reply together: the config's, as far as the buckets reach."""
+        return min(self.config.thinker.text.max_position_embeddings, buckets.PROMPT[-1])
 
     @property
     def speech(self) -> Speech:
@@ -200,7 +167,7 @@ class Omni:
             start[row], after[row] = width - n, next_position(prompts[i].positions)
         if vectors is None:
             return generation.PromptBatch(ids, positions, start, after)
-        media = np.zeros((buckets.bucket(len(vectors), buckets.PROMPT), vectors.shape[1]), vectors.dtype)
+        media = np.zeros((buckets.bucket(len(vectors), buckets.MEDIA), vectors.shape[1]), vectors.dtype)
         media[: len(vectors)] = vectors
         return generation.PromptBatch(ids, positions, start, after, media, media_index)
 
@@ -337,10 +304,18 @@ class Omni:
           ValueError: bad messages, media, settings or an overlong prompt, or speech of a model that has none; one line
             that names it and the remedy.
         """
+        if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+            raise PromptError(
+                f"messages are {type(messages).__name__}; give a list of them, or a list of conversations"
+            )
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Conversation], [messages] if single else messages)
         if not conversations:
             raise PromptError("there is no conversation to answer")
+        if len(conversations) > buckets.BATCH[-1]:
+            raise PromptError(
+                f"{len(conversations)} conversations are too many at once; give {buckets.BATCH[-1]} at most"
+            )
         each = self._settings(settings, changes, len(conversations))
         spoken = self._speech_settings(speech, len(conversations))
         began = time.perf_counter()

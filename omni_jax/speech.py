@@ -123,7 +123,8 @@ class Vocoder:
 
         Args:
           codes: one row of whole numbers for each request.
-          settings: voice, seed, ODE steps and solver of each. Requests of equal steps and solver share a call.
+          settings: voice, seed, ODE steps and solver of each. Requests of equal steps and solver share a call, as many
+            as the largest bucket of rows holds.
           noise: float32 [2 n, mel] for each row of n codes; by default drawn from the seeds.
         Returns:
           float32 samples at 24 kHz for each row.
@@ -133,13 +134,14 @@ class Vocoder:
         """
         waves: list[np.ndarray] = [np.zeros(0, np.float32)] * len(codes)
         flows = [token2wav.Flow(s.ode_steps, s.ode_solver) for s in settings]
-        for flow in dict.fromkeys(flows):
-            rows = [i for i, wanted in enumerate(flows) if wanted == flow]
+        most = token2wav.ROW_BUCKETS[-1]
+        alike = [[i for i, wanted in enumerate(flows) if wanted == flow] for flow in dict.fromkeys(flows)]
+        for rows in (group[at : at + most] for group in alike for at in range(0, len(group), most)):
             made = token2wav.token2wav(
                 self.config, self.params, [codes[i] for i in rows],
                 [pick_voice(self.voices, settings[i].voice) for i in rows],
                 noise=None if noise is None else [noise[i] for i in rows],
-                seeds=[settings[i].seed for i in rows], flow=flow, laid=self.laid,
+                seeds=[settings[i].seed for i in rows], flow=flows[rows[0]], laid=self.laid,
             )  # fmt: skip
             for i, wave in zip(rows, made, strict=True):
                 waves[i] = wave
@@ -254,9 +256,8 @@ class Speech:
         prompt = talker.TalkerPrompt(
             embeddings, hidden, batch.positions, batch.start, batch.next_position, batch.media_index, voices, first
         )
-        most = max(s.max_codes for s in rows)
         places = batch.ids.shape[1] + talker.EXTRA
-        capacity = cache_slots(places, most)
+        capacity = cache_slots(places)
         with self.laid("talker", size, places):
             read = talker.prefill(cfg, params, table, prompt, capacity=capacity, cache_dtype=self.cache_dtype)
         with self.laid("talker", size):
@@ -276,16 +277,17 @@ class Speech:
             state = dataclasses.replace(state, done=done)
             with self.laid("talker", size):
                 if places + left > capacity:
-                    capacity = cache_slots(places, max(b.left for b in builders.values()))
+                    capacity = cache_slots(places)
                     state = dataclasses.replace(state, cache=grow(state.cache, capacity=capacity))
                 state, made = talker.advance(cfg, params, state, vectors, sampling, left)
             places += len(made)
 
 
-def cache_slots(places: int, left: int) -> int:
-    """Slots of the Talker's cache: a bucket for the places that are taken and the codes to come, but for no more than
-    GROWTH of them: speech may last 4096 codes and mostly ends far sooner, and each step reads the whole cache."""
-    return buckets.bucket(places + min(left, GROWTH), buckets.CACHE)
+def cache_slots(places: int) -> int:
+    """Slots of the Talker's cache: a bucket for the places that are taken and GROWTH codes to come. Speech may last
+    4096 codes and mostly ends far sooner, and each step reads the whole cache. And no less where fewer are asked for:
+    so 10 and 500 codes run the same programs."""
+    return buckets.bucket(places + GROWTH, buckets.CACHE)
 
 
 def reply_arrays(recorder: Recorder, replies: Sequence[Reply]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
