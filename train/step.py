@@ -240,6 +240,11 @@ class Trainer:
         tree = nest({**frozen, **cast})
         return in_loops(tree) if self.placement is None and jax.default_backend() == "cpu" else tree
 
+    @functools.cached_property
+    def assembled(self) -> Any:
+        """`assemble`, compiled (`jax.jit`)."""
+        return jax.jit(self.assemble)
+
     @property
     def how(self) -> losses.How:
         """How the losses run the model."""
