@@ -170,7 +170,7 @@ def test_metrics_on_a_full_disk_are_one_line(tmp_path, capsys):
     writer = metrics.Writer(run)
     with pytest.raises(RunError, match=r"metrics.jsonl cannot be written \(No space left on device\); make room"):
         writer.write(1, {"loss": 1.0})
-    with pytest.raises(RunError, match="cannot be written .*; choose another out"):
+    with pytest.raises(RunError, match=r"cannot be written .*; choose another out"):
         metrics.Writer(dataclasses.replace(run, out="/dev/null/x"))
 
 

@@ -217,7 +217,9 @@ def _wanted(hint: Any) -> str:
     if origin is Mapping:
         return "a dict" if inner[1] is Any else f"a dict of {_wanted(inner[0])} and {_wanted(inner[1])}"
     if dataclasses.is_dataclass(hint):
-        return f"a {hint.__name__}"
+        return f"{hint.__name__}(…)"
+    if hint is type(None):
+        return "None"
     return {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}.get(hint, str(hint))
 
 
