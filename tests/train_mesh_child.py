@@ -7,11 +7,10 @@ python -m tests.train_mesh_child process CHECKPOINT FOLDER PORT NUMBER
 from __future__ import annotations
 
 import dataclasses
-import os
 import pathlib
 import sys
 
-os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+STEPS = 30  # of the two processes
 
 
 def _pictures(folder: pathlib.Path) -> str:
@@ -98,7 +97,7 @@ def process(checkpoint: pathlib.Path, folder: pathlib.Path, port: str, number: s
 
     mesh = None if port == "none" else "data=2,fsdp=4"
     run = training.run(
-        checkpoint, folder, str(folder.parent / "train.jsonl"), mesh=mesh, steps=4, save_every=2,
+        checkpoint, folder, str(folder.parent / "train.jsonl"), mesh=mesh, steps=STEPS, save_every=2,
         rates={"thinker": 1e-3}, data={"batch": 8, "pack": False},
     )  # fmt: skip
     loop.train(run)
