@@ -147,7 +147,7 @@ def test_another_configuration_does_not_continue(straight):
     loop.train(dataclasses.replace(run, log_every=5, keep=1))
     before = pathlib.Path(run.data.train).read_text()
     training.write_lines(pathlib.Path(run.data.train), training.questions(13))
-    with pytest.raises(RunError, match="train.jsonl has changed since the run in .* began") as e:
+    with pytest.raises(RunError, match=r"train.jsonl has changed since the run in .* began") as e:
         loop.train(run)
     assert "\n" not in str(e.value)
     pathlib.Path(run.data.train).write_text(before)

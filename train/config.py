@@ -216,7 +216,7 @@ def _wanted(hint: Any) -> str:
         return f"a tuple, each {_wanted(inner[0])}"
     if origin is Mapping:
         return "a dict" if inner[1] is Any else f"a dict of {_wanted(inner[0])} and {_wanted(inner[1])}"
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return f"{hint.__name__}(…)"
     if hint is type(None):
         return "None"
