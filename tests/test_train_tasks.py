@@ -199,6 +199,7 @@ def test_exported_adapters_load_in_peft(checkpoint, model, oracle_omni, tmp_path
             got = oracle_omni.thinker(**inputs).logits
         finally:
             adapted.unload()
+            oracle_omni.requires_grad_(True)  # peft froze it
         np.testing.assert_array_equal(oracle_omni.thinker(**inputs).logits, plain)
     from safetensors.torch import load_file
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
