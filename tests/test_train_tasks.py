@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 
 from omni_jax import bigvgan
+from omni_jax import config as C
+from omni_jax.checkpoint.publish import write_random
+from omni_jax.config import load_config
 from tests import media, training
 from train import export, loop, metrics
 from train.config import Lora, Run, RunError
@@ -23,19 +26,33 @@ ASK = [{"role": "user", "content": "Is it true?"}]
 SAID = [*ASK, {"role": "assistant", "content": "Yes."}]
 
 
+@pytest.fixture(scope="module")
+def short_checkpoint(tmp_path_factory):
+    """A checkpoint whose vocoder has two stages of six, which compile in a third of the time."""
+    cfg = C.preset("nano")
+    stages = {"upsample_rates": (5, 3), "upsample_kernel_sizes": (11, 7), "upsample_initial_channel": 16}
+    sound = dataclasses.replace(cfg.token2wav, bigvgan=dataclasses.replace(cfg.token2wav.bigvgan, **stages))
+    folder = tmp_path_factory.mktemp("short") / "nano"
+    write_random(folder, dataclasses.replace(cfg, token2wav=sound), seed=1, dtype="float32")
+    return folder
+
+
+FRAMES = 160
+
+
 def _records(folder, cfg):
     """A record of each task, with the files that it names."""
     dit, vocoder = cfg.token2wav.dit, cfg.token2wav.bigvgan
     rng = np.random.default_rng(0)
-    np.save(folder / "m.npy", (rng.normal(size=(48, dit.mel_dim)) - 3).astype(np.float32))
-    wave = rng.normal(size=48 * bigvgan.hop(vocoder)).astype(np.float32) * 0.1
+    np.save(folder / "m.npy", (rng.normal(size=(FRAMES, dit.mel_dim)) - 3).astype(np.float32))
+    wave = rng.normal(size=FRAMES * bigvgan.hop(vocoder)).astype(np.float32) * 0.1
     (folder / "a.wav").write_bytes(media.encode_sound(wave, 24000, "WAV"))
     pair = {"messages": ASK, "chosen": "Yes.", "rejected": "No, never."}
     return {
         "talker": {"messages": SAID, "codes": [5, 6, 7, 8], "voice": "Ethan"},
         "dpo": pair,
         "talker_dpo": pair | {"chosen_codes": [1, 2, 3, 4], "rejected_codes": [9, 8, 7]},
-        "token2wav": {"codes": list(range(24)), "mel": "m.npy"},
+        "token2wav": {"codes": list(range(FRAMES // 2)), "mel": "m.npy"},
         "vocoder": {"mel": "m.npy", "audio": "a.wav"},
     }
 
@@ -50,15 +67,16 @@ TASKS = {
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_runs_from_its_file_to_an_export(task, speaker, checkpoint, tmp_path):
+def test_every_task_runs_from_its_file_to_an_export(task, short_checkpoint, tmp_path):
     """Two steps lower the loss on the one record, evaluation gives the loss, and the export differs in that part."""
     from omni_jax.checkpoint.load import load_params
     from train.step import flatten
 
-    lines = training.write_lines(tmp_path / "x.jsonl", [_records(tmp_path, speaker.config)[task]] * 2)
+    cfg = load_config(short_checkpoint)
+    lines = training.write_lines(tmp_path / "x.jsonl", [_records(tmp_path, cfg)[task]] * 2)
     run = training.run(
-        checkpoint, tmp_path, lines, task=task, rates={TASKS[task]: 1e-3}, steps=3, evaluate_every=3, drop=0.0,
-        data={"evaluate": lines, "crop": 16, "batch": 1},
+        short_checkpoint, tmp_path, lines, task=task, rates={TASKS[task]: 1e-3}, steps=3, evaluate_every=3, drop=0.0,
+        data={"evaluate": lines, "crop": 150, "batch": 1},
     )  # fmt: skip
     loop.train(run)
     records = metrics.read(pathlib.Path(run.out))
@@ -71,13 +89,13 @@ def test_every_task_runs_from_its_file_to_an_export(task, speaker, checkpoint, t
     export.export(run.out, tmp_path / "merged")
     names = ("thinker", "talker", "token2wav")
     before, after = (
-        flatten(load_params(at, speaker.config, parts=names, dtype="float32", unroll=False))
-        for at in (checkpoint, tmp_path / "merged")
+        flatten(load_params(at, cfg, parts=names, dtype="float32", unroll=False))
+        for at in (short_checkpoint, tmp_path / "merged")
     )
     changed = {n for n in before if not np.array_equal(before[n], after[n])}
     assert changed
     assert all(n.startswith(TASKS[task]) for n in changed)
-    assert (tmp_path / "merged" / "spk_dict.pt").read_bytes() == (checkpoint / "spk_dict.pt").read_bytes()
+    assert (tmp_path / "merged" / "spk_dict.pt").read_bytes() == (short_checkpoint / "spk_dict.pt").read_bytes()
 
 
 def test_codes_must_be_supplied(speaker, checkpoint):
