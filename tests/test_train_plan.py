@@ -1,9 +1,8 @@
-"""Steps compiled for TPUs that are not there: they fit, in place, with the collectives that their meshes need."""
+"""A step compiled for a TPU that is not there."""
 
 from __future__ import annotations
 
 import json
-import pathlib
 import sys
 
 import pytest
@@ -11,7 +10,6 @@ import pytest
 from tests.ahead import needs_compiler
 
 pytestmark = needs_compiler
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_the_command_prints_a_plan(checkpoint, tmp_path, monkeypatch, capsys):
