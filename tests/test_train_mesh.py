@@ -66,7 +66,9 @@ def test_two_processes_of_four_are_one_device(checkpoint, tmp_path):
             break
         time.sleep(0.02)
     said = _ended(first)
-    stopped = int(re.search(r"SIGTERM: saved at step (\d+)", said[0])[1])
+    told = re.search(r"SIGTERM: saved at step (\d+)", said[0])
+    assert told, said[0][-3000:]
+    stopped = int(told[1])
     assert 2 <= stopped < train_mesh_child.STEPS
     assert f"from step {stopped}" in _ended(both())[0].replace("\n", " ")
     _ended([alone])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import sys
+import time
 
 STEPS = 30  # of the two processes
 
@@ -95,8 +96,17 @@ def process(checkpoint: pathlib.Path, folder: pathlib.Path, port: str, number: s
     if port != "none":
         jax.distributed.initialize(f"localhost:{port}", 2, int(number), initialization_timeout=60)
     from tests import training
-    from train import loop
+    from train import loop, metrics
 
+    # JAX looks for the signal once a second: the run must last longer.
+    write = metrics.Writer.write
+
+    def slowly(self, *given, **more):
+        time.sleep(0.1)
+        write(self, *given, **more)
+
+    if port != "none":
+        metrics.Writer.write = slowly
     mesh = None if port == "none" else "data=2,fsdp=4"
     run = training.run(
         checkpoint, folder, str(folder.parent / "train.jsonl"), mesh=mesh, steps=STEPS,
