@@ -353,11 +353,14 @@ def finetune(
 ) -> None:
     """Fine-tune a checkpoint, as a configuration in configs/ says; see docs/training.md.
 
+    Text, codes, preferences on either, the DiT and the vocoder can be trained, whole or with adapters. Training speech
+    takes codes in the data; they must be supplied, since the encoder that made them was never released.
+
     It goes on where the run's folder stops. SIGTERM and Ctrl-C save and end; metrics go to stderr and metrics.jsonl.
 
     Args:
       config: A Python file with get_config(), such as configs/qwen3b_lora_v5e8.py.
-      changes: A setting to change, as name=value: --set data.batch=4; may be given several times.
+      changes: A setting of train/config.py to change, as name=value: --set model=DIR --set data.batch=4.
       coordinator: On several hosts: auto on a TPU pod, else host:port,processes,process.
       plan: Only compile the step, for a TPU that need not be there, such as v5e:2x4, and print what it needs. A model
         that is not there is taken for the preset that its name ends with (3B, 7B).
