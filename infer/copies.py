@@ -39,7 +39,10 @@ def _written(i: Instruction, operands: list[Any]) -> int:
     """Bytes of the results that are as large as a weight, or a layer of it, among the operands."""
     weights = [w for w in operands if isinstance(w, tuple)]
     sizes = {math.prod(w[n:]) for w in weights for n in (0, 1) if len(w) - n >= 2}
-    written = (a for a in i.arrays if a.in_hbm and math.prod(a.dims) in sizes)
+    arrays = i.arrays
+    if i.opcode.endswith("-start"):  # the result names the source as well: see `hlo`
+        arrays = arrays[:1] if i.opcode == "copy-start" else arrays[len(i.operands) : len(i.operands) + 1]
+    written = (a for a in arrays if a.in_hbm and math.prod(a.dims) in sizes)
     return sum(a.bytes for a in written if a.bytes >= SMALLEST)
 
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from omni_jax.sharding import constrain
+
 Array = Any  # a jax array inside a program, a numpy one on the way in
 
 # How many alternatives a reply can carry per token; the decode loop always keeps this many, so that asking compiles
@@ -115,6 +117,8 @@ def sample(logits: jax.Array, seen: jax.Array, sampling: Sampling, step: jax.Arr
     greedy = jnp.argmax(x, axis=-1)
 
     def draw(x: jax.Array) -> jax.Array:
+        # Whole rows, as on one device; where the vocabulary is split, each halving would be a collective.
+        x = constrain(x, "cache_batch", None)
         warm = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
         y = filter_logits(x, warm, sampling.top_k, sampling.top_p, sampling.min_p)
         keys = jax.vmap(lambda k, i: jax.random.fold_in(jax.random.wrap_key_data(k), i))(sampling.key, step)
