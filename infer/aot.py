@@ -194,10 +194,10 @@ def listed(cfg: C.OmniConfig, placement: meshes.Placement) -> dict[str, Callable
             lambda b, w: facts(P.thinker_decode(cfg, placement, b, context, loop=True), f"{w}, {loop} steps", loop),
             b, where,
         )  # fmt: skip
-    run["prefill"] = lambda: facts(P.thinker_prefill(cfg, placement, 1, context, 2 * context), f"{context} tokens")
     run["prefill 8k"] = lambda: facts(P.thinker_prefill(cfg, placement, 1, 6144, 8192), "6144 tokens, 8192 slots")
-    run["decode 32k"] = lambda: facts(P.thinker_decode(cfg, placement, 1, LONG), f"batch 1, {LONG} slots")
-    run["prefill 32k"] = lambda: facts(P.thinker_prefill(cfg, placement, 1, LONG, LONG), f"{LONG} tokens")
+    if placement.thinker.size == 1:
+        run["decode 32k"] = lambda: facts(P.thinker_decode(cfg, placement, 1, LONG), f"batch 1, {LONG} slots")
+        run["prefill 32k"] = lambda: facts(P.thinker_prefill(cfg, placement, 1, LONG, LONG), f"{LONG} tokens")
     run["vision picture"] = lambda: facts(P.vision_call(cfg, placement, 1, PICTURE_WINDOWS), "1 frame of 448×448")
     for name, (frames, _) in clips(cfg)["video"].items():
         run[name] = partial(
