@@ -287,4 +287,6 @@ def test_the_loader_and_the_programs_hold_layers_alike():
     for layer in tree["model"]["layers"]:
         assert [x.shape for x in jax.tree.leaves(layer)] == [x.shape[1:] for x in whole]
     assert isinstance(tree["visual"]["blocks"], tuple)
+    # The Talker's loop, which only a GPU runs in this form, keeps the shapes of what it carries.
+    assert programs.talker_decode(cfg, placement, 2, 1024, loop=True).lower()
     assert aot.whole_bytes(tree) == 2 * sum(x.size for x in jax.tree.leaves(stacked))
