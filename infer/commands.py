@@ -187,13 +187,13 @@ def aot(
     only: Strings = (),
     as_json: Json = False,
 ) -> None:
-    """Compile every network for a TPU topology that need not be there; print memory, HBM traffic and collectives.
+    """Compile every network for chips that need not be there; print memory, HBM traffic and collectives.
 
-    Needs the `aot` extra (x86-64 Linux). Takes minutes.
+    Needs the `aot` extra (x86-64 Linux), for a GPU `aot-gpu`. Takes minutes.
 
     Args:
       preset: Whose shapes.
-      topology: Generation and chips: v5e:1x1, v5e:2x4, v6e:2x4, v5p:2x2x1, tpu7x:2x2x1, …
+      topology: Generation and chips: v5e:1x1, v5e:2x4, v6e:2x4, v5p:2x2x1, tpu7x:2x2x1, …; or h100.
       mesh: How the chips are used, as in `generate --mesh`; by default all of them.
       layers: Cut every stack to this many layers; by default none is cut.
       only: A program by name ("decode 32"); may be given several times.

@@ -37,7 +37,7 @@ from omni_jax.settings import (
 )
 from omni_jax.sharding import MeshError
 from omni_jax.speech import PARTS, Recorder, Speech, SpeechError
-from omni_jax.stages import stage_shardings
+from omni_jax.stages import layers_apart, stage_shardings
 from omni_jax.voice import Voice
 
 Message = Mapping[str, Any]
@@ -435,7 +435,7 @@ def load(
       mesh: what to lay the model over: a name ("2x4", "data=2,tensor=4") or a mesh of `meshes.make_mesh`; None for one
         device.
       speech_mesh: chips of their own for Talker and Token2Wav, beside those of `mesh`; see `meshes.place`.
-      unroll: loop over the layers instead of scanning them; by default on one CPU device, where scanning is slow.
+      unroll: loop over the layers instead of scanning them; by default on one CPU or GPU, where scanning is slow.
       adapter: folder of a PEFT adapter (LoRA) to merge into the weights.
       progress: show a bar on stderr.
     Raises:
@@ -458,7 +458,7 @@ def _load(
         raise SpeechError(f"{path} has no Talker: this checkpoint answers in text only; leave speech out")
     voices = load_voices(path) if speaks else {}
     processor = Processor.from_folder(path, cfg.thinker)
-    unroll = (jax.default_backend() == "cpu" and mesh is None) if unroll is None else unroll
+    unroll = layers_apart(jax.default_backend(), mesh is not None) if unroll is None else unroll
     placement = shardings = None
     if mesh is not None:
         if unroll:

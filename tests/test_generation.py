@@ -62,6 +62,14 @@ def test_scanned_layers_give_the_same_ids(checkpoint, model):
         )
 
 
+def test_the_loop_of_a_gpu_gives_the_same_ids(model, monkeypatch):
+    """There the layers are apart as here, and one program makes all steps."""
+    kind = {"max_new_tokens": 20, "temperature": 0.8, "top_k": 9, "seed": 2}
+    here = model.generate(KINDS["text"], **kind)
+    monkeypatch.setattr(generation, "steps_on_host", lambda params: False)
+    assert model.generate(KINDS["text"], **kind).token_ids == here.token_ids
+
+
 def test_repetition_penalty_of_the_oracle(model, oracle_thinker):
     """Its history includes the prompt; it works on greedy replies too."""
     conversation = say("What is a cat? What is a cat?")
