@@ -134,9 +134,7 @@ def ways(sizes: Sizes, rules: Rules, *names: str | None) -> int:
     return math.prod(sizes[a] for n in names if n is not None for a in rules.table[n])
 
 
-def weight_bytes(
-    cfg: OmniConfig, sizes: Sizes, part: str, itemsize: int, only: Sequence[str] | None = None
-) -> int:
+def weight_bytes(cfg: OmniConfig, sizes: Sizes, part: str, itemsize: int, only: Sequence[str] | None = None) -> int:
     """Bytes of a loaded part (or of its subtrees `only`) on one device; Token2Wav is float32 always.
 
     Raises:
