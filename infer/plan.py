@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from omni_jax import bigvgan, buckets, meshes, plan, token2wav, vision
+from omni_jax import bigvgan, buckets, meshes, plan, token2wav
 from omni_jax import config as C
 from omni_jax.errors import InputError
 from omni_jax.processing import images, sound, video
@@ -160,32 +160,6 @@ def read_media(asked: Asked, cfg: C.ThinkerConfig, folder: pathlib.Path | None) 
     return out
 
 
-def vision_calls(cfg: C.VisionConfig, media: Sequence[Medium], copies: int) -> list[tuple[int, int]]:
-    """(frames, windows) of every call of the vision tower, as `vision.vision_calls` groups them."""
-    by_size: dict[int, int] = {}
-    for medium in media:
-        if medium.grid is not None:
-            t, h, w = medium.grid
-            layout = vision.frame_layout(h, w, cfg.window_patches, cfg.spatial_merge_size)
-            windows = len(layout.valid) // cfg.window_patches**2
-            size = _bucket(f"{medium.name}: attention windows of a frame", windows, buckets.WINDOWS)
-            by_size[size] = by_size.get(size, 0) + t * copies
-    return [
-        (frames, size)
-        for size, count in by_size.items()
-        for _, frames in buckets.frame_groups(count, size * cfg.window_patches**2)
-    ]
-
-
-def audio_calls(cfg: C.AudioConfig, media: Sequence[Medium], copies: int) -> list[int]:
-    """Chunks of every call of the audio tower, as `audio.audio_calls` groups them."""
-    chunks = 0
-    for medium in media:
-        last = medium.mel_frames % cfg.chunk_frames
-        chunks += medium.mel_frames // cfg.chunk_frames + (cfg.token_count(last) > 0)
-    return [size for _, size in buckets.chunk_groups(chunks * copies)]
-
-
 def _bucket(what: str, n: int, sizes: Sequence[int]) -> int:
     if n > sizes[-1]:
         raise InputError(f"{what}: {n} is more than the {sizes[-1]} that there are programs for; ask for less")
@@ -213,12 +187,18 @@ def padded(asked: Asked, cfg: C.OmniConfig, media: Sequence[Medium]) -> tuple[in
     rows = _bucket("--batch", asked.batch, buckets.BATCH)
     width = buckets.bucket(tokens, buckets.PROMPT)
     codes = math.ceil(asked.speech * CODES_PER_SECOND)
+    try:
+        frames, chunks = plan.tower_calls(
+            cfg.thinker, [m.grid for m in media if m.grid] * asked.batch, [m.mel_frames for m in media] * asked.batch
+        )
+    except ValueError as e:
+        raise InputError(f"a picture or frame has too many attention windows ({e}); lower --max-pixels") from None
     out = plan.Request(
         rows, width, plan.thinker_slots(width, min(asked.reply, context - tokens), context),
         media=_bucket("vectors of all media", n, buckets.PROMPT) if (n := asked.batch * sum(m.tokens for m in media))
         else 0,
-        frames=tuple(vision_calls(cfg.thinker.vision, media, asked.batch)),
-        chunks=max(audio_calls(cfg.thinker.audio, media, asked.batch), default=0),
+        frames=frames,
+        chunks=chunks,
     )  # fmt: skip
     if not codes:
         return tokens, out
@@ -426,7 +406,7 @@ def tables(result: Mapping[str, Any]) -> str:
     ]
     for stage, parts in result["weights"].items():
         lines += [f"| {name} | {plan.gib(size)} |" for name, size in parts.items()]
-        lines.append(f"| **all of the {stage}'s devices** | {plan.gib(sum(parts.values()))} |")
+        lines.append(f"| **together, {stage}** | {plan.gib(sum(parts.values()))} |")
     if result["media"]:
         lines += ["", "| medium | as read | tokens |", "|---|---|---|"]
         lines += [f"| {m['name']} | {m['what']} | {m['tokens']} |" for m in result["media"]]

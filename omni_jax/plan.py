@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from omni_jax import bigvgan, buckets, meshes, speaker, talker, token2wav
 from omni_jax.cache import CACHE_AXES
-from omni_jax.config import DecoderConfig, OmniConfig
+from omni_jax.config import DecoderConfig, OmniConfig, ThinkerConfig
 from omni_jax.errors import InputError
 from omni_jax.generation import LOOP_STEPS
 from omni_jax.meshes import Part, Sizes
@@ -28,6 +28,7 @@ from omni_jax.sampling import MAX_LOGPROBS
 from omni_jax.settings import GenerationSettings
 from omni_jax.sharding import Rules
 from omni_jax.stages import PARTS, boxed_shapes, inner_part
+from omni_jax.vision import frame_layout
 
 GIB = 1 << 30
 FLOAT = 4
@@ -362,6 +363,30 @@ def thinker_slots(width: int, new_tokens: int, context: int) -> int:
     """Slots of the Thinker's cache: room for the default reply at least, so that short and long ones run the same
     programs; `new_tokens` are those asked for."""
     return buckets.bucket(width + min(max(new_tokens, DEFAULT_REPLY), context), buckets.CACHE)
+
+
+def tower_calls(
+    cfg: ThinkerConfig, grids: Sequence[Sequence[int]], mel_frames: Sequence[int]
+) -> tuple[tuple[tuple[int, int], ...], int]:
+    """The calls that the towers make of media, as `vision.vision_calls` and `audio.audio_calls` group them.
+
+    Args:
+      grids: (t, h, w) in patches of each picture and clip.
+      mel_frames: of each sound.
+    Returns:
+      (frames, windows of a frame) of every call of the vision tower, and the chunks of the largest call of the audio
+      tower (0 where there is no sound).
+    """
+    v, window = cfg.vision, cfg.vision.window_patches
+    by_size: dict[int, int] = {}
+    for t, h, w in grids:
+        windows = len(frame_layout(h, w, window, v.spatial_merge_size).valid) // window**2
+        size = buckets.bucket(windows, buckets.WINDOWS)
+        by_size[size] = by_size.get(size, 0) + t
+    frames = tuple((n, s) for s, t in by_size.items() for _, n in buckets.frame_groups(t, s * window**2))
+    whole = cfg.audio.chunk_frames
+    chunks = sum(n // whole + (cfg.audio.token_count(n % whole) > 0) for n in mel_frames)
+    return frames, max((size for _, size in buckets.chunk_groups(chunks)), default=0)
 
 
 @dataclass(frozen=True)

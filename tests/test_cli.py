@@ -208,7 +208,7 @@ print(json.dumps([list(q.sharding.spec), len(jax.devices()), list(reply.token_id
 def test_where_the_ending_ids_come_from(checkpoint, model, tmp_path):
     """generation_config.json, else config.json, else tokenizer_config.json."""
     from omni_jax.config import from_dict
-    from omni_jax.omni import stop_token_ids
+    from omni_jax.processing.tokenizer import stop_token_ids
 
     folder = tmp_path / "c"
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
