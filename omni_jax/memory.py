@@ -130,7 +130,7 @@ class Guard:
         def needed() -> Sequence[plan.Phase]:
             rows = buckets.bucket(len(prompts), buckets.BATCH)
             reply = max(s.max_new_tokens for s in settings)
-            request = plan.Request(rows, width, slots, *_media(self.cfg, prompts))
+            request = plan.Request(rows, width, slots, *media_of(self.cfg, prompts))
             if spoken:
                 request = dataclasses.replace(
                     request, codes=GROWTH, spoken=len(prompts),
@@ -155,7 +155,7 @@ class Guard:
             self._check(lambda: [plan.Phase(u) for u in plan.sound(self.cfg, sizes, rows, most)], SOUND_REMEDY)
 
 
-def _media(cfg: OmniConfig, prompts: Sequence[Prompt]) -> tuple[int, tuple[tuple[int, int], ...], int]:
+def media_of(cfg: OmniConfig, prompts: Sequence[Prompt]) -> tuple[int, tuple[tuple[int, int], ...], int]:
     """The fields `media`, `frames` and `chunks` of a `plan.Request`."""
     t = cfg.thinker
     grids = [m.grid for p in prompts for m in (*p.images, *p.videos)]
