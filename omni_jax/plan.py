@@ -32,6 +32,7 @@ from omni_jax.vision import frame_layout
 
 GIB = 1 << 30
 FLOAT = 4
+LANES = 128
 DEFAULT_REPLY = GenerationSettings().max_new_tokens
 ONE_CHIP: Sizes = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
 Stage = Literal["thinker", "speech"]
@@ -79,9 +80,9 @@ CHIPS: Mapping[str, Chip] = {
 # Working memory of a program: the sum of coefficient × quantity (see the function of each program), in bytes.
 # `make plan-fit` prints this table.
 WORKING: Mapping[str, Mapping[str, float]] = {
-    "prefill": {"one": 0.0, "mlp": 1.0, "gathered": 1.0},
-    "decode": {"one": 0.0, "logits": 1.0, "gathered": 1.0},
-    "vision": {"one": 0.0, "mlp": 1.0},
+    "prefill": {"one": 0.0, "mlp": 0.0, "rows": 1.0, "relaid": 0.0, "gathered": 1.0},
+    "decode": {"one": 0.0, "logits": 1.0, "relaid": 0.0, "gathered": 1.0},
+    "vision": {"one": 0.0, "mlp": 1.0, "relaid": 1.0},
     "audio": {"one": 0.0, "mlp": 1.0},
     "dit": {"one": 0.0, "stream": 1.0},
     "bigvgan": {"one": 0.0, "samples": 1.0},
@@ -179,6 +180,12 @@ def _gathered(rules: Rules, sizes: Sizes, rows: int, columns: int, itemsize: int
     return rows * columns * itemsize // ways(sizes, rules, "act_mlp")
 
 
+def _relaid(layers: int, width: int, hidden: int, split: int, itemsize: int) -> float:
+    """Bytes of a stack's gated MLPs where the local hidden features are not whole lanes: a TPU's compiler then copies
+    the stack into another layout before the scan."""
+    return layers * 3 * width * hidden * itemsize / split if hidden // split % LANES else 0
+
+
 def prefill(
     cfg: OmniConfig, sizes: Sizes, part: Literal["thinker", "talker"], batch: int, length: int, slots: int,
     itemsize: int, cache_itemsize: int | None = None, media: int = 0,
@@ -207,10 +214,14 @@ def prefill(
         assert cfg.talker is not None
         reads = ("model", "thinker_to_talker_proj")
         arrays = seen + ids + 2 * tokens * cfg.talker.embedding_size * itemsize
-    mlp = tokens * d.intermediate_size * itemsize // ways(sizes, rules, "act_mlp")
+    split = ways(sizes, rules, "act_mlp")
     return _use(
-        "prefill", f"{part} prefill", part, reads, cache, arrays, mlp=mlp,
-        stream=tokens * d.hidden_size * itemsize,
+        "prefill", f"{part} prefill", part, reads, cache, arrays,
+        mlp=tokens * d.intermediate_size * itemsize / split,
+        # The new keys and values of all layers, before they are padded to the cache.
+        rows=2 * d.num_hidden_layers * batch * length * d.num_key_value_heads * d.head_dim
+        * (cache_itemsize or itemsize) / ways(sizes, rules, "attend_batch", "act_kv_heads"),
+        relaid=_relaid(d.num_hidden_layers, d.hidden_size, d.intermediate_size, split, itemsize),
         gathered=_gathered(rules, sizes, d.intermediate_size, d.hidden_size, itemsize),
     )  # fmt: skip
 
@@ -238,7 +249,10 @@ def decode(
         arrays += rows * reply * cfg.talker.embedding_size * itemsize
     return _use(
         "decode", f"{part} decode", part, reads, cache, arrays,
-        logits=rows * d.vocab_size * FLOAT // ways(sizes, rules, "act_vocab"),
+        logits=rows * d.vocab_size * FLOAT / ways(sizes, rules, "act_vocab"),
+        relaid=_relaid(
+            d.num_hidden_layers, d.hidden_size, d.intermediate_size, ways(sizes, rules, "act_mlp"), itemsize
+        ),
         gathered=_gathered(rules, sizes, d.intermediate_size, d.hidden_size, itemsize),
     )  # fmt: skip
 
@@ -248,13 +262,13 @@ def vision(cfg: OmniConfig, sizes: Sizes, frames: int, windows: int, itemsize: i
     v = cfg.thinker.vision
     rules = meshes.rules("vision", cfg, sizes, frames)
     patches = frames * windows * v.window_patches**2
-    local = patches // ways(sizes, rules, "batch")
+    local, split = patches // ways(sizes, rules, "batch"), ways(sizes, rules, "act_mlp")
     tokens = patches // v.spatial_merge_size**2
     arrays = patches * (v.patch_dim * itemsize + 2 * FLOAT + 1) + tokens * v.out_hidden_size * itemsize
     return _use(
         "vision", "vision tower", "thinker", ("visual",), 0, arrays,
-        mlp=local * v.intermediate_size * itemsize / ways(sizes, rules, "act_mlp"),
-        stream=local * v.hidden_size * itemsize, full=local * windows * v.window_patches**2 * FLOAT * v.num_heads,
+        mlp=local * v.intermediate_size * itemsize / split,
+        relaid=_relaid(v.depth, v.hidden_size, v.intermediate_size, split, itemsize),
     )  # fmt: skip
 
 
@@ -268,7 +282,6 @@ def audio(cfg: OmniConfig, sizes: Sizes, chunks: int, itemsize: int) -> Use:
     return _use(
         "audio", "audio tower", "thinker", ("audio_tower",), 0, arrays,
         mlp=local * a.encoder_ffn_dim * itemsize / ways(sizes, rules, "act_mlp"),
-        stream=local * a.d_model * itemsize,
     )  # fmt: skip
 
 

@@ -194,7 +194,7 @@ def test_the_sound_is_counted_by_its_weights():
         elif name.startswith(prefix) and where[0] == "resblocks" and len(shape) == 3:
             operations += 2 * math.prod(shape) * math.prod(g.upsample_rates[: int(where[1]) // 3 + 1])
     assert found["BigVGAN"].operations == 24 * operations
-    assert found["DiT flow"].bound == "arithmetic"
+    assert found["DiT flow"].bound == "bandwidth"  # a quarter of a second of sound
 
 
 # --- the command
