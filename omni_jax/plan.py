@@ -32,7 +32,8 @@ from omni_jax.vision import frame_layout
 
 GIB = 1 << 30
 FLOAT = 4
-LANES = 128
+# A tile of a TPU's memory: values in a row, and bytes in a column.
+LANES, SUBLANE_BYTES = 128, 32
 DEFAULT_REPLY = GenerationSettings().max_new_tokens
 ONE_CHIP: Sizes = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
 Stage = Literal["thinker", "speech"]
@@ -181,9 +182,11 @@ def _gathered(rules: Rules, sizes: Sizes, rows: int, columns: int, itemsize: int
 
 
 def _relaid(layers: int, width: int, hidden: int, split: int, itemsize: int) -> float:
-    """Bytes of a stack's gated MLPs where the local hidden features are not whole lanes: a TPU's compiler then copies
-    the stack into another layout before the scan."""
-    return layers * 3 * width * hidden * itemsize / split if hidden // split % LANES else 0
+    """Bytes of the stacks of a gated MLP that a TPU's compiler copies into another layout before it scans them: those
+    whose local hidden features are not whole tiles: lanes in the down projection, sublanes in the other two."""
+    local = hidden // split
+    stacks = (1 if local % LANES else 0) + (2 if local % (SUBLANE_BYTES // itemsize) else 0)
+    return stacks * layers * width * hidden * itemsize / split
 
 
 def prefill(
