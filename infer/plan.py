@@ -371,7 +371,7 @@ def run(
     tokens, request = padded(asked, cfg, media)
     loaded = plan.resident(cfg, at, itemsize, parts)
     weights = {stage: sum(parts.values()) for stage, parts in loaded.items()}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for phase in plan.phases(cfg, at, request, itemsize):
         use, stage = phase.use, phase.use.stage if at.apart else "thinker"
         rows.append({

@@ -28,6 +28,7 @@ from omni_jax import config as C
 from omni_jax import meshes, plan
 
 ITEMSIZE = 2
+REPLY = 512  # vectors that the Talker hears
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Case:
       model: a preset.
       topology: the chips that are compiled for.
       mesh: over them; "" for all of them by default.
-      sizes: of the program, see `built`.
+      sizes: of the program, see FITTED.
+      layers: every stack is cut to so many; 0 leaves it whole.
     """
 
     kind: str
@@ -47,14 +49,16 @@ class Case:
     topology: str
     mesh: str
     sizes: tuple[int, ...]
+    layers: int = 0
 
     def __str__(self) -> str:
         """For the table."""
         where = f"{self.topology} {self.mesh}".strip()
-        return f"{self.kind} {' × '.join(map(str, self.sizes))}, {self.model}, {where}"
+        cut = f", {self.layers} layers" if self.layers else ""
+        return f"{self.kind} {' × '.join(map(str, self.sizes))}, {self.model}{cut}, {where}"
 
 
-def _cases(*rows: tuple[str, str, str, str, tuple[int, ...]]) -> tuple[Case, ...]:
+def _cases(*rows: Any) -> tuple[Case, ...]:
     return tuple(Case(*row) for row in rows)
 
 
@@ -63,22 +67,18 @@ def _cases(*rows: tuple[str, str, str, str, tuple[int, ...]]) -> tuple[Case, ...
 FITTED = _cases(
     ("thinker prefill", "3b", "v5e:1x1", "", (1, 1024, 2048)),
     ("thinker prefill", "3b", "v5e:1x1", "", (8, 1024, 2048)),
-    ("vision", "3b", "v5e:1x1", "", (1, 16)),
-    ("vision", "3b", "v5e:1x1", "", (4, 16)),
-    ("audio", "3b", "v5e:1x1", "", (32,)),
-    ("thinker decode", "3b", "v5e:1x1", "", (32, 4096)),
-    ("thinker prefill", "7b", "v6e:1x1", "", (1, 4096, 6144)),
     ("thinker prefill", "3b", "v5e:2x4", "", (8, 1024, 2048)),
     ("thinker prefill", "3b", "v5e:2x2", "fsdp=4", (4, 1024, 2048)),
+    ("thinker decode", "3b", "v5e:1x1", "", (32, 4096)),
     ("thinker decode", "3b", "v5e:2x4", "", (32, 4096)),
-    ("thinker decode", "3b", "v5e:2x2", "fsdp=4", (8, 4096)),
-    ("talker decode", "3b", "v5e:1x1", "", (8, 4096)),
-    ("thinker prefill", "3b", "v5e:2x4", "", (1, 16384, 24576)),
-    ("vision", "3b", "v5e:2x4", "", (8, 16)),
-    ("dit", "3b", "v5e:1x1", "", (1, 500)),
-    ("dit", "3b", "v5e:1x1", "", (4, 250)),
+    ("talker decode", "3b", "v5e:1x1", "", (32, 4096), 2),
+    ("vision", "3b", "v5e:1x1", "", (4, 16), 2),
+    ("vision", "3b", "v5e:1x1", "", (4, 16)),
+    ("audio", "3b", "v5e:1x1", "", (8,), 2),
+    ("audio", "3b", "v5e:1x1", "", (32,)),
+    ("dit", "3b", "v5e:1x1", "", (1, 100), 2),
+    ("dit", "3b", "v5e:1x1", "", (1, 500), 2),
     ("bigvgan", "3b", "v5e:1x1", "", (1, 100)),
-    ("bigvgan", "3b", "v5e:1x1", "", (1, 250)),
 )
 HELD_OUT = _cases(
     ("thinker prefill", "3b", "v5e:1x1", "", (1, 4096, 6144)),
@@ -89,6 +89,7 @@ HELD_OUT = _cases(
     ("thinker decode", "7b", "v6e:1x1", "", (8, 8192)),
     ("thinker decode", "3b", "v6e:2x4", "", (64, 4096)),
     ("thinker decode", "7b", "v5e:2x4", "", (8, 16384)),
+    ("thinker decode", "3b", "v5e:2x2", "fsdp=4", (8, 4096)),
     ("talker prefill", "3b", "v5e:1x1", "", (4, 1026, 2048)),
     ("talker decode", "7b", "v5e:2x4", "", (8, 4096)),
     ("talker decode", "3b", "v5e:1x1", "", (1, 2048)),
@@ -101,36 +102,53 @@ HELD_OUT = _cases(
 )
 
 
+def cut(cfg: C.OmniConfig, layers: int) -> C.OmniConfig:
+    """Every stack cut to so many layers, the last of them with the widest view; 0 leaves all as it is."""
+    if not layers:
+        return cfg
+    t, k, w = cfg.thinker, cfg.talker, cfg.token2wav
+    assert k is not None
+    assert w is not None
+    thinker = dataclasses.replace(
+        t, text=dataclasses.replace(t.text, num_hidden_layers=layers),
+        vision=dataclasses.replace(t.vision, depth=layers, fullatt_block_indexes=(layers - 1,)),
+        audio=dataclasses.replace(t.audio, encoder_layers=layers),
+    )  # fmt: skip
+    talker = dataclasses.replace(k, decoder=dataclasses.replace(k.decoder, num_hidden_layers=layers))
+    dit = dataclasses.replace(w.dit, num_hidden_layers=layers, look_ahead_layers=(0,), look_backward_layers=(0,))
+    return C.OmniConfig(thinker, talker, dataclasses.replace(w, dit=dit))
+
+
 def built(case: Case, cfg: C.OmniConfig | None = None) -> tuple[P.Program, plan.Use, int]:
     """The program to compile, what the plan says of it, and the bytes that it says it needs on one device.
 
     Args:
       cfg: instead of the preset.
     """
-    cfg = cfg or C.preset(case.model)
+    cfg = cfg or cut(C.preset(case.model), case.layers)
     place = meshes.place(cfg, case.mesh or case.topology.partition(":")[2], devices=P.topology(case.topology))
-    sizes, s = dict(place.thinker.shape), case.sizes
-    part: Any = case.kind.partition(" ")[0]
-    if case.kind == "thinker prefill":
-        program, use = P.thinker_prefill(cfg, place, *s), plan.prefill(cfg, sizes, part, *s, ITEMSIZE)
-    elif case.kind == "talker prefill":
-        program, use = P.talker_prefill(cfg, place, *s), plan.prefill(cfg, sizes, part, *s, ITEMSIZE)
-    elif case.kind == "thinker decode":
-        program, use = P.thinker_decode(cfg, place, *s, loop=True), plan.decode(cfg, sizes, part, *s, ITEMSIZE)
-    elif case.kind == "talker decode":
-        program, use = (
-            P.talker_decode(cfg, place, *s, loop=True),
-            plan.decode(cfg, sizes, part, *s, ITEMSIZE, reply=512),
-        )
-    elif case.kind == "vision":
-        program, use = P.vision_call(cfg, place, *s), plan.vision(cfg, sizes, *s, ITEMSIZE)
-    elif case.kind == "audio":
-        program, use = P.audio_call(cfg, place, *s), plan.audio(cfg, sizes, *s, ITEMSIZE)
-    elif case.kind == "dit":
-        program, use = P.dit_flow(cfg, place, *s), plan.dit(cfg, sizes, *s)
-    else:
-        program, use = P.bigvgan_call(cfg, place, *s), plan.vocoder(cfg, sizes, *s)
+    sizes, part = dict(place.thinker.shape), case.kind.partition(" ")[0]
+    program, use = _built(case.kind, part, cfg, place, sizes, case.sizes)
     return program, use, plan.total_bytes(cfg, sizes, use, ITEMSIZE)
+
+
+def _built(kind: str, part: Any, cfg: C.OmniConfig, place: meshes.Placement, sizes: meshes.Sizes, s: Any) -> Any:
+    if kind == "thinker prefill":
+        return P.thinker_prefill(cfg, place, *s), plan.prefill(cfg, sizes, part, *s, ITEMSIZE)
+    if kind == "talker prefill":
+        return P.talker_prefill(cfg, place, *s), plan.prefill(cfg, sizes, part, *s, ITEMSIZE)
+    if kind == "thinker decode":
+        return P.thinker_decode(cfg, place, *s, loop=True), plan.decode(cfg, sizes, part, *s, ITEMSIZE)
+    if kind == "talker decode":
+        made = P.talker_decode(cfg, place, *s, loop=True, reply=REPLY)
+        return made, plan.decode(cfg, sizes, part, *s, ITEMSIZE, reply=REPLY)
+    if kind == "vision":
+        return P.vision_call(cfg, place, *s), plan.vision(cfg, sizes, *s, ITEMSIZE)
+    if kind == "audio":
+        return P.audio_call(cfg, place, *s), plan.audio(cfg, sizes, *s, ITEMSIZE)
+    if kind == "dit":
+        return P.dit_flow(cfg, place, *s), plan.dit(cfg, sizes, *s)
+    return P.bigvgan_call(cfg, place, *s), plan.vocoder(cfg, sizes, *s)
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ class Guard:
 def media_of(cfg: OmniConfig, prompts: Sequence[Prompt]) -> tuple[int, tuple[tuple[int, int], ...], int]:
     """The fields `media`, `frames` and `chunks` of a `plan.Request`."""
     t = cfg.thinker
-    grids = [m.grid for p in prompts for m in (*p.images, *p.videos)]
+    grids = [m.grid for p in prompts for m in p.images] + [m.grid for p in prompts for m in p.videos]
     mels = [len(mel) for p in prompts for mel in p.audios]
     vectors = sum(math.prod(g) for g in grids) // t.vision.spatial_merge_size**2 + sum(map(t.audio.token_count, mels))
     return (buckets.bucket(vectors, buckets.PROMPT) if vectors else 0, *plan.tower_calls(t, grids, mels))
