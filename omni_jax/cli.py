@@ -382,6 +382,7 @@ def main() -> None:
         "generate": generate, "vocode": vocode, "voices": voices, "init": init, "convert": checkpoints.convert,
         "export": export, "inspect": checkpoints.inspect, "finetune": finetune, "bench": infer.bench,
         "footprint": infer.footprint, "solvers": infer.solvers, "batch": infer.batch, "aot": infer.aot,
+        "plan": infer.plan,
     }  # fmt: skip
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="omni-jax", description="Qwen2.5-Omni in JAX.")

@@ -21,7 +21,9 @@ from omni_jax.checkpoint.sources import local_files
 from omni_jax.checkpoint.speakers import load_voices
 from omni_jax.config import OmniConfig, load_config
 from omni_jax.errors import InputError
+from omni_jax.memory import Guard, check_weights
 from omni_jax.meshes import Placement, laid_out, place
+from omni_jax.plan import thinker_slots
 from omni_jax.positions import next_position
 from omni_jax.processing.processor import Processor, Prompt, stop_token_ids
 from omni_jax.reply import ReplyBuilder
@@ -64,6 +66,7 @@ class Omni:
       cache_dtype: of keys and values: float32 on CPU, where bf16 dots of few rows are slow, else `dtype`.
       placement: the meshes of the stages; None for one device.
       laid: `laid(part, batch, length)` is the context that a call of a part runs in.
+      guard: refuses what the devices' memory cannot hold.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Omni:
         self.placement, self.laid = placement, laid_out(placement)
         self.dtype = jnp.dtype(dtype)
         self.cache_dtype = jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else self.dtype
+        self.guard = Guard(config, params, placement, self.dtype.itemsize, self.cache_dtype.itemsize)
 
     @property
     def context(self) -> int:
@@ -86,7 +90,7 @@ class Omni:
         """Talker and Token2Wav. Raises SpeechError where they are not loaded."""
         if self.config.talker is not None and "talker" not in self.params:
             raise SpeechError("this model was loaded for text only; load it with parts=omni_jax.PARTS to have it speak")
-        return Speech(self.config, self.params, self.voices, self.cache_dtype, self.placement)
+        return Speech(self.config, self.params, self.voices, self.cache_dtype, self.placement, self.guard.sound)
 
     def prepare(self, messages: Conversation, **media_defaults: Any) -> Prompt:
         """Messages to ids, positions and media arrays. See `processing.processor.Processor`."""
@@ -149,11 +153,10 @@ class Omni:
 
         return run
 
-    def _batch(self, prompts: Sequence[Prompt]) -> generation.PromptBatch:
-        """Left-pads the prompts to their bucket; spare rows repeat the first."""
+    def _batch(self, prompts: Sequence[Prompt], width: int) -> generation.PromptBatch:
+        """Left-pads the prompts to `width`, their bucket; spare rows repeat the first."""
         vectors, index = self.encode_media(prompts)
         size = buckets.bucket(len(prompts), buckets.BATCH)
-        width = buckets.bucket(max(len(p.ids) for p in prompts), buckets.PROMPT)
         ids = np.zeros((size, width), np.int32)
         positions = np.zeros((3, size, width), np.int32)
         start, after = np.zeros(size, np.int32), np.zeros(size, np.int32)
@@ -210,17 +213,17 @@ class Omni:
         clock = time.perf_counter
         begin = clock()
         cfg, params = self.config.thinker, self.params["thinker"]
-        batch = self._batch(prompts)
+        width = buckets.bucket(max(len(p.ids) for p in prompts), buckets.PROMPT)
+        capacity = thinker_slots(width, max(s.max_new_tokens for s in settings), self.context)
+        self.guard.request(prompts, width, capacity, settings, recorder is not None)
+        batch = self._batch(prompts, width)
         encoded = clock()
         sampling = self._sampling(settings, len(batch.start))
         builders = [
             ReplyBuilder(self.processor.tokenizer, s, self.eos, self.context - len(p.ids))
             for p, s in zip(prompts, settings, strict=True)
         ]
-        # Room for the default reply at least, so that short and long replies run the same programs.
-        most = min(max(max(s.max_new_tokens for s in settings), GenerationSettings().max_new_tokens), self.context)
-        capacity = buckets.bucket(batch.ids.shape[1] + most, buckets.CACHE)
-        size, width = batch.ids.shape
+        size = len(batch.start)
         with self.laid("thinker", size, width):
             read = generation.prefill(cfg, params, batch, capacity=capacity, cache_dtype=self.cache_dtype)
         with self.laid("thinker", size):
@@ -467,6 +470,7 @@ def _load(
         shardings = stage_shardings(placement, parts)
     elif speech_mesh is not None:
         raise MeshError("speech has a mesh of its own, but the Thinker has none; give it one as well, such as 1")
+    check_weights(cfg, placement, parts, jnp.dtype(dtype).itemsize, str(path))
     params = load_params(
         path, cfg, parts=parts, dtype=jnp.dtype(dtype), unroll=unroll, shardings=shardings, progress=progress,
         adapter=adapter, arrays=arrays,

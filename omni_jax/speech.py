@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -157,17 +157,19 @@ class Speech:
       voices: by name.
       cache_dtype: of the Talker's keys and values.
       placement: the stages' meshes; None for one device.
+      before_sound: told how many codes each row has, before sound is made of them; it may refuse.
     """
 
     def __init__(
         self, config: OmniConfig, params: Any, voices: Mapping[str, Voice], cache_dtype: Any,
-        placement: Placement | None = None,
+        placement: Placement | None = None, before_sound: Callable[[Sequence[int]], None] | None = None,
     ):  # fmt: skip
         if config.talker is None or config.token2wav is None:
             raise SpeechError("this checkpoint has no Talker: it answers in text only")
         self.config, self.params, self.voices, self.cache_dtype = config, params, voices, cache_dtype
         self.talker = config.talker
         self.placement, self.laid = placement, laid_out(placement)
+        self.before_sound = before_sound
         self.vocoder = Vocoder(config.token2wav, params["token2wav"], voices, self.laid)
 
     @property
@@ -198,6 +200,7 @@ class Speech:
           settings: one per reply; None leaves it silent.
         Raises:
           CodeError: the Talker drew a code that Token2Wav has no embedding for.
+          MemoryNeedError: the devices cannot hold what so many codes need.
         """
         self.check(settings)
         began = time.perf_counter()
@@ -206,6 +209,8 @@ class Speech:
             pass
         drawn = time.perf_counter()
         wanted = [s for s in settings if s is not None]
+        if self.before_sound is not None:
+            self.before_sound([len(b.codes) for b in builders.values()])
         waves = self.vocoder([b.codes for b in builders.values()], wanted)
         ended = time.perf_counter()
         out = list(replies)
