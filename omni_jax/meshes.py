@@ -314,8 +314,8 @@ def place(
             taken += given.size
     if len({d.process_index for m in meshes for d in m.devices.flat}) > 1:
         raise MeshError(
-            f"meshes {mesh} and {speech} would take chips of several hosts; give each host a copy of the model, or leave "
-            "the speech parts on the mesh of the text part"
+            f"meshes {mesh} and {speech} would take chips of several hosts; give each host a copy of the model, or "
+            "leave the speech parts on the mesh of the text part"
         )
     return Placement(cfg, *meshes)
 
@@ -343,9 +343,6 @@ def laid_out(placement: Placement | None) -> Laid:
 
 
 def hand_over(tree: Any, mesh: Mesh) -> Any:
-    """Moves device arrays of one stage to the mesh of the next, whole on each of its devices.
-
-    It holds under `jax.transfer_guard("disallow")`: nothing goes through the host unasked.
-    """
-    with jax.transfer_guard("disallow"):
-        return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """Moves arrays of one stage, or of the host, to the mesh of the next, whole on each of its devices; explicitly, so
+    that it holds under `jax.transfer_guard("disallow")`."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

@@ -6,10 +6,10 @@ Everything between the jitted programs is numpy: what an eager jax operation wou
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import pathlib
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import jax
@@ -20,13 +20,13 @@ from omni_jax import audio, buckets, generation, vision
 from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.sources import local_files
 from omni_jax.checkpoint.speakers import load_voices
-from omni_jax.config import ConfigError, OmniConfig, load_config
+from omni_jax.config import OmniConfig, load_config
 from omni_jax.errors import InputError
 from omni_jax.meshes import Placement, laid_out, place
 from omni_jax.positions import next_position
 from omni_jax.processing.processor import Processor, Prompt
-from omni_jax.processing.tokenizer import Tokenizer
 from omni_jax.reply import ReplyBuilder
+from omni_jax.reply import stop_token_ids as stop_token_ids
 from omni_jax.sampling import Sampling
 from omni_jax.settings import (
     DoneEvent,
@@ -51,37 +51,6 @@ STREAM_STEPS = 1
 
 class PromptError(InputError):
     """A prompt that the model cannot read; the message gives the numbers and the remedy."""
-
-
-def _read_object(file: pathlib.Path) -> dict[str, Any]:
-    """A JSON object, {} where there is no such file."""
-    try:
-        raw = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise ConfigError(f"{file} cannot be read as JSON ({e}); fetch it again") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{file} must hold a JSON object; fetch it again")
-    return raw
-
-
-def stop_token_ids(path: pathlib.Path, cfg: OmniConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end a reply: of generation_config.json, else of the config, else of the tokenizer.
-
-    Raises:
-      ConfigError: none of them names one.
-    """
-    raw = _read_object(path / "generation_config.json").get("eos_token_id")
-    if raw is not None:
-        return tuple(raw) if isinstance(raw, list) else (int(raw),)
-    if cfg.thinker.eos_token_id:
-        return cfg.thinker.eos_token_id
-    token = _read_object(path / "tokenizer_config.json").get("eos_token")
-    name = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(name, str):
-        raise ConfigError(f"{path} names no end of a reply; add eos_token_id to its generation_config.json")
-    return (tokenizer.id(name),)
 
 
 class Omni:
@@ -364,10 +333,25 @@ class Omni:
         Raises:
           ValueError: as for `generate`.
         """
+        return self.write(prompts, settings, speech)()
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        settings: Sequence[GenerationSettings],
+        speech: Sequence[SpeechSettings | None] | None = None,
+    ) -> Callable[[], list[Reply]]:
+        """`answer` in two steps: the text now, and the speech by the call of what is returned.
+
+        Where speech has chips of its own, that call leaves the others alone: a thread may make it while the next
+        prompts are answered. Arguments and errors are those of `answer`; CodeError comes from the second step.
+        """
         spoken = self._speech_settings(speech, len(prompts))
         recorder = Recorder() if any(spoken) else None
         replies = _exhaust(self.run(prompts, settings, recorder=recorder))
-        return replies if recorder is None else self.speech.speak(recorder, replies, spoken)
+        if recorder is None:
+            return lambda: replies
+        return functools.partial(self.speech.say, self.speech.hear(recorder, replies, spoken), replies, spoken)
 
     def stream(
         self,

@@ -272,7 +272,7 @@ def test_parts_that_are_not_there():
         ("0x4", "neither chips"), ("2x2x2x2", "neither chips"), ("", "neither chips"), ("tensor=0", "neither chips"),
         ("tensors=2", r"\(axes are data, fsdp, tensor, sequence\)"), ("tensor=2,tensor=2", "names an axis twice"),
         ("3", "'3' has 3 chips, which neither batches nor heads divide over; name a power of two"),
-        ("2x3", "6 chips"), ("tensor=3", r"tensor=3 divides neither heads nor hidden features of this model \(16 heads"),
+        ("2x3", "6 chips"), ("tensor=3", r"tensor=3 divides neither heads nor hidden features .* \(16 heads of 128"),
         ("tensor=2,sequence=3", "sequence=3 divides neither"), ("fsdp=3", "fsdp=3 divides neither"),
     ],
 )  # fmt: skip
@@ -304,7 +304,7 @@ def test_hosts_without_work_are_refused():
     assert meshes.make_mesh({"data": 2, "tensor": 2, "sequence": 4}, pod).devices.shape == (2, 1, 2, 4)
     with pytest.raises(MeshError, match="leaves whole hosts without work; there are 16 chips"):
         meshes.make_mesh({"tensor": 2, "sequence": 4}, pod)
-    with pytest.raises(MeshError, match="whole hosts without work|chips of several hosts"):
+    with pytest.raises(MeshError, match="chips of several hosts"):
         meshes.place(CONFIGS["3b"], "2x2", "2x2", pod)
     with pytest.raises(MeshError, match="chips of several hosts"):
         meshes.place(CONFIGS["3b"], "2x4", "2x4", pod)

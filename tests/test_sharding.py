@@ -51,7 +51,7 @@ def test_names_and_sizes_that_do_not_fit():
         laid.rules.spec(("mlp", "heads"))
     with pytest.raises(ValueError, match=r"axis mlp of size 6 cannot be split 4 ways, over \('tensor',\)"):
         laid.sharding(("mlp",), (6,))
-    with pytest.raises(ValueError, match="2 names .* for an array of shape"):
+    with pytest.raises(ValueError, match=r"2 names .* for an array of shape"):
         laid.sharding(("mlp", None), (8,))
     with pytest.raises(ValueError, match="the mesh has axes"):
         S.Layout(AbstractMesh((2,), ("tensor",)), laid.rules)
@@ -83,9 +83,9 @@ def test_constrain_under_a_layout():
     assert S.active_layout() is None
     program.trace(x)
     assert traced == [first, second, None]
-    with first.active(), pytest.raises(ValueError, match="axis act_mlp of size 6 cannot be split 4 ways"):
+    with first.active(), pytest.raises(ValueError, match=r"axis act_mlp of size 6 cannot be split 4 ways"):
         program.trace(jax.ShapeDtypeStruct((4, 6), jnp.float32))
-    with first.active(), pytest.raises(ValueError, match="3 names|2 names"):
+    with first.active(), pytest.raises(ValueError, match="2 names"):
         program.trace(jax.ShapeDtypeStruct((4, 8, 1), jnp.float32))
 
 
