@@ -20,8 +20,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 NETWORKS = (
     "audio", "bigvgan", "dit", "talker decode", "talker prefill", "thinker decode", "thinker prefill", "vision",
 )  # fmt: skip
-# Where the cache [layers, batch, kv heads, slots, head] and the hidden states [batch, tokens, features] must lie for the
-# two rows of the test: nothing here is equal because it was whole on each device.
+# Where the cache [layers, batch, kv heads, slots, head] and the hidden states [batch, tokens, features] lie for the two
+# rows of the test: nothing here is equal because it was whole on each device.
 WHERE = {
     "2x2": ("P(None, 'sequence', 'tensor', None, None)", "P(None, None, None)"),
     "2x4": ("P(None, None, 'tensor', 'sequence', None)", "P(None, None, None)"),
