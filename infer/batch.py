@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -298,7 +300,11 @@ def work(job: Job, cluster: launch.Cluster | None = None) -> dict[str, Any]:
     todo = [line for line, known in zip(lines, done, strict=True) if not known]
     together = False
     if todo:
-        model, together = _load(job)
+        try:
+            model, together = _load(job)
+        except InputError:
+            part.give_up()
+            raise
         mine = todo if together else todo[process::count]
         bar = _Progress(len(mine), job.bar, job.progress and process == 0)
         try:
@@ -449,9 +455,14 @@ def _worker(job: str, cluster: str) -> None:
     use_compilation_cache()
     try:
         work(Job.from_json(job), launch.Cluster(**json.loads(cluster)))
-    except InputError as e:
-        print(f"omni-jax: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+    except BaseException as e:
+        # At once: an orderly end would wait for the other processes, and they for this one.
+        if isinstance(e, InputError):
+            print(f"omni-jax: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+            os._exit(2)
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from omni_jax import buckets, meshes, stages
+from omni_jax import buckets, load, meshes, stages
 from omni_jax import config as C
 from omni_jax.cache import CACHE_AXES
 from omni_jax.sharding import MESH_AXES, MeshError
+from tests import test_cli
 
 CONFIGS = {name: C.preset(name) for name in ("3b", "7b")}
 MODELS = [(name, mesh) for name in CONFIGS for mesh in ("1", "2x2", "2x4", "4x4", "8x8")]
@@ -288,6 +289,50 @@ def test_meshes_that_are_larger_than_the_machine():
         meshes.place(cfg, "8x8")
     with pytest.raises(MeshError, match=rf"meshes 1 and 8x8 take more than the {here} devices"):
         meshes.place(cfg, "1", "8x8")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [
+        ("8x8", "(cpu); choose a smaller --mesh, or start on a larger machine"),
+        ("2x3", "'2x3' has 6 chips, which neither batches nor heads divide over; name a power of two"),
+        ("tensor=3", "tensor=3 divides neither heads nor hidden features of this model"),
+        ("model=2", "'model=2' is neither chips such as 1, 2x2, 2x4 or 4x4 nor axes"),
+        ("data=2,data=2", "'data=2,data=2' names an axis twice"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "vocode", "batch", "bench", "speech"])
+def test_commands_say_so_in_one_line(monkeypatch, capsys, checkpoint, tmp_path, command, mesh, said):
+    (tmp_path / "codes.json").write_text("[1, 2]")
+    (tmp_path / "in.jsonl").write_text('[{"role": "user", "content": "Hi"}]\n')
+    model = ("--model", checkpoint)
+    arguments = {
+        "generate": (*model, "--text", "Hi", "--mesh", mesh),
+        "speech": (*model, "--text", "Hi", "--mesh", "1", "--speech-mesh", mesh, "--speech", tmp_path / "x.wav"),
+        "vocode": (*model, "--codes", tmp_path / "codes.json", tmp_path / "x.wav", "--mesh", mesh),
+        "batch": (tmp_path / "in.jsonl", tmp_path / "out.jsonl", *model, "--mesh", mesh),
+        "bench": ("--preset", "nano", "--stages", "decode", "--mesh", mesh),
+    }[command]
+    code, out, err = run("generate" if command == "speech" else command, monkeypatch, capsys, arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    if (command, mesh) == ("speech", "8x8"):
+        said = "meshes 1 and 8x8 take more than the"
+    assert said in err
+    assert not list(tmp_path.glob("out*")) + list(tmp_path.glob("x*"))
+
+
+def test_speech_meshes_go_with_speech(monkeypatch, capsys, checkpoint):
+    for flags, said in ((("--mesh", "1"), "--speech-mesh goes with --speech"), ((), "goes with --speech")):
+        arguments = ("--model", checkpoint, "--text", "Hi", "--speech-mesh", "1", *flags)
+        code, _, err = run("generate", monkeypatch, capsys, arguments)
+        assert (code, err.count("\n")) == (2, 1)
+        assert said in err
+    with pytest.raises(MeshError, match="the Thinker has none; give it one as well"):
+        load(checkpoint, speech_mesh="1")
+
+
+def run(command, monkeypatch, capsys, arguments):
+    return test_cli.run(monkeypatch, capsys, command, *arguments)
 
 
 class Device:
