@@ -65,27 +65,34 @@ def kept(found: dict[str, list], size: int) -> Iterator[None]:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             out = whole(*args, **kwargs)
-            found.setdefault(what, []).extend(of(out))
+            found.setdefault(what, []).extend(of(out, *args))
             return out
 
         stack.enter_context(mock.patch.object(module, name, run))
 
-    def read(out: generation.Prefill) -> list:
+    def read(out: generation.Prefill, *args: Any) -> list:
         start = np.asarray(out.cache.start)
         hidden = [np.asarray(a)[row, start[row] :] for a in (out.hidden, out.embeddings) for row in range(size)]
         if not isinstance(out.cache.k, tuple):
             found["where"] = [str(out.cache.k.sharding.spec), str(out.hidden.sharding.spec)]
         return [*hidden, *live(out.cache, size)]
 
+    def heard(out: talker.TalkerPrefill, *args: Any) -> list:
+        return [*live(out.cache, size), np.asarray(out.last)]
+
+    def drawn(out: jax.Array, params: Any, cfg: Any, codes: Any, lengths: np.ndarray, *args: Any) -> list:
+        """The true frames: what padding holds has no meaning."""
+        return [np.asarray(out)[row, : n * cfg.repeats] for row, n in enumerate(lengths)]
+
     with contextlib.ExitStack() as stack:
-        keep(stack, vision, "vision_features", "vision", lambda out: [out])
-        keep(stack, audio, "audio_features", "audio", lambda out: [out])
+        keep(stack, vision, "vision_features", "vision", lambda out, *args: [out])
+        keep(stack, audio, "audio_features", "audio", lambda out, *args: [out])
         keep(stack, generation, "prefill", "thinker prefill", read)
-        keep(stack, generation, "advance", "thinker decode", lambda out: live(out[0].cache, size))
-        keep(stack, talker, "prefill", "talker prefill", lambda out: [*live(out.cache, size), np.asarray(out.last)])
-        keep(stack, talker, "advance", "talker decode", lambda out: live(out[0].cache, size))
-        keep(stack, token2wav, "sample_mel", "dit", lambda out: [np.asarray(out)])
-        keep(stack, token2wav, "vocode_mel", "bigvgan", lambda out: [np.asarray(out)])
+        keep(stack, generation, "advance", "thinker decode", lambda out, *args: live(out[0].cache, size))
+        keep(stack, talker, "prefill", "talker prefill", heard)
+        keep(stack, talker, "advance", "talker decode", lambda out, *args: live(out[0].cache, size))
+        keep(stack, token2wav, "sample_mel", "dit", drawn)
+        keep(stack, token2wav, "vocode_mel", "bigvgan", lambda out, *args: [np.asarray(out)])
         yield
 
 
@@ -196,7 +203,7 @@ def main(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
     began = time.perf_counter()
     out["side by side"] = side_by_side(checkpoint, folder, model)
     texts = [[conversations._user(conversations._text(t))] for t in ("What is a cat?", "Why?", "Who are you?", "How?")]
-    alone = one.generate(texts, GREEDY[0], speech=SPOKEN[0])
+    alone = [r for i in (0, 2) for r in one.generate(texts[i : i + 2], GREEDY[0], speech=SPOKEN[0])]
     out["on one device"] = {"ids": [r.token_ids for r in alone], "codes": [r.codes for r in alone]}
     out["seconds"]["side by side"] = time.perf_counter() - began
     began = time.perf_counter()

@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
 from infer import batch, launch, records
 from infer.batch import Job
 from omni_jax.errors import InputError
-from omni_jax.settings import GenerationSettings, SpeechSettings
+from omni_jax.settings import GenerationSettings, Reply, SpeechSettings
 from tests.test_cli import run as command
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -169,6 +170,39 @@ def test_speech_files(checkpoint, speaker, tmp_path, monkeypatch):
     assert second["speech"] == str(tmp_path / "out.jsonl.speech" / "00000002.flac")
     for record in (first, second):
         assert soundfile.info(record["speech"]).frames == round(record["seconds"] * 24000) > 0
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_batch_that_cannot_be_spoken_is_tried_line_by_line(tmp_path, apart):
+    """With speech on chips of its own the failure comes later, from a thread; the records are the same."""
+    written = []
+
+    class Model:
+        placement = types.SimpleNamespace(apart=apart)
+
+        def write(self, prompts, settings, speech):
+            written.append(prompts)
+            if "unreadable" in prompts:
+                raise InputError("cannot be read")
+
+            def speak():
+                if "unspeakable" in prompts:
+                    raise InputError("cannot be spoken")
+                return [Reply(p, (1,), 1, "eos") for p in prompts]
+
+            return speak
+
+    def request(number, prompt):
+        return batch.Request(records.Line(number, "", "digest"), None, prompt, GREEDY, SpeechSettings())
+
+    given = [[request(1, "a"), request(2, "unspeakable")], {"line": 3, "error": "line 3: it is not JSON"},
+             [request(4, "unreadable"), request(5, "b")], [request(6, "c")]]  # fmt: skip
+    wanted = job(tmp_path / "none", tmp_path, speech=SpeechSettings())
+    made = {r["line"]: r.get("text", r.get("error")) for r in batch._answers(Model(), wanted, given)}
+    assert made == {
+        1: "a", 2: "line 2: cannot be spoken", 3: "line 3: it is not JSON", 4: "line 4: cannot be read", 5: "b", 6: "c",
+    }  # fmt: skip
+    assert len(written) == 3 + 4
 
 
 @pytest.mark.parametrize(
