@@ -27,15 +27,15 @@ from omni_jax import PARTS, audio, config, generation, load, meshes, omni, speec
 from omni_jax.settings import GenerationSettings, SpeechSettings
 from tests import conversations
 
-# Name → (mesh, mesh of speech, LONG_PROMPT or None).
-LAYOUTS: dict[str, tuple[str, str | None, int | None]] = {
-    "2x2": ("2x2", None, None),
-    "2x4": ("2x4", None, None),
-    "data, tensor and sequence": ("data=2,tensor=2,sequence=2", None, None),
-    "data, fsdp and sequence": ("data=2,fsdp=2,sequence=2", None, None),
-    "fsdp and tensor": ("fsdp=2,tensor=4", None, None),
-    "long prompts": ("2x4", None, 64),
-    "speech apart": ("2x2", "2x2", None),
+# Name → (mesh, mesh of speech, LONG_PROMPT or None, whether it speaks).
+LAYOUTS: dict[str, tuple[str, str | None, int | None, bool]] = {
+    "2x2": ("2x2", None, None, False),
+    "2x4": ("2x4", None, None, True),
+    "data, tensor and sequence": ("data=2,tensor=2,sequence=2", None, None, False),
+    "data, fsdp and sequence": ("data=2,fsdp=2,sequence=2", None, None, True),
+    "fsdp and tensor": ("fsdp=2,tensor=4", None, None, False),
+    "long prompts": ("2x4", None, 64, False),
+    "speech apart": ("2x2", "2x2", None, True),
 }
 BENCHED = ("decode", "prefill", "audio", "vision", "talker", "vocoder")
 GREEDY = [GenerationSettings(max_new_tokens=n) for n in (9, 6)]
@@ -102,12 +102,15 @@ def error(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
 
 
-def answer(model: omni.Omni) -> tuple[dict[str, list], list[Any]]:
+def answer(model: omni.Omni, speaks: bool = True) -> tuple[dict[str, list], list[Any]]:
     """What the networks gave for the batch, and the replies."""
     asked = prompts(model)
     found: dict[str, list] = {}
     with kept(found, len(asked)):
-        return found, model.answer(asked, GREEDY, SPOKEN)
+        replies = model.answer(asked, GREEDY, SPOKEN if speaks else None)
+    counts = {what: len(arrays) for what, arrays in found.items()}
+    assert all(counts.values()), counts
+    return found, replies
 
 
 def guarded() -> Any:
@@ -177,35 +180,39 @@ def main(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
     """All comparisons, as JSON."""
     one = load(checkpoint, parts=PARTS, dtype="float32")
     want, replies = answer(one)
+    print("one device", time.process_time(), file=sys.stderr)
     out: dict[str, Any] = {"devices": jax.device_count(), "layouts": {}, "seconds": {}}
-    for name, (mesh, speech_mesh, long) in LAYOUTS.items():
+    for name, (mesh, speech_mesh, long, speaks) in LAYOUTS.items():
         began = time.perf_counter()
         with mock.patch.object(meshes, "LONG_PROMPT", long or meshes.LONG_PROMPT):
             meshes._rules.cache_clear()
-            model = load(checkpoint, parts=PARTS, dtype="float32", mesh=mesh, speech_mesh=speech_mesh)
+            parts = PARTS if speaks else ("thinker",)
+            model = load(checkpoint, parts=parts, dtype="float32", mesh=mesh, speech_mesh=speech_mesh)
             guard, held = guarded()
             with guard if speech_mesh is not None else contextlib.nullcontext():
-                got, made = answer(model)
+                got, made = answer(model, speaks)
         meshes._rules.cache_clear()
         where = got.pop("where")
         out["layouts"][name] = {
-            "errors": {what: max(map(error, got[what], want[what], strict=True)) for what in want},
-            "same networks": sorted(got) == sorted(want),
+            "errors": {what: max(map(error, got[what], want[what])) for what in got},
+            "counts equal": all(len(got[what]) == len(want[what]) for what in got),
             "ids": [r.token_ids == w.token_ids for r, w in zip(made, replies, strict=True)],
             "codes": [r.codes == w.codes for r, w in zip(made, replies, strict=True)],
-            "lengths": [len(r.codes) for r in made],
-            "sound": max(error(r.waveform, w.waveform) for r, w in zip(made, replies, strict=True)),
+            "lengths": [len(r.codes or ()) for r in made],
+            "sound": max(error(r.waveform, w.waveform) for r, w in zip(made, replies, strict=True)) if speaks else None,
             "where": where, "guarded": held,
             "devices": {part: sorted(d.id for d in jax.tree.leaves(tree)[0].sharding.device_set)
                         for part, tree in model.params.items()},
         }  # fmt: skip
         out["seconds"][name] = time.perf_counter() - began
+        print(name, out["seconds"][name], time.process_time(), file=sys.stderr, flush=True)
     began = time.perf_counter()
     out["side by side"] = side_by_side(checkpoint, folder, model)
     texts = [[conversations._user(conversations._text(t))] for t in ("What is a cat?", "Why?", "Who are you?", "How?")]
     alone = [r for i in (0, 2) for r in one.generate(texts[i : i + 2], GREEDY[0], speech=SPOKEN[0])]
     out["on one device"] = {"ids": [r.token_ids for r in alone], "codes": [r.codes for r in alone]}
     out["seconds"]["side by side"] = time.perf_counter() - began
+    print("side by side", time.process_time(), file=sys.stderr)
     began = time.perf_counter()
     out["bench"] = benchmark()
     out["seconds"]["bench"] = time.perf_counter() - began

@@ -17,9 +17,8 @@ import pytest
 from tests.mesh_child import BENCHED, LAYOUTS
 
 ROOT = pathlib.Path(__file__).parent.parent
-NETWORKS = (
-    "audio", "bigvgan", "dit", "talker decode", "talker prefill", "thinker decode", "thinker prefill", "vision",
-)  # fmt: skip
+TEXT = {"vision", "audio", "thinker prefill", "thinker decode"}
+SPEAKING = {"talker prefill", "talker decode", "dit", "bigvgan"}
 # Where the cache [layers, batch, kv heads, slots, head] and the hidden states [batch, tokens, features] lie for the two
 # rows of the test: nothing here is equal because it was whole on each device.
 WHERE = {
@@ -49,13 +48,16 @@ def found(checkpoint, tmp_path_factory):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_networks_and_generation_equal_one_device(found, layout):
     got = found["layouts"][layout]
-    assert got["same networks"]
-    assert sorted(got["errors"]) == sorted(NETWORKS)
+    speaks = LAYOUTS[layout][3]
+    assert got["counts equal"]
+    assert set(got["errors"]) == (SPEAKING | TEXT if speaks else TEXT)
     print(layout, got["errors"], got["sound"])
     assert max(got["errors"].values()) < 1e-5, got["errors"]
-    assert got["ids"] == got["codes"] == [True, True]
-    assert got["lengths"] == [11, 7]
-    assert got["sound"] < 1e-5
+    assert got["ids"] == [True, True]
+    if speaks:
+        assert got["codes"] == [True, True]
+        assert got["lengths"] == [11, 7]
+        assert got["sound"] < 1e-5
     assert tuple(got["where"]) == WHERE[layout]
 
 
