@@ -56,6 +56,12 @@ def live(cache: Any, size: int) -> list[np.ndarray]:
     return [a[:, row, :, start[row] : end] for a in (k, v) for row in range(size)]
 
 
+def split(array: Any) -> list[str]:
+    """What each axis is split over; a dash for nothing, and nothing for the last axes that are whole."""
+    names = ["-" if axis is None else str(axis) for axis in array.sharding.spec]
+    return names[: 1 + max((i for i, name in enumerate(names) if name != "-"), default=-1)]
+
+
 @contextlib.contextmanager
 def kept(found: dict[str, list], size: int) -> Iterator[None]:
     """Keeps what the networks give while a generation runs, and where their arrays lie."""
@@ -74,7 +80,7 @@ def kept(found: dict[str, list], size: int) -> Iterator[None]:
         start = np.asarray(out.cache.start)
         hidden = [np.asarray(a)[row, start[row] :] for a in (out.hidden, out.embeddings) for row in range(size)]
         if not isinstance(out.cache.k, tuple):
-            found["where"] = [str(out.cache.k.sharding.spec), str(out.hidden.sharding.spec)]
+            found["where"] = [split(out.cache.k), split(out.hidden)]
         return [*hidden, *live(out.cache, size)]
 
     def heard(out: talker.TalkerPrefill, *args: Any) -> list:
