@@ -37,7 +37,11 @@ def both(checkpoint, tmp_path_factory):
         )
         for i in range(2)
     ]  # fmt: skip
-    ended = [child.communicate(timeout=300) for child in children]
+    try:
+        ended = [child.communicate(timeout=300) for child in children]
+    finally:
+        for child in children:
+            child.kill()
     for child, (_, err) in zip(children, ended, strict=True):
         assert child.returncode == 0, err[-3000:]
     return [json.loads(out.splitlines()[-1]) for out, _ in ended], folder
