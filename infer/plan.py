@@ -207,7 +207,9 @@ def padded(asked: Asked, cfg: C.OmniConfig, media: Sequence[Medium]) -> tuple[in
     d = cfg.token2wav.dit
     _bucket("--speech, in codes", codes, (token2wav.BLOCK_BUCKETS[-1] * d.block_size // d.repeats,))
     # The cache grows as speech goes on; the last one is the largest.
-    slots = cache_slots(width + EXTRA + codes, 0)
+    slots = cache_slots(width + EXTRA)
+    while slots < width + EXTRA + codes:
+        slots = cache_slots(slots)
     return tokens, dataclasses.replace(
         out, codes=codes, spoken=_bucket("--batch, with speech", asked.batch, token2wav.ROW_BUCKETS),
         reply=buckets.bucket(asked.reply + EXTRA, buckets.REPLY), speech_slots=slots,
