@@ -155,7 +155,7 @@ def generate(
     conversation = _conversation(text, messages, system, {"image": image, "audio": audio, "video": video})
     limits = {"fps": fps, "max_frames": max_frames, "min_pixels": min_pixels, "max_pixels": max_pixels}
     media = {"use_audio_in_video": use_audio_in_video} | {k: v for k, v in limits.items() if v is not None}
-    notes = Console(stderr=True, highlight=False)
+    notes = Console(stderr=True, highlight=False, markup=False)
     use_compilation_cache()
     from omni_jax import omni
     from omni_jax.token2wav import SAMPLE_RATE
@@ -167,7 +167,7 @@ def generate(
     )
     load_seconds = time.perf_counter() - began
     if as_json:
-        reply = loaded.generate(conversation, settings, speech=spoken, media=media)
+        [reply] = loaded.generate([conversation], settings, speech=spoken, media=media)
         out = reply.to_dict()
         out["timings"] = {"load": load_seconds} | out["timings"]
         if speech is not None:
@@ -254,6 +254,7 @@ def voices(path: tyro.conf.Positional[pathlib.Path]) -> None:
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from omni_jax.checkpoint.speakers import load_voices, pick_voice
 
@@ -262,7 +263,7 @@ def voices(path: tyro.conf.Positional[pathlib.Path]) -> None:
     table = Table("voice", "begins with id", "reference", "")
     for name, voice in found.items():
         seconds = len(voice.ref_mel) / 100
-        table.add_row(name, str(voice.bos_token), f"{seconds:.2f} s", "default" if name == default else "")
+        table.add_row(Text(name), str(voice.bos_token), f"{seconds:.2f} s", "default" if name == default else "")
     Console(highlight=False).print(table)
 
 
@@ -381,6 +382,7 @@ def main() -> None:
         "generate": generate, "vocode": vocode, "voices": voices, "init": init, "convert": checkpoints.convert,
         "export": export, "inspect": checkpoints.inspect, "finetune": finetune, "bench": infer.bench,
         "footprint": infer.footprint, "solvers": infer.solvers, "batch": infer.batch, "aot": infer.aot,
+        "plan": infer.plan,
     }  # fmt: skip
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="omni-jax", description="Qwen2.5-Omni in JAX.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from omni_jax.meshes import Laid, Placement, hand_over, laid_out, on_one_device,
 from omni_jax.sampling import Sampling
 from omni_jax.settings import Reply, SpeechSettings
 from omni_jax.stages import PARTS as PARTS
-from omni_jax.stages import stage_shardings
+from omni_jax.stages import layers_apart, stage_shardings
 from omni_jax.voice import Voice
 from omni_jax.watchdog import SpeechBuilder
 
@@ -108,7 +108,7 @@ class Vocoder:
             cfg = load_config(files)
             if cfg.token2wav is None:
                 raise SpeechError(f"{path} has no Token2Wav: this checkpoint answers in text only")
-            unroll = jax.default_backend() == "cpu" and mesh is None
+            unroll = layers_apart(jax.default_backend(), mesh is not None)
             placement = None if mesh is None else place(cfg, mesh)
             shardings = None if placement is None else stage_shardings(placement, ("token2wav",))
             params = load_params(
@@ -123,7 +123,8 @@ class Vocoder:
 
         Args:
           codes: one row of whole numbers for each request.
-          settings: voice, seed, ODE steps and solver of each. Requests of equal steps and solver share a call.
+          settings: voice, seed, ODE steps and solver of each. Requests of equal steps and solver share a call, as many
+            as the largest bucket of rows holds.
           noise: float32 [2 n, mel] for each row of n codes; by default drawn from the seeds.
         Returns:
           float32 samples at 24 kHz for each row.
@@ -133,13 +134,14 @@ class Vocoder:
         """
         waves: list[np.ndarray] = [np.zeros(0, np.float32)] * len(codes)
         flows = [token2wav.Flow(s.ode_steps, s.ode_solver) for s in settings]
-        for flow in dict.fromkeys(flows):
-            rows = [i for i, wanted in enumerate(flows) if wanted == flow]
+        most = token2wav.ROW_BUCKETS[-1]
+        alike = [[i for i, wanted in enumerate(flows) if wanted == flow] for flow in dict.fromkeys(flows)]
+        for rows in (group[at : at + most] for group in alike for at in range(0, len(group), most)):
             made = token2wav.token2wav(
                 self.config, self.params, [codes[i] for i in rows],
                 [pick_voice(self.voices, settings[i].voice) for i in rows],
                 noise=None if noise is None else [noise[i] for i in rows],
-                seeds=[settings[i].seed for i in rows], flow=flow, laid=self.laid,
+                seeds=[settings[i].seed for i in rows], flow=flows[rows[0]], laid=self.laid,
             )  # fmt: skip
             for i, wave in zip(rows, made, strict=True):
                 waves[i] = wave
@@ -155,17 +157,19 @@ class Speech:
       voices: by name.
       cache_dtype: of the Talker's keys and values.
       placement: the stages' meshes; None for one device.
+      before_sound: told how many codes each row has, before sound is made of them; it may refuse.
     """
 
     def __init__(
         self, config: OmniConfig, params: Any, voices: Mapping[str, Voice], cache_dtype: Any,
-        placement: Placement | None = None,
+        placement: Placement | None = None, before_sound: Callable[[Sequence[int]], None] | None = None,
     ):  # fmt: skip
         if config.talker is None or config.token2wav is None:
             raise SpeechError("this checkpoint has no Talker: it answers in text only")
         self.config, self.params, self.voices, self.cache_dtype = config, params, voices, cache_dtype
         self.talker = config.talker
         self.placement, self.laid = placement, laid_out(placement)
+        self.before_sound = before_sound
         self.vocoder = Vocoder(config.token2wav, params["token2wav"], voices, self.laid)
 
     @property
@@ -196,6 +200,7 @@ class Speech:
           settings: one per reply; None leaves it silent.
         Raises:
           CodeError: the Talker drew a code that Token2Wav has no embedding for.
+          MemoryNeedError: the devices cannot hold what so many codes need.
         """
         self.check(settings)
         began = time.perf_counter()
@@ -204,6 +209,8 @@ class Speech:
             pass
         drawn = time.perf_counter()
         wanted = [s for s in settings if s is not None]
+        if self.before_sound is not None:
+            self.before_sound([len(b.codes) for b in builders.values()])
         waves = self.vocoder([b.codes for b in builders.values()], wanted)
         ended = time.perf_counter()
         out = list(replies)
@@ -254,9 +261,8 @@ class Speech:
         prompt = talker.TalkerPrompt(
             embeddings, hidden, batch.positions, batch.start, batch.next_position, batch.media_index, voices, first
         )
-        most = max(s.max_codes for s in rows)
         places = batch.ids.shape[1] + talker.EXTRA
-        capacity = cache_slots(places, most)
+        capacity = cache_slots(places)
         with self.laid("talker", size, places):
             read = talker.prefill(cfg, params, table, prompt, capacity=capacity, cache_dtype=self.cache_dtype)
         with self.laid("talker", size):
@@ -276,16 +282,17 @@ class Speech:
             state = dataclasses.replace(state, done=done)
             with self.laid("talker", size):
                 if places + left > capacity:
-                    capacity = cache_slots(places, max(b.left for b in builders.values()))
+                    capacity = cache_slots(places)
                     state = dataclasses.replace(state, cache=grow(state.cache, capacity=capacity))
                 state, made = talker.advance(cfg, params, state, vectors, sampling, left)
             places += len(made)
 
 
-def cache_slots(places: int, left: int) -> int:
-    """Slots of the Talker's cache: a bucket for the places that are taken and the codes to come, but for no more than
-    GROWTH of them: speech may last 4096 codes and mostly ends far sooner, and each step reads the whole cache."""
-    return buckets.bucket(places + min(left, GROWTH), buckets.CACHE)
+def cache_slots(places: int) -> int:
+    """Slots of the Talker's cache: a bucket for the places that are taken and GROWTH codes to come. Speech may last
+    4096 codes and mostly ends far sooner, and each step reads the whole cache. And no less where fewer are asked for:
+    so 10 and 500 codes run the same programs."""
+    return buckets.bucket(places + GROWTH, buckets.CACHE)
 
 
 def reply_arrays(recorder: Recorder, replies: Sequence[Reply]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

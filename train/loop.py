@@ -15,8 +15,7 @@ from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.sources import local_files
 from omni_jax.checkpoint.speakers import load_voices
 from omni_jax.config import load_config
-from omni_jax.omni import stop_token_ids
-from omni_jax.processing.processor import Processor
+from omni_jax.processing.processor import Processor, stop_token_ids
 from omni_jax.stages import stage_shardings
 from train import evaluate
 from train.checkpoints import Checkpoints, all_positions, own_position
