@@ -325,7 +325,7 @@ def _print_plan(config: pathlib.Path, changes: Strings, topology: str) -> None:
     """The compiler's peak, the bytes that a step moves, and its collectives, as one line of JSON."""
     from collections import Counter
 
-    from infer import hlo, programs
+    from infer import hlo, targets
     from omni_jax.config import load_config, preset
     from train import config as C
     from train import plan
@@ -333,7 +333,7 @@ def _print_plan(config: pathlib.Path, changes: Strings, topology: str) -> None:
     run = C.load(config, changes)
     there = (pathlib.Path(run.model) / "config.json").exists()
     model = load_config(run.model) if there else preset(run.model.rpartition("-")[2].lower())
-    compiled = plan.compile_step(run, model, programs.topology(topology))
+    compiled = plan.compile_step(run, model, targets.topology(topology))
     memory, module = compiled.memory_analysis(), hlo.Module(compiled.as_text())
     counted: Counter[str] = Counter()
     for collective in module.collectives():

@@ -215,6 +215,7 @@ def draw(folder: pathlib.Path) -> None:
             axes.plot(*zip(*points), label=kind, marker="." if len(points) < 20 else "")
         axes.set_title(name)
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
     canvas = FigureCanvasAgg(figure)
     write_atomically(folder / CURVES, lambda file: canvas.print_png(file))
