@@ -66,7 +66,7 @@ def _talker_row(cfg: C.OmniConfig, pairs: int, tick: Tick, placement: Placement 
     )  # fmt: skip
     reply: Any = np.random.default_rng(0).standard_normal((1, 64, part.embedding_size)).astype(jnp.bfloat16)
 
-    slots = speech.cache_slots(HISTORY)
+    slots = speech.cache_slots(HISTORY, speech.GROWTH)
 
     @jax.jit
     def begin() -> talker.TalkerState:

@@ -135,7 +135,7 @@ class Guard:
                 request = dataclasses.replace(
                     request, codes=GROWTH, spoken=len(prompts),
                     reply=buckets.bucket(min(reply, slots) + talker.EXTRA, buckets.REPLY),
-                    speech_slots=cache_slots(width + talker.EXTRA),
+                    speech_slots=cache_slots(width + talker.EXTRA, GROWTH),
                 )  # fmt: skip
             return list(plan.phases(self.cfg, self.at, request, self.itemsize, self.cache_itemsize))
 

@@ -316,7 +316,7 @@ class Speech:
         rows = self._rows(settings, size)
         sampling = draw_settings(rows, self.stop_ids)
         places = prompt.positions.shape[2] + talker.EXTRA
-        capacity = cache_slots(places)
+        capacity = cache_slots(places, GROWTH)  # also for fewer codes: 10 and 500 run the same programs
         with self.laid("talker", size, places):
             read = talker.prefill(cfg, params, heard.table, prompt, capacity=capacity, cache_dtype=self.cache_dtype)
         with self.laid("talker", size):
@@ -336,17 +336,16 @@ class Speech:
             state = dataclasses.replace(state, done=done)
             with self.laid("talker", size):
                 if places + left > capacity:
-                    capacity = cache_slots(places)
+                    capacity = cache_slots(places, max(b.left for b in builders.values()))
                     state = dataclasses.replace(state, cache=grow(state.cache, capacity=capacity))
                 state, made = talker.advance(cfg, params, state, vectors, sampling, left)
             places += len(made)
 
 
-def cache_slots(places: int) -> int:
-    """Slots of the Talker's cache: a bucket for the places that are taken and GROWTH codes to come. Speech may last
-    4096 codes and mostly ends far sooner, and each step reads the whole cache. And no less where fewer are asked for:
-    so 10 and 500 codes run the same programs."""
-    return buckets.bucket(places + GROWTH, buckets.CACHE)
+def cache_slots(places: int, left: int) -> int:
+    """Slots of the Talker's cache: a bucket for the places that are taken and the codes to come, but for no more than
+    GROWTH of them: speech may last 4096 codes and mostly ends far sooner, and each step reads the whole cache."""
+    return buckets.bucket(places + min(left, GROWTH), buckets.CACHE)
 
 
 def reply_arrays(recorder: Recorder, replies: Sequence[Reply]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
