@@ -37,7 +37,7 @@ LAYOUTS: dict[str, tuple[str, str | None, int | None, bool]] = {
     "long prompts": ("2x4", None, 64, False),
     "speech apart": ("2x2", "2x2", None, True),
 }
-BENCHED = ("decode", "audio", "talker")
+BENCHED = ("decode", "talker")
 GREEDY = [GenerationSettings(max_new_tokens=n) for n in (9, 6)]
 SPOKEN = [SpeechSettings(temperature=0.0, max_codes=11, watchdog=None), SpeechSettings(seed=3, max_codes=7)]
 
