@@ -16,6 +16,7 @@ import pytest
 import safetensors.numpy
 
 from omni_jax import cli
+from omni_jax.errors import InputError
 from omni_jax.processing.chat import SPEECH_SYSTEM_MESSAGE
 from tests import media
 
@@ -115,6 +116,14 @@ def _bad_inputs(tmp: pathlib.Path) -> dict[str, tuple[list, str]]:
     (tmp / "role.json").write_text(json.dumps([{"role": "wizard", "content": "hi"}]))
     (tmp / "type.json").write_text(json.dumps([{"role": "user", "content": [{"type": "smell", "smell": "x"}]}]))
     (tmp / "broken.json").write_text("[")
+    (tmp / "object.json").write_text('{"role": "user", "content": "hi"}')
+    (tmp / "nested.json").write_text('[[{"role": "user", "content": "hi"}]]')
+    (tmp / "deep.json").write_text("[" * 100000)
+    (tmp / "digits.json").write_text("9" * 5000)
+    fps = {"type": "video", "video": str(MEDIA / "clip.mp4"), "fps": 10**400}
+    (tmp / "fps.json").write_text(json.dumps([{"role": "user", "content": [fps]}]))
+    port = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:x/a.png"}}
+    (tmp / "port.json").write_text(json.dumps([{"role": "user", "content": [port]}]))
     ask = ["--text", "What?"]
     return {
         "missing picture": ([*ask, "--image", tmp / "none.jpg"], "none.jpg"),
@@ -133,13 +142,20 @@ def _bad_inputs(tmp: pathlib.Path) -> dict[str, tuple[list, str]]:
         "both forms": ([*ask, "--messages", tmp / "role.json"], "either"),
         "media beside messages": (["--messages", tmp / "role.json", "--image", "x.png"], "--image"),
         "temperature": ([*ask, "--temperature", "-1"], "temperature"),
+        "top-k": ([*ask, "--top-k", "9" * 12], "top_k"),
+        "an object for messages": (["--messages", tmp / "object.json"], "object.json holds no list"),
+        "messages in messages": (["--messages", tmp / "nested.json"], "message 0 is list"),
+        "JSON without end": (["--messages", tmp / "deep.json"], "deep.json"),
+        "a number of 5000 digits": (["--messages", tmp / "digits.json"], "digits.json"),
+        "a number that no float holds": (["--messages", tmp / "fps.json"], "content item 0: fps is 1000"),
+        "a port that is none": (["--messages", tmp / "port.json"], "http://127.0.0.1:x/a.png cannot be fetched"),
         "model": ([*ask, "--model", tmp / "nowhere"], "nowhere"),
     }
 
 
 def test_bad_input_is_one_line(command, tmp_path):
     for name, (args, says) in _bad_inputs(tmp_path).items():
-        code, out, err = command(*args)
+        code, out, err = command(*args, *(["--json"] if len(name) % 2 else []))
         assert (code, out) == (2, ""), name
         assert err.startswith("omni-jax: "), name
         assert err.count("\n") == 1, (name, err)
@@ -210,7 +226,7 @@ print(json.dumps([list(q.sharding.spec), len(jax.devices()), list(reply.token_id
 def test_where_the_ending_ids_come_from(checkpoint, model, tmp_path):
     """generation_config.json, else config.json, else tokenizer_config.json."""
     from omni_jax.config import from_dict
-    from omni_jax.omni import stop_token_ids
+    from omni_jax.processing.processor import stop_token_ids
 
     folder = tmp_path / "c"
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -218,6 +234,10 @@ def test_where_the_ending_ids_come_from(checkpoint, model, tmp_path):
     raw = json.loads((folder / "config.json").read_text())
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
     assert stop_token_ids(folder, model.config, tokenizer) == (5, 6)
+    for wrong in ('"end"', "[]", "[null]", "-1", "true", "{}"):
+        (folder / "generation_config.json").write_text(f'{{"eos_token_id": {wrong}}}')
+        with pytest.raises(InputError, match=r"generation_config.json: eos_token_id is .* fetch the file again"):
+            stop_token_ids(folder, model.config, tokenizer)
     (folder / "generation_config.json").write_text("{}")
     raw["thinker_config"]["eos_token_id"] = 7
     assert stop_token_ids(folder, from_dict(raw), tokenizer) == (7,)

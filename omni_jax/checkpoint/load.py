@@ -127,7 +127,7 @@ def load_params(
       cfg: its configuration (`config.load_config`).
       parts: which of `thinker`, `talker`, `token2wav` to load. The keys of the others are checked all the same.
       dtype: of the loaded parameters; Token2Wav is always float32. Tensors convert one by one.
-      unroll: True: a stack of layers is a tuple of per-layer trees (CPU); False: arrays with a leading layers axis.
+      unroll: a stack of layers is a tuple of per-layer trees (CPU, GPU), else arrays with a leading layers axis.
       shardings: None (default device), one `jax.sharding.Sharding` for all, or a tree of them in the form of the
         result, where a sharding (or None) may stand for a whole subtree. Each device reads just its slices.
       progress: show a bar on stderr.
