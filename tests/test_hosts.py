@@ -38,7 +38,7 @@ def both(checkpoint, tmp_path_factory):
         for i in range(2)
     ]  # fmt: skip
     try:
-        ended = [child.communicate(timeout=300) for child in children]
+        ended = [child.communicate(timeout=600) for child in children]
     finally:
         for child in children:
             child.kill()
