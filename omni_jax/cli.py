@@ -146,6 +146,8 @@ def generate(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, logprobs=logprobs
     )
     spoken = None
+    if voice is not None and speech is None:
+        raise InputError("--voice goes with --speech OUT.wav")
     if speech is not None:
         check_writable(speech)
         spoken = SpeechSettings(

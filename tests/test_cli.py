@@ -142,6 +142,7 @@ def _bad_inputs(tmp: pathlib.Path) -> dict[str, tuple[list, str]]:
         "both forms": ([*ask, "--messages", tmp / "role.json"], "either"),
         "media beside messages": (["--messages", tmp / "role.json", "--image", "x.png"], "--image"),
         "temperature": ([*ask, "--temperature", "-1"], "temperature"),
+        "a voice without speech": ([*ask, "--voice", "Ethan"], "--voice goes with --speech"),
         "top-k": ([*ask, "--top-k", "9" * 12], "top_k"),
         "an object for messages": (["--messages", tmp / "object.json"], "object.json holds no list"),
         "messages in messages": (["--messages", tmp / "nested.json"], "message 0 is list"),
