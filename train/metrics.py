@@ -204,6 +204,7 @@ def draw(folder: pathlib.Path) -> None:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     columns = min(3, len(names))
     lines = math.ceil(len(names) / columns)
@@ -215,7 +216,7 @@ def draw(folder: pathlib.Path) -> None:
             axes.plot(*zip(*points), label=kind, marker="." if len(points) < 20 else "")
         axes.set_title(name)
         axes.set_xlabel("step")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
     canvas = FigureCanvasAgg(figure)
     write_atomically(folder / CURVES, lambda file: canvas.print_png(file))
