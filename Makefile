@@ -58,7 +58,7 @@ footprint: $(VENV)/.installed-test out/3b/config.json
 solvers: $(VENV)/.installed out/3b/config.json
 	$(BIN)/omni-jax solvers --model out/3b
 
-# The figures of docs/checkpoints.md: needs 60 GB of disk, 16 GiB of memory and a quarter of an hour.
+# The figures of docs/checkpoints.md: needs 40 GB of disk, 12 GiB of memory and 5 to 15 minutes, by the disk.
 full-size: $(VENV)/.installed-test out/3b/config.json
 	$(BIN)/python -m tests.full_size out/3b
 

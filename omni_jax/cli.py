@@ -152,6 +152,8 @@ def generate(
             voice, talker_temperature, talker_top_k, talker_top_p, talker_repetition_penalty, max_codes, seed,
             ode_steps, ode_solver, None if no_watchdog else Watchdog(),
         )  # fmt: skip
+    elif speech_mesh is not None:
+        raise InputError("--speech-mesh goes with --speech FILE")
     conversation = _conversation(text, messages, system, {"image": image, "audio": audio, "video": video})
     limits = {"fps": fps, "max_frames": max_frames, "min_pixels": min_pixels, "max_pixels": max_pixels}
     media = {"use_audio_in_video": use_audio_in_video} | {k: v for k, v in limits.items() if v is not None}

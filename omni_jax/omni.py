@@ -6,9 +6,10 @@ Everything between the jitted programs is numpy: what an eager jax operation wou
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import jax
@@ -342,10 +343,25 @@ class Omni:
         Raises:
           ValueError: as for `generate`.
         """
+        return self.write(prompts, settings, speech)()
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        settings: Sequence[GenerationSettings],
+        speech: Sequence[SpeechSettings | None] | None = None,
+    ) -> Callable[[], list[Reply]]:
+        """`answer` in two steps: the text now, and the speech by the call of what is returned.
+
+        Where speech has chips of its own, that call leaves the others alone: a thread may make it while the next
+        prompts are answered. Arguments and errors are those of `answer`; CodeError comes from the second step.
+        """
         spoken = self._speech_settings(speech, len(prompts))
         recorder = Recorder() if any(spoken) else None
         replies = _exhaust(self.run(prompts, settings, recorder=recorder))
-        return replies if recorder is None else self.speech.speak(recorder, replies, spoken)
+        if recorder is None:
+            return lambda: replies
+        return functools.partial(self.speech.say, self.speech.hear(recorder, replies, spoken), replies, spoken)
 
     def stream(
         self,

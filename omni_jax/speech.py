@@ -62,6 +62,23 @@ class Recorder:
         self.steps.append(hidden)
 
 
+@dataclasses.dataclass(frozen=True)
+class Heard:
+    """What the Talker needs of what the Thinker left: on the chips of speech, where it has some of its own.
+
+    Attributes:
+      prompt: what was read.
+      table: [V, E], the Thinker's embeddings, or those rows of it that `prompt.voice` names.
+      vectors: [B, R, E], of `talker.reply_vectors`.
+      seconds: what this has taken.
+    """
+
+    prompt: talker.TalkerPrompt
+    table: Any
+    vectors: Any
+    seconds: float
+
+
 def draw_settings(settings: Sequence[SpeechSettings], stop_ids: tuple[int, ...]) -> Sampling:
     """The Talker's sampling settings of each row as arrays."""
 
@@ -203,9 +220,21 @@ class Speech:
           MemoryNeedError: the devices cannot hold what so many codes need.
         """
         self.check(settings)
-        began = time.perf_counter()
+        return self.say(self.hear(recorder, replies, settings), replies, settings)
+
+    def say(self, heard: Heard, replies: Sequence[Reply], settings: Sequence[SpeechSettings | None]) -> list[Reply]:
+        """`speak` of what was heard. Where speech has chips of its own, these alone are at work, so that another thread
+        may have the Thinker answer further prompts.
+
+        Args:
+          heard: of `hear`.
+          replies, settings: as for `speak`.
+        Raises:
+          CodeError: see `speak`.
+        """
+        began = time.perf_counter() - heard.seconds
         builders = self.builders(replies, settings)
-        for _ in self.codes(recorder, replies, settings, builders):
+        for _ in self._draw(heard, settings, builders, talker.LOOP_STEPS):
             pass
         drawn = time.perf_counter()
         wanted = [s for s in settings if s is not None]
@@ -241,30 +270,55 @@ class Speech:
         Args:
           steps: codes to draw between two yields, at most `talker.LOOP_STEPS`.
         """
+        yield from self._draw(self.hear(recorder, replies, settings), settings, builders, steps)
+
+    def _rows(self, settings: Sequence[SpeechSettings | None], size: int) -> list[SpeechSettings]:
+        return [(settings[i] if i < len(settings) else None) or SILENT for i in range(size)]
+
+    def hear(self, recorder: Recorder, replies: Sequence[Reply], settings: Sequence[SpeechSettings | None]) -> Heard:
+        """Sums up what the Thinker left, and hands it over to the chips of speech where there are such.
+
+        Then nothing is moved but what is told to: it holds under `jax.transfer_guard("disallow")`.
+        """
+        began = time.perf_counter()
+        cfg, batch = self.talker, recorder.batch
+        size = len(batch.start)
+        table = self.params["thinker"]["model"]["embed_tokens"]["weight"]
+        voices = np.array([pick_voice(self.voices, s.voice).bos_token for s in self._rows(settings, size)], np.int32)
+        said = reply_arrays(recorder, replies)
+
+        def prompt(voices: Any, first: Any) -> talker.TalkerPrompt:
+            return talker.TalkerPrompt(
+                recorder.embeddings, recorder.hidden, batch.positions, batch.start, batch.next_position,
+                batch.media_index, voices, first,
+            )  # fmt: skip
+
+        if self.placement is None or not self.placement.apart:
+            with self.laid("thinker", size):
+                first, vectors = talker.reply_vectors(cfg, table, *said)
+            return Heard(prompt(voices, first), table, vectors, time.perf_counter() - began)
+        with jax.transfer_guard("disallow"), self.laid("thinker", size):
+            *said, voices = hand_over((*said, voices), self.placement.thinker)
+            first, vectors = talker.reply_vectors(cfg, table, *said)
+            # The chips of speech have no table of the Thinker's: they get the voices' rows of it.
+            rows = talker.table_rows(table, voices)
+            heard = (prompt(np.arange(size, dtype=np.int32), first), rows, vectors)
+            read, rows, vectors = hand_over(heard, self.placement.speech)
+            return Heard(read, rows, vectors, time.perf_counter() - began)
+
+    def _draw(
+        self, heard: Heard, settings: Sequence[SpeechSettings | None], builders: Mapping[int, SpeechBuilder], steps: int
+    ) -> Iterator[None]:
         if not any(b.left for b in builders.values()):
             return
-        cfg, params = self.talker, self.params["talker"]
-        table = self.params["thinker"]["model"]["embed_tokens"]["weight"]
-        batch, size = recorder.batch, len(recorder.batch.start)
-        rows = [(settings[i] if i < len(settings) else None) or SILENT for i in range(size)]
+        cfg, params, prompt, vectors = self.talker, self.params["talker"], heard.prompt, heard.vectors
+        size = len(prompt.start)
+        rows = self._rows(settings, size)
         sampling = draw_settings(rows, self.stop_ids)
-        with self.laid("thinker", size):
-            first, vectors = talker.reply_vectors(cfg, table, *reply_arrays(recorder, replies))
-        voices = np.array([pick_voice(self.voices, s.voice).bos_token for s in rows], np.int32)
-        heard = (recorder.embeddings, recorder.hidden, first, vectors)
-        if self.placement is not None and self.placement.apart:
-            # The Talker's chips have no table of the Thinker's: they get the voices' rows of it.
-            with self.laid("thinker", size):
-                table, voices = talker.table_rows(table, voices), np.arange(size, dtype=np.int32)
-            *heard, table = hand_over((*heard, table), self.placement.speech)
-        embeddings, hidden, first, vectors = heard
-        prompt = talker.TalkerPrompt(
-            embeddings, hidden, batch.positions, batch.start, batch.next_position, batch.media_index, voices, first
-        )
-        places = batch.ids.shape[1] + talker.EXTRA
-        capacity = cache_slots(places)
+        places = prompt.positions.shape[2] + talker.EXTRA
+        capacity = cache_slots(places, GROWTH)  # also for fewer codes: 10 and 500 run the same programs
         with self.laid("talker", size, places):
-            read = talker.prefill(cfg, params, table, prompt, capacity=capacity, cache_dtype=self.cache_dtype)
+            read = talker.prefill(cfg, params, heard.table, prompt, capacity=capacity, cache_dtype=self.cache_dtype)
         with self.laid("talker", size):
             state = talker.first_draw(cfg, params, read.cache, read.seen, read.last, read.position, sampling)
         made = np.asarray(state.token)[None]
@@ -282,17 +336,16 @@ class Speech:
             state = dataclasses.replace(state, done=done)
             with self.laid("talker", size):
                 if places + left > capacity:
-                    capacity = cache_slots(places)
+                    capacity = cache_slots(places, max(b.left for b in builders.values()))
                     state = dataclasses.replace(state, cache=grow(state.cache, capacity=capacity))
                 state, made = talker.advance(cfg, params, state, vectors, sampling, left)
             places += len(made)
 
 
-def cache_slots(places: int) -> int:
-    """Slots of the Talker's cache: a bucket for the places that are taken and GROWTH codes to come. Speech may last
-    4096 codes and mostly ends far sooner, and each step reads the whole cache. And no less where fewer are asked for:
-    so 10 and 500 codes run the same programs."""
-    return buckets.bucket(places + GROWTH, buckets.CACHE)
+def cache_slots(places: int, left: int) -> int:
+    """Slots of the Talker's cache: a bucket for the places that are taken and the codes to come, but for no more than
+    GROWTH of them: speech may last 4096 codes and mostly ends far sooner, and each step reads the whole cache."""
+    return buckets.bucket(places + min(left, GROWTH), buckets.CACHE)
 
 
 def reply_arrays(recorder: Recorder, replies: Sequence[Reply]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
