@@ -33,14 +33,14 @@ needs_gpu_compiler = pytest.mark.skipif(
 
 
 def whole_model(name, shallow, deeper):
-    """HBM bytes / ideal of a step of all layers, from two depths."""
+    """HBM bytes of a step of all layers, and the ideal, from two depths."""
     layers = CFG.thinker.text.num_hidden_layers
 
     def at(field):
         first, second = (f[name][field] for f in (shallow, deeper))
         return first + (layers - LAYERS[0]) * (second - first) / (LAYERS[1] - LAYERS[0])
 
-    return at("moved") / at("ideal")
+    return at("moved"), at("ideal")
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +58,12 @@ def pod():
 
 @needs_compiler
 def test_a_step_moves_weights_and_cache_once(chip):
-    assert 0.99 <= whole_model("decode 32", *chip) <= 1.02
-    assert 0.99 <= whole_model("decode 1", *chip) <= 1.02
-    # A turn of the loop moves what a step does.
-    loop, step = chip[0]["loop 32"], chip[0]["decode 32"]
-    assert 0.99 * step["moved"] <= loop["moved"] / 32 <= step["moved"] + 0.01 * step["ideal"]
+    for name in ("decode 1", "decode 32"):
+        moved, ideal = whole_model(name, *chip)
+        assert 0.99 <= moved / ideal <= 1.02, name
+    # What a turn of the loop moves beside a step does not grow with the depth.
+    turn = chip[0]["loop 32"]["moved"] / 32 - chip[0]["decode 32"]["moved"]
+    assert 0.99 <= (moved + turn) / ideal <= 1.02
     assert 0.99 <= chip[0]["talker 1"]["ratio"] <= 1.05
 
 
@@ -81,7 +82,8 @@ def test_steps_neither_copy_nor_need_memory(chip, pod):
 def test_a_step_on_eight_chips(pod):
     shallow, deeper = pod
     assert shallow["mesh"] == {"data": 1, "fsdp": 1, "tensor": 2, "sequence": 4}
-    assert 0.99 <= whole_model("decode 32", shallow["programs"], deeper["programs"]) <= 1.10
+    moved, ideal = whole_model("decode 32", shallow["programs"], deeper["programs"])
+    assert 0.99 <= moved / ideal <= 1.10
     for name, f in shallow["programs"].items():
         inside = {c["kind"]: c for c in f["collectives"] if c["where"] == "a layer"}
         # Sums of the residual stream behind attention and MLP; keys and values of the new token.
