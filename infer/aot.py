@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -92,7 +92,7 @@ class Facts:
         return out
 
 
-def grouped(collectives: Iterable[Collective]) -> dict[tuple[str, str], tuple[int, int]]:
+def grouped(collectives: Sequence[Collective]) -> dict[tuple[str, str], tuple[int, int]]:
     """(in the loop of the layers or outside, kind) → how many stand there, and their bytes together."""
     # The layers are the innermost loop with the most of them; sampling has loops as well.
     deepest = max((c.depth for c in collectives), default=0)

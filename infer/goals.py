@@ -90,8 +90,8 @@ def goals(
 
 
 def _ratios(found: dict[str, Facts], *, one: bool) -> list[Goal]:
-    # Less than the ideal is an error of the count, but for loops on several chips: each one's slice of the head fits its
-    # fast memory, and stays there from step to step.
+    # Less than the ideal is an error of the count, but for loops on several chips: the slice of the head that each has
+    # fits its fast memory, and stays there from step to step.
     loop = (0.99, 1.02) if one else (0.0, 1.10)
     bounds = {
         "decode 1": ("HBM bytes / ideal, Thinker step", 0.99, 1.02),

@@ -86,8 +86,8 @@ def _ranks(x: jax.Array) -> jax.Array:
 def _smallest(holds: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) -> jax.Array:
     """The smallest int32 of each row that `holds`, as do all larger ones; the largest int32 where none does.
 
-    By halving, 32 times: a sort over the vocabulary takes longer, and a TPU's compiler a minute to compile it. Where the
-    vocabulary is split over chips, a sum of few numbers crosses them each time, while a sort would gather all of it.
+    By halving, 32 times: a sort over the vocabulary takes longer, and a TPU's compiler a minute to compile it. Where
+    chips split the vocabulary, a sum of few numbers crosses them each time, while a sort would gather all of it.
     """
     limits = jnp.iinfo(jnp.int32)
 
