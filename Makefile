@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Options for pytest, e.g. make test PYTEST="tests/test_keys.py -x"
 PYTEST ?=
 
-.PHONY: demo test lint bench footprint full-size solvers bench-training aot plans clean
+.PHONY: demo test lint bench footprint full-size solvers bench-training aot plans plan-fit plan-check clean
 .DELETE_ON_ERROR:
 
 # Stamps: installation is skipped until pyproject.toml changes.
@@ -58,7 +58,7 @@ footprint: $(VENV)/.installed-test out/3b/config.json
 solvers: $(VENV)/.installed out/3b/config.json
 	$(BIN)/omni-jax solvers --model out/3b
 
-# The figures of docs/checkpoints.md: needs 60 GB of disk, 16 GiB of memory and a quarter of an hour.
+# The figures of docs/checkpoints.md: needs 40 GB of disk, 12 GiB of memory and 5 to 15 minutes, by the disk.
 full-size: $(VENV)/.installed-test out/3b/config.json
 	$(BIN)/python -m tests.full_size out/3b
 
@@ -87,6 +87,16 @@ plans: $(VENV)/.installed-test
 	for c in configs/*_v5e8.py; do $(BIN)/omni-jax finetune --config $$c --plan v5e:2x4; done
 	for c in configs/*_v6e8.py; do $(BIN)/omni-jax finetune --config $$c --plan v6e:2x4; done
 	for c in configs/*_v5e64.py; do $(BIN)/omni-jax finetune --config $$c --plan v5e:8x8; done
+
+# Of omni-jax plan: the coefficients in omni_jax/plan.py, and the table of docs/plan.md. The TPU compiler must be
+# installed; each takes the better part of an hour and goes on where it was cut off.
+plan-fit: $(VENV)/.installed-test
+	@mkdir -p out
+	$(BIN)/python -m infer.plan_fit fit --measured out/plan.jsonl
+
+plan-check: $(VENV)/.installed-test
+	@mkdir -p out
+	$(BIN)/python -m infer.plan_fit check --measured out/plan.jsonl
 
 clean:
 	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

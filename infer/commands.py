@@ -1,10 +1,10 @@
-"""The commands of this package: `omni-jax aot`, `batch`, `bench`, `footprint`, `solvers`."""
+"""The commands of this package: `omni-jax aot`, `batch`, `bench`, `footprint`, `plan`, `solvers`."""
 
 from __future__ import annotations
 
 import pathlib
 import sys
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -26,6 +26,7 @@ def bench(
     preset: Literal["3b", "7b", "nano"] = "3b",
     pairs: int = 7,
     layers: int | None = None,
+    mesh: str | None = None,
     as_json: Json = False,
 ) -> None:
     """Time the reference (transformers on torch) and this project side by side, on random weights.
@@ -37,11 +38,12 @@ def bench(
       preset: Whose shapes.
       pairs: Interleaved pairs of each stage.
       layers: Cut every stack to this many layers; by default none is cut.
+      mesh: Chips to lay ours over (2x2, 2x4, …), or axes (data=2,tensor=4); the reference stays as it is.
       as_json: Print one line of JSON and nothing else.
     """
     from infer import bench as benchmark
 
-    benchmark.main(stages, preset, pairs, layers, as_json)
+    benchmark.main(stages, preset, pairs, layers, as_json, mesh)
 
 
 def footprint(
@@ -101,6 +103,7 @@ def batch(
     *,
     model: pathlib.Path,
     mesh: str | None = None,
+    speech_mesh: str | None = None,
     batch_size: int = 8,
     processes: int = 1,
     join: str | None = None,
@@ -136,6 +139,7 @@ def batch(
       out: Gets one JSON record a line, in the order of the input. With several hosts, on a disk that all of them see.
       model: Checkpoint folder in the published layout.
       mesh: Chips of one copy of the model; as many as all hosts have make them work together on each batch.
+      speech_mesh: Further chips of each copy for the speech parts: a batch is spoken while the next one is written.
       batch_size: Most conversations at a time, for each copy of the model.
       processes: Start so many processes on this machine, each with a share of the lines, and watch them.
       join: Be one of several hosts: auto (Cloud TPU, GKE, SLURM) or FIRST_HOST:PORT,INDEX/COUNT.
@@ -168,10 +172,12 @@ def batch(
     spoken = SpeechSettings(voice=voice, max_codes=max_codes, seed=seed, ode_steps=ode_steps) if speech else None
     if voice is not None and spoken is None:
         raise InputError("--voice goes with --speech")
+    if speech_mesh is not None and spoken is None:
+        raise InputError("--speech-mesh goes with --speech")
     limits = {"fps": fps, "max_frames": max_frames, "min_pixels": min_pixels, "max_pixels": max_pixels}
     media = {"use_audio_in_video": use_audio_in_video} | {k: v for k, v in limits.items() if v is not None}
     job = Job(
-        model, source, out, settings, spoken, speech_format, media, mesh, dtype, batch_size,
+        model, source, out, settings, spoken, speech_format, media, mesh, speech_mesh, dtype, batch_size,
         progress=not as_json, bar=sys.stderr.isatty(),
     )  # fmt: skip
     use_compilation_cache()
@@ -202,3 +208,56 @@ def aot(
     from infer import aot as ahead
 
     ahead.main(preset, topology, mesh, layers, only, as_json)
+
+
+def plan(
+    model: str = "3b",
+    *,
+    chip: str = "v5e",
+    mesh: str = "1",
+    speech_mesh: str | None = None,
+    batch: int = 1,
+    prompt: int = 256,
+    reply: int = 1024,
+    image: Strings = (),
+    video: Strings = (),
+    audio: Annotated[tuple[float, ...], tyro.conf.UseAppendAction] = (),
+    use_audio_in_video: Flag = False,
+    speech: float = 0.0,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """Say what a request needs before it runs: memory of each device by part, tokens of its media, least times.
+
+    Compiles nothing and needs no accelerator. Exit code 0: it fits; 1: it does not.
+
+    Args:
+      model: Checkpoint folder (its config.json is read), or 3b, 7b, nano.
+      chip: Kind of device: v5e, v6e, v5p, h100, h200.
+      mesh: Chips to lay the model over, as in generate: 1, 2x2, 2x4, …, or axes (data=2,tensor=4).
+      speech_mesh: Further chips for the speech parts.
+      batch: Conversations at once, each with the same media.
+      prompt: Tokens of each prompt beside its media.
+      reply: Most tokens of a reply.
+      image: A picture, as WIDTHxHEIGHT; may be given several times.
+      video: A clip, as WIDTHxHEIGHT:SECONDS or WIDTHxHEIGHT:SECONDS@FPS; may be given several times.
+      audio: Seconds of a sound; may be given several times.
+      use_audio_in_video: The clips are heard, too.
+      speech: Seconds of speech to answer with; 0 is text only.
+      fps: Frames per second taken from clips (2 if not given).
+      max_frames: Most frames taken from a clip.
+      min_pixels: Fewest pixels of a picture or frame, by scaling up.
+      max_pixels: Most pixels of a picture or frame, by scaling down.
+      dtype: Of weights and cache.
+      as_json: Print one line of JSON and nothing else.
+    """
+    from infer import plan as before
+
+    asked = before.Asked(
+        batch, prompt, reply, image, video, audio, use_audio_in_video, speech, fps, max_frames, min_pixels, max_pixels
+    )
+    before.main(model, asked, chip, mesh, speech_mesh, dtype, as_json)

@@ -235,3 +235,21 @@ def bigvgan_call(cfg: OmniConfig, placement: Placement, batch: int, codes: int) 
     mel = _struct(layout, (batch, frames, t.bigvgan.mel_dim), jnp.float32, "batch", None, None)
     args = (params, t.bigvgan, mel, _struct(layout, (batch,), jnp.int32))
     return Program("bigvgan", layout, token2wav.vocode_mel, args, {}, params)
+
+
+def talker_prefill(
+    cfg: OmniConfig, placement: Placement, batch: int, length: int, capacity: int, dtype: Any = jnp.bfloat16
+) -> Program:
+    """The Talker reading `length` places: what the Thinker has read, and the two at which speech begins."""
+    assert cfg.talker is not None
+    layout, size = placement.layout("talker", batch, length), cfg.talker.embedding_size
+    params = weights(cfg, placement, "talker", dtype)
+    row = _struct(layout, (batch,), jnp.int32)
+    known = _struct(layout, (batch, length - talker.EXTRA, size), dtype, "batch", None, None)
+    positions = _struct(layout, (3, batch, length - talker.EXTRA), jnp.int32)
+    prompt = talker.TalkerPrompt(
+        known, known, positions, row, row, None, row, _struct(layout, (batch, size), dtype, "batch", None)
+    )
+    table = _struct(layout, (batch, size), dtype)
+    options = {"capacity": capacity, "cache_dtype": jnp.dtype(dtype)}
+    return Program("talker prefill", layout, talker.prefill, (cfg.talker, params, table, prompt), options, params)

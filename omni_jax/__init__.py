@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from omni_jax.errors import InputError as InputError
     from omni_jax.omni import Omni as Omni
     from omni_jax.omni import load as load
+    from omni_jax.plan import MemoryNeedError as MemoryNeedError
     from omni_jax.settings import DoneEvent as DoneEvent
     from omni_jax.settings import GenerationSettings as GenerationSettings
     from omni_jax.settings import Reply as Reply
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Omni": "omni", "load": "omni", "InputError": "errors", "GenerationSettings": "settings", "Reply": "settings",
     "SpeechSettings": "settings", "TextEvent": "settings", "DoneEvent": "settings", "PARTS": "speech",
+    "MemoryNeedError": "plan",
 }  # fmt: skip
 __all__ = sorted(_HOMES)
 

@@ -6,10 +6,10 @@ Everything between the jitted programs is numpy: what an eager jax operation wou
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import pathlib
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import jax
@@ -20,12 +20,13 @@ from omni_jax import audio, buckets, generation, vision
 from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.sources import local_files
 from omni_jax.checkpoint.speakers import load_voices
-from omni_jax.config import ConfigError, OmniConfig, load_config
+from omni_jax.config import OmniConfig, load_config
 from omni_jax.errors import InputError
+from omni_jax.memory import Guard, check_weights
 from omni_jax.meshes import Placement, laid_out, place
+from omni_jax.plan import thinker_slots
 from omni_jax.positions import next_position
-from omni_jax.processing.processor import Processor, Prompt
-from omni_jax.processing.tokenizer import Tokenizer
+from omni_jax.processing.processor import Processor, Prompt, stop_token_ids
 from omni_jax.reply import ReplyBuilder
 from omni_jax.sampling import Sampling
 from omni_jax.settings import (
@@ -53,37 +54,6 @@ class PromptError(InputError):
     """A prompt that the model cannot read; the message gives the numbers and the remedy."""
 
 
-def _read_object(file: pathlib.Path) -> dict[str, Any]:
-    """A JSON object, {} where there is no such file."""
-    try:
-        raw = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise ConfigError(f"{file} cannot be read as JSON ({e}); fetch it again") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{file} must hold a JSON object; fetch it again")
-    return raw
-
-
-def stop_token_ids(path: pathlib.Path, cfg: OmniConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end a reply: of generation_config.json, else of the config, else of the tokenizer.
-
-    Raises:
-      ConfigError: none of them names one.
-    """
-    raw = _read_object(path / "generation_config.json").get("eos_token_id")
-    if raw is not None:
-        return tuple(raw) if isinstance(raw, list) else (int(raw),)
-    if cfg.thinker.eos_token_id:
-        return cfg.thinker.eos_token_id
-    token = _read_object(path / "tokenizer_config.json").get("eos_token")
-    name = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(name, str):
-        raise ConfigError(f"{path} names no end of a reply; add eos_token_id to its generation_config.json")
-    return (tokenizer.id(name),)
-
-
 class Omni:
     """A loaded model. `generate` answers, `stream` answers piece by piece; both run the same programs.
 
@@ -97,6 +67,7 @@ class Omni:
       cache_dtype: of keys and values: float32 on CPU, where bf16 dots of few rows are slow, else `dtype`.
       placement: the meshes of the stages; None for one device.
       laid: `laid(part, batch, length)` is the context that a call of a part runs in.
+      guard: refuses what the devices' memory cannot hold.
     """
 
     def __init__(
@@ -108,18 +79,19 @@ class Omni:
         self.placement, self.laid = placement, laid_out(placement)
         self.dtype = jnp.dtype(dtype)
         self.cache_dtype = jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else self.dtype
+        self.guard = Guard(config, params, placement, self.dtype.itemsize, self.cache_dtype.itemsize)
 
     @property
     def context(self) -> int:
-        """Most tokens of prompt and reply together."""
-        return self.config.thinker.text.max_position_embeddings
+        """Most tokens of prompt and reply together: the config's, as far as the buckets reach."""
+        return min(self.config.thinker.text.max_position_embeddings, buckets.PROMPT[-1])
 
     @property
     def speech(self) -> Speech:
         """Talker and Token2Wav. Raises SpeechError where they are not loaded."""
         if self.config.talker is not None and "talker" not in self.params:
             raise SpeechError("this model was loaded for text only; load it with parts=omni_jax.PARTS to have it speak")
-        return Speech(self.config, self.params, self.voices, self.cache_dtype, self.placement)
+        return Speech(self.config, self.params, self.voices, self.cache_dtype, self.placement, self.guard.sound)
 
     def prepare(self, messages: Conversation, **media_defaults: Any) -> Prompt:
         """Messages to ids, positions and media arrays. See `processing.processor.Processor`."""
@@ -182,11 +154,10 @@ class Omni:
 
         return run
 
-    def _batch(self, prompts: Sequence[Prompt]) -> generation.PromptBatch:
-        """Left-pads the prompts to their bucket; spare rows repeat the first."""
+    def _batch(self, prompts: Sequence[Prompt], width: int) -> generation.PromptBatch:
+        """Left-pads the prompts to `width`, their bucket; spare rows repeat the first."""
         vectors, index = self.encode_media(prompts)
         size = buckets.bucket(len(prompts), buckets.BATCH)
-        width = buckets.bucket(max(len(p.ids) for p in prompts), buckets.PROMPT)
         ids = np.zeros((size, width), np.int32)
         positions = np.zeros((3, size, width), np.int32)
         start, after = np.zeros(size, np.int32), np.zeros(size, np.int32)
@@ -200,7 +171,7 @@ class Omni:
             start[row], after[row] = width - n, next_position(prompts[i].positions)
         if vectors is None:
             return generation.PromptBatch(ids, positions, start, after)
-        media = np.zeros((buckets.bucket(len(vectors), buckets.PROMPT), vectors.shape[1]), vectors.dtype)
+        media = np.zeros((buckets.bucket(len(vectors), buckets.MEDIA), vectors.shape[1]), vectors.dtype)
         media[: len(vectors)] = vectors
         return generation.PromptBatch(ids, positions, start, after, media, media_index)
 
@@ -243,17 +214,17 @@ class Omni:
         clock = time.perf_counter
         begin = clock()
         cfg, params = self.config.thinker, self.params["thinker"]
-        batch = self._batch(prompts)
+        width = buckets.bucket(max(len(p.ids) for p in prompts), buckets.PROMPT)
+        capacity = thinker_slots(width, max(s.max_new_tokens for s in settings), self.context)
+        self.guard.request(prompts, width, capacity, settings, recorder is not None)
+        batch = self._batch(prompts, width)
         encoded = clock()
         sampling = self._sampling(settings, len(batch.start))
         builders = [
             ReplyBuilder(self.processor.tokenizer, s, self.eos, self.context - len(p.ids))
             for p, s in zip(prompts, settings, strict=True)
         ]
-        # Room for the default reply at least, so that short and long replies run the same programs.
-        most = min(max(max(s.max_new_tokens for s in settings), GenerationSettings().max_new_tokens), self.context)
-        capacity = buckets.bucket(batch.ids.shape[1] + most, buckets.CACHE)
-        size, width = batch.ids.shape
+        size = len(batch.start)
         with self.laid("thinker", size, width):
             read = generation.prefill(cfg, params, batch, capacity=capacity, cache_dtype=self.cache_dtype)
         with self.laid("thinker", size):
@@ -337,10 +308,18 @@ class Omni:
           ValueError: bad messages, media, settings or an overlong prompt, or speech of a model that has none; one line
             that names it and the remedy.
         """
+        if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+            raise PromptError(
+                f"messages are {type(messages).__name__}; give a list of them, or a list of conversations"
+            )
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Conversation], [messages] if single else messages)
         if not conversations:
             raise PromptError("there is no conversation to answer")
+        if len(conversations) > buckets.BATCH[-1]:
+            raise PromptError(
+                f"{len(conversations)} conversations are too many at once; give {buckets.BATCH[-1]} at most"
+            )
         each = self._settings(settings, changes, len(conversations))
         spoken = self._speech_settings(speech, len(conversations))
         began = time.perf_counter()
@@ -364,10 +343,25 @@ class Omni:
         Raises:
           ValueError: as for `generate`.
         """
+        return self.write(prompts, settings, speech)()
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        settings: Sequence[GenerationSettings],
+        speech: Sequence[SpeechSettings | None] | None = None,
+    ) -> Callable[[], list[Reply]]:
+        """`answer` in two steps: the text now, and the speech by the call of what is returned.
+
+        Where speech has chips of its own, that call leaves the others alone: a thread may make it while the next
+        prompts are answered. Arguments and errors are those of `answer`; CodeError comes from the second step.
+        """
         spoken = self._speech_settings(speech, len(prompts))
         recorder = Recorder() if any(spoken) else None
         replies = _exhaust(self.run(prompts, settings, recorder=recorder))
-        return replies if recorder is None else self.speech.speak(recorder, replies, spoken)
+        if recorder is None:
+            return lambda: replies
+        return functools.partial(self.speech.say, self.speech.hear(recorder, replies, spoken), replies, spoken)
 
     def stream(
         self,
@@ -492,6 +486,7 @@ def _load(
         shardings = stage_shardings(placement, parts)
     elif speech_mesh is not None:
         raise MeshError("speech has a mesh of its own, but the Thinker has none; give it one as well, such as 1")
+    check_weights(cfg, placement, parts, jnp.dtype(dtype).itemsize, str(path))
     params = load_params(
         path, cfg, parts=parts, dtype=jnp.dtype(dtype), unroll=unroll, shardings=shardings, progress=progress,
         adapter=adapter, arrays=arrays,

@@ -18,6 +18,7 @@ Array = Any  # a jax array inside a program, a numpy one on the way in
 # How many alternatives a reply can carry per token; the decode loop always keeps this many, so that asking compiles
 # nothing new.
 MAX_LOGPROBS = 20
+COLDEST = 1e-20
 
 
 @struct.dataclass
@@ -116,7 +117,8 @@ def sample(logits: jax.Array, seen: jax.Array, sampling: Sampling, step: jax.Arr
     greedy = jnp.argmax(x, axis=-1)
 
     def draw(x: jax.Array) -> jax.Array:
-        warm = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
+        # Below the coldest, logits would overflow; it is greedy long before.
+        warm = jnp.where(sampling.temperature > 0, jnp.maximum(sampling.temperature, COLDEST), 1.0)
         y = filter_logits(x, warm, sampling.top_k, sampling.top_p, sampling.min_p)
         keys = jax.vmap(lambda k, i: jax.random.fold_in(jax.random.wrap_key_data(k), i))(sampling.key, step)
         drawn = jax.vmap(jax.random.categorical)(keys, y)

@@ -18,7 +18,7 @@ LAYERS = (
     {"decoder", "vision", "audio", "speaker", "dit", "bigvgan"},
     {"thinker", "talker", "token2wav"},
     {"settings", "generation", "stages", "plan"},
-    {"reply", "watchdog", "speech", "omni"},
+    {"reply", "watchdog", "speech", "memory", "omni"},
     {"cli"},
 )
 RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
