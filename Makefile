@@ -67,7 +67,7 @@ bench-training: $(VENV)/.installed-test
 	$(BIN)/python -m train.bench
 
 # docs/pods-tables.md: what the compilers of TPUs and of an H100 say. An environment of its own, since jax looks for a
-# GPU where the latter's compiler is installed. Half an hour on two cores.
+# GPU where the latter's compiler is installed.
 $(VENV)-aot/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-aot
 	$(VENV)-aot/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[aot,aot-gpu]'

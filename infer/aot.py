@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -92,13 +92,16 @@ class Facts:
         return out
 
 
-def grouped(collectives: Iterable[Collective]) -> dict[tuple[str, str], tuple[int, int]]:
-    """(in the innermost loop or outside, kind) → how many stand there, and their bytes together."""
+def grouped(collectives: Sequence[Collective]) -> dict[tuple[str, str], tuple[int, int]]:
+    """(in the loop of the layers or outside, kind) → how many stand there, and their bytes together."""
+    # The layers are the innermost loop with the most of them; sampling has loops as well.
     deepest = max((c.depth for c in collectives), default=0)
+    layers = Counter(c.times for c in collectives if c.depth == deepest).most_common(1)
     count: Counter[tuple[str, str]] = Counter()
     total: Counter[tuple[str, str]] = Counter()
     for c in collectives:
-        key = ("a layer" if c.depth == deepest and deepest else "outside", c.kind)
+        inside = deepest and c.depth == deepest and c.times == layers[0][0]
+        key = ("a layer" if inside else "outside", c.kind)
         count[key] += 1
         total[key] += c.bytes
     return {key: (count[key], total[key]) for key in sorted(count)}

@@ -10,7 +10,7 @@ from infer.hlo import FREE, Computation, Instruction, Module
 Copy = tuple[str, int, int]
 # Bytes from which on a weight counts: the smallest matrix of a decoder layer of the 3B. Norms and biases are smaller.
 SMALLEST = 1 << 20
-_HANDED_ON = ("bitcast", "opt-barrier", "copy-done", "async-done", "async-update")
+_HANDED_ON = ("bitcast", "opt-barrier", "copy-done", "slice-done", "dynamic-slice-done", "async-done", "async-update")
 _PRODUCTS = ("dot", "convolution", "custom-call")
 
 
@@ -35,15 +35,15 @@ def _multiplies(module: Module, i: Instruction) -> bool:
     return any(_multiplies(module, x) for x in inner.instructions.values())
 
 
-def _written(i: Instruction, operands: list[Any]) -> int:
-    """Bytes of the results that are as large as a weight, or a layer of it, among the operands."""
-    weights = [w for w in operands if isinstance(w, tuple)]
-    sizes = {math.prod(w[n:]) for w in weights for n in (0, 1) if len(w) - n >= 2}
+def _same(i: Instruction, operands: list[Any]) -> tuple[int, Any]:
+    """Where a result is as large as a weight, or a layer of it, among the operands: its HBM bytes, and the weight."""
     arrays = i.arrays
     if i.opcode.endswith("-start"):  # the result names the source as well: see `hlo`
         arrays = arrays[:1] if i.opcode == "copy-start" else arrays[len(i.operands) : len(i.operands) + 1]
-    written = (a for a in arrays if a.in_hbm and math.prod(a.dims) in sizes)
-    return sum(a.bytes for a in written if a.bytes >= SMALLEST)
+    weights = [w[n:] for w in operands if isinstance(w, tuple) for n in (0, 1) if len(w) - n >= 2]
+    sizes = {math.prod(w): w for w in weights}
+    same = [a for a in arrays if math.prod(a.dims) in sizes and a.bytes >= SMALLEST]
+    return sum(a.bytes for a in same if a.in_hbm), sizes[math.prod(same[0].dims)] if same else None
 
 
 def _walk(module: Module, computation: Computation, given: dict[int, Any], times: int, depth: int) -> list[Copy]:
@@ -70,6 +70,8 @@ def _walk(module: Module, computation: Computation, given: dict[int, Any], times
                 out += _walk(module, module.computations[name], dict(enumerate(mine)), times * turns, depth + loop)
             if loop:
                 known[i.name] = operands[0]
-        elif i.opcode not in FREE and not _multiplies(module, i) and (size := _written(i, operands)):
-            out.append((f"{i.opcode} {i.name}", size * times, depth))
+        elif i.opcode not in FREE and not _multiplies(module, i):
+            size, known[i.name] = _same(i, operands)
+            if size:
+                out.append((f"{i.opcode} {i.name}", size * times, depth))
     return out

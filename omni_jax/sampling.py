@@ -13,8 +13,6 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from omni_jax.sharding import constrain
-
 Array = Any  # a jax array inside a program, a numpy one on the way in
 
 # How many alternatives a reply can carry per token; the decode loop always keeps this many, so that asking compiles
@@ -89,7 +87,8 @@ def _ranks(x: jax.Array) -> jax.Array:
 def _smallest(holds: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) -> jax.Array:
     """The smallest int32 of each row that `holds`, as do all larger ones; the largest int32 where none does.
 
-    By halving, 32 times: a sort over the vocabulary takes longer, and a TPU's compiler a minute to compile it.
+    By halving, 32 times: a sort over the vocabulary takes longer, and a TPU's compiler a minute to compile it. Where
+    chips split the vocabulary, a sum of few numbers crosses them each time, while a sort would gather all of it.
     """
     limits = jnp.iinfo(jnp.int32)
 
@@ -118,8 +117,6 @@ def sample(logits: jax.Array, seen: jax.Array, sampling: Sampling, step: jax.Arr
     greedy = jnp.argmax(x, axis=-1)
 
     def draw(x: jax.Array) -> jax.Array:
-        # Whole rows, as on one device; where the vocabulary is split, each halving would be a collective.
-        x = constrain(x, "cache_batch", None)
         # Below the coldest, logits would overflow; it is greedy long before.
         warm = jnp.where(sampling.temperature > 0, jnp.maximum(sampling.temperature, COLDEST), 1.0)
         y = filter_logits(x, warm, sampling.top_k, sampling.top_p, sampling.min_p)
