@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Options for pytest, e.g. make test PYTEST="tests/test_keys.py -x"
 PYTEST ?=
 
-.PHONY: demo test lint bench footprint full-size solvers bench-training plans plan-fit plan-check clean
+.PHONY: demo test lint bench footprint full-size solvers bench-training aot plans plan-fit plan-check clean
 .DELETE_ON_ERROR:
 
 # Stamps: installation is skipped until pyproject.toml changes.
@@ -58,7 +58,7 @@ footprint: $(VENV)/.installed-test out/3b/config.json
 solvers: $(VENV)/.installed out/3b/config.json
 	$(BIN)/omni-jax solvers --model out/3b
 
-# The figures of docs/checkpoints.md: needs 60 GB of disk, 16 GiB of memory and a quarter of an hour.
+# The figures of docs/checkpoints.md: needs 40 GB of disk, 12 GiB of memory and 5 to 15 minutes, by the disk.
 full-size: $(VENV)/.installed-test out/3b/config.json
 	$(BIN)/python -m tests.full_size out/3b
 
@@ -66,7 +66,23 @@ full-size: $(VENV)/.installed-test out/3b/config.json
 bench-training: $(VENV)/.installed-test
 	$(BIN)/python -m train.bench
 
-# The TPU compiler must be installed: pip install libtpu.
+# docs/pods-tables.md: what the compilers of TPUs and of an H100 say. An environment of its own, since jax looks for a
+# GPU where the latter's compiler is installed. Half an hour on two cores.
+$(VENV)-aot/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-aot
+	$(VENV)-aot/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[aot,aot-gpu]'
+	@touch $@
+
+AOT := 3b,v5e:1x1 3b,v5e:2x4 3b,v6e:2x4 3b,h100 7b,v5e:2x4 7b,v6e:1x1
+aot: $(VENV)-aot/.installed
+	@mkdir -p out
+	{ printf '# What the compilers say\n\nWritten by `make aot`; [pods.md](pods.md) explains it.\n'; \
+	  for run in $(AOT); do \
+	    printf '\n    omni-jax aot --preset %s --topology %s\n\n' $${run%,*} $${run#*,}; \
+	    JAX_PLATFORMS=cpu $(VENV)-aot/bin/omni-jax aot --preset $${run%,*} --topology $${run#*,} || exit 1; \
+	  done; } > out/pods-tables.md
+	mv out/pods-tables.md docs/pods-tables.md
+
 plans: $(VENV)/.installed-test
 	for c in configs/*_v5e8.py; do $(BIN)/omni-jax finetune --config $$c --plan v5e:2x4; done
 	for c in configs/*_v6e8.py; do $(BIN)/omni-jax finetune --config $$c --plan v6e:2x4; done

@@ -2,8 +2,8 @@
 
     omni-jax finetune --config configs/qwen7b_lora_h100x8.py --set model=CHECKPOINT --set data.train=train.jsonl
 
-Not compiled ahead: --plan is for TPUs. Eight ways, the state, the weights and the batch are what they are on
-eight TPU chips (configs/qwen7b_lora_v6e8.py).
+The compiler's peak and the bytes of a step are not known: `--plan` compiles for TPUs only. Eight ways, the state, the
+weights and the batch are what they are on eight TPU chips (configs/qwen7b_lora_v6e8.py).
 """
 
 from train.config import Data, Lora, Optimizer, Run

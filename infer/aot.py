@@ -1,4 +1,4 @@
-"""`omni-jax aot`: compiles every network for a TPU topology that is not there, and prints what the programs do.
+"""`omni-jax aot`: compiles every network for a machine that is not there, and says what the programs do.
 
 The compiler is the real one, so memory, HBM traffic, collectives, copies and donation are facts about what a pod would
 run. They are not times.
@@ -20,6 +20,8 @@ from typing import Any
 import jax
 
 from infer import programs as P
+from infer import targets
+from infer.copies import Copy, weight_copies
 from infer.hlo import Collective, Module
 from omni_jax import buckets, generation, meshes
 from omni_jax import config as C
@@ -31,8 +33,8 @@ CONTEXT = 4096
 LONG = 32768
 SPEECH_CODES = 500  # 10 s
 PICTURE_WINDOWS = 16  # 448 × 448
-CLIP_FRAMES = 4  # of one call of the vision tower; a clip of any length is many such calls
-AUDIO_CHUNKS = buckets.AUDIO_CHUNKS[-1]  # of one call of the audio tower: 64 s
+VIDEO_FRAMES = 60  # 60 s at 2 pictures a second, of which the tower takes two as one frame
+SOUND_CHUNKS = 150  # 300 s
 # What a table of parameters is called that a step reads a row of, not all of.
 LOOKED_UP = "embed_tokens"
 
@@ -49,6 +51,8 @@ class Facts:
       moved: HBM bytes of one call (see `hlo.Module.hbm_bytes`).
       ideal: every weight but looked-up tables once and the whole cache once, over all devices, times the steps.
       copies: instructions that write a whole cache, or a layer of it, anew.
+      weight_copies: instructions that write a weight, or a layer of it, anew; see `copies.weight_copies`.
+      replicas: how many times the cache lies on all devices together: 1 where none of it is replicated.
       donated: share of the cache whose memory the result takes over; None without a cache.
       collectives: all of them.
       seconds: of compilation.
@@ -66,6 +70,8 @@ class Facts:
     moved: int = 0
     ideal: float = 0.0
     copies: tuple[str, ...] = ()
+    weight_copies: tuple[Copy, ...] = ()
+    replicas: float | None = None
     donated: float | None = None
     collectives: tuple[Collective, ...] = ()
     seconds: float = 0.0
@@ -138,7 +144,10 @@ def facts(program: P.Program, what: str, steps: int = 1) -> Facts:
         return dataclasses.replace(base, error=reason[:300], seconds=time.perf_counter() - begin)
     seconds = time.perf_counter() - begin
     memory, module = compiled.memory_analysis(), Module(compiled.as_text())
-    shards = [x.sharding.shard_shape(x.shape) for x in program.cache]
+    shards, weights = ([x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(tree)]
+                       for tree in (program.cache, program.weights))  # fmt: skip
+    # A stacked cache has its layers in front; `k` and `v` of one layer alone are copies of it as well.
+    layers = {s[1:] for s in shards if len(s) == 5}
     donated = None
     if shards:
         taken = [module.entry.parameters[n].arrays[0].dims for n in module.donated]
@@ -150,11 +159,28 @@ def facts(program: P.Program, what: str, steps: int = 1) -> Facts:
         peak=memory.peak_memory_in_bytes,
         moved=module.hbm_bytes(steps),
         ideal=steps * (_read_in_full(program.weights) + whole_bytes(program.cache)) / devices,
-        copies=tuple(module.copies({*shards, *(s[1:] for s in shards)})) if shards else (),
+        copies=tuple(module.copies({*shards, *layers})) if shards else (),
+        weight_copies=tuple(weight_copies(module, set(weights))),
+        replicas=devices * base.cache / whole_bytes(program.cache) if shards else None,
         donated=donated,
         collectives=tuple(module.collectives(steps)),
         seconds=seconds,
     )
+
+
+def clips(cfg: C.OmniConfig) -> dict[str, dict[str, tuple[int, int]]]:
+    """The calls of the towers that a clip is made of, as `encode_media` makes them.
+
+    Returns:
+      for 60 s of `video` of 448×448, and for 300 s of `sound`: program → (frames or chunks of a call, number of calls).
+    """
+    patches = PICTURE_WINDOWS * cfg.thinker.vision.window_patches**2
+    sizes = {
+        "video": Counter(size for _, size in buckets.frame_groups(VIDEO_FRAMES, patches)),
+        "sound": Counter(size for _, size in buckets.chunk_groups(SOUND_CHUNKS)),
+    }
+    names = {"video": "vision", "sound": "audio"}
+    return {kind: {f"{names[kind]} {n}": (n, calls) for n, calls in c.items()} for kind, c in sizes.items()}
 
 
 def listed(cfg: C.OmniConfig, placement: meshes.Placement) -> dict[str, Callable[[], Facts]]:
@@ -168,16 +194,17 @@ def listed(cfg: C.OmniConfig, placement: meshes.Placement) -> dict[str, Callable
             lambda b, w: facts(P.thinker_decode(cfg, placement, b, context, loop=True), f"{w}, {loop} steps", loop),
             b, where,
         )  # fmt: skip
-    run["prefill"] = lambda: facts(P.thinker_prefill(cfg, placement, 1, context, 2 * context), f"{context} tokens")
     run["prefill 8k"] = lambda: facts(P.thinker_prefill(cfg, placement, 1, 6144, 8192), "6144 tokens, 8192 slots")
-    run["decode 32k"] = lambda: facts(P.thinker_decode(cfg, placement, 1, LONG), f"batch 1, {LONG} slots")
-    run["prefill 32k"] = lambda: facts(P.thinker_prefill(cfg, placement, 1, LONG, LONG), f"{LONG} tokens")
-    frames = f"{PICTURE_WINDOWS} windows a frame"
-    run["vision picture"] = lambda: facts(P.vision_call(cfg, placement, 1, PICTURE_WINDOWS), f"1 picture, {frames}")
-    run["vision clip"] = lambda: facts(
-        P.vision_call(cfg, placement, CLIP_FRAMES, PICTURE_WINDOWS), f"{CLIP_FRAMES} frames, {frames}"
-    )
-    run["audio"] = lambda: facts(P.audio_call(cfg, placement, AUDIO_CHUNKS), f"{AUDIO_CHUNKS} chunks of 2 s")
+    if placement.thinker.size == 1:
+        run["decode 32k"] = lambda: facts(P.thinker_decode(cfg, placement, 1, LONG), f"batch 1, {LONG} slots")
+        run["prefill 32k"] = lambda: facts(P.thinker_prefill(cfg, placement, 1, LONG, LONG), f"{LONG} tokens")
+    run["vision picture"] = lambda: facts(P.vision_call(cfg, placement, 1, PICTURE_WINDOWS), "1 frame of 448×448")
+    for name, (frames, _) in clips(cfg)["video"].items():
+        run[name] = partial(
+            lambda n: facts(P.vision_call(cfg, placement, n, PICTURE_WINDOWS), f"{n} frames of 448×448"), frames
+        )
+    for name, (chunks, _) in clips(cfg)["sound"].items():
+        run[name] = partial(lambda n: facts(P.audio_call(cfg, placement, n), f"{n} chunks of 2 s"), chunks)
     if cfg.talker is not None:
         for b in (1, 32):
             where = f"batch {b}, {context} slots"
@@ -191,101 +218,6 @@ def listed(cfg: C.OmniConfig, placement: meshes.Placement) -> dict[str, Callable
     return run
 
 
-def resident(cfg: C.OmniConfig, placement: meshes.Placement, found: dict[str, Facts]) -> dict[str, int] | None:
-    """Memory of one device with all parts loaded, and the most that any program needs beside.
-
-    Returns:
-      bytes of `weights`, of `caches` (8192 slots of the Thinker, and of the Talker), of the largest need of a single
-      program beyond its weights and cache (`working`), and `all` together; None where a program does not compile.
-    """
-    if cfg.talker is None or cfg.token2wav is None:
-        return None
-    names = ("decode 1", "loop 1", "prefill 8k", "vision picture", "vision clip", "audio", "talker 1", "dit", "bigvgan")
-    chosen = [found[n] for n in names if n in found]
-    if len(chosen) < len(names) or any(f.error for f in chosen):
-        return None
-    text, speech = cfg.thinker.text, cfg.talker.decoder
-    decoders: tuple[tuple[meshes.Part, C.DecoderConfig], ...] = (("thinker", text), ("talker", speech))
-    caches = {
-        part: on_device(P.cache_shapes(d, placement.layout(part), 1, 8192, jax.numpy.bfloat16).k) * 2
-        for part, d in decoders
-    }
-    parts = {p: P.weights(cfg, placement, p, jax.numpy.bfloat16) for p in ("thinker", "talker")}
-    parts["token2wav"] = P.weights(cfg, placement, "token2wav", jax.numpy.float32)
-    weights = sum(on_device(tree) for tree in parts.values())
-    # The cache of a prefill is a result: in its peak, though not among its arguments.
-    working = max(f.peak - f.weights - (caches["thinker"] if f.name == "thinker prefill" else f.cache) for f in chosen)
-    total = weights + sum(caches.values()) + working
-    return {"weights": weights, "caches": sum(caches.values()), "working": working, "all": total}
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A line of the table of goals: what is measured, the figure, what it should be, and whether it is."""
-
-    metric: str
-    value: str
-    goal: str
-    met: bool | None
-
-
-def goals(cfg: C.OmniConfig, topology: str, found: dict[str, Facts], sums: dict[str, int] | None) -> list[Goal]:
-    """The goals that this topology has a say in.
-
-    The ideal of a step is every weight but the embedding once and the whole cache once, over the devices.
-    """
-    one = all(f.devices == 1 for f in found.values())
-    out: list[Goal] = []
-
-    def ratio(name: str, metric: str, low: float, high: float) -> None:
-        if name in found:
-            f = found[name]
-            value = f"{f.ratio:.4f}" if f.ratio is not None else f"does not compile: {f.error}"
-            met = f.ratio is not None and low <= f.ratio <= high
-            out.append(Goal(f"{metric}, {f.what}", value, f"{low:g} – {high:g}" if low else f"≤ {high:g}", met))
-
-    for b in (1, 32):
-        if one:
-            ratio(f"decode {b}", "HBM bytes / ideal, Thinker step", 0.99, 1.02)
-        else:
-            ratio(f"decode {b}", "HBM bytes / ideal, Thinker step", 0.0, 1.10 if b > 1 else 1.02)
-        if one:
-            ratio(f"talker {b}", "HBM bytes / ideal, Talker step", 0.0, 1.05)
-        ratio(f"loop {b}", "HBM bytes / ideal, loop", 0.0, 1.02)
-    steps = [f for n, f in found.items() if f.donated is not None and f.error is None]
-    if steps:
-        copies = sum(len(f.copies) for f in steps)
-        out.append(Goal("cache-shaped copies, all decode programs", str(copies), "0", copies == 0))
-        least = min(f.donated for f in steps if f.donated is not None)
-        out.append(Goal("donated share of the cache, the least", f"{100 * least:g} %", "100 %", least == 1))
-        temps = {n: f.temp for n, f in found.items() if n.startswith(("decode", "talker")) and f.error is None}
-        if temps:
-            worst = max(temps, key=lambda n: temps[n])
-            value = f"{temps[worst] / MIB:.1f} MiB ({worst})"
-            out.append(Goal("temporary memory of a decode step, the most", value, "≤ 16 MiB", temps[worst] <= 16 * MIB))
-    if "loop 32" in found and not found["loop 32"].error:
-        temp = found["loop 32"].temp
-        out.append(
-            Goal("temporary memory of the loop, batch 32", f"{temp / MIB:.1f} MiB", "≤ 300 MiB", temp <= 300 * MIB)
-        )
-    for name in ("decode 32k", "prefill 32k"):
-        if one and name in found:
-            f = found[name]
-            value = f"{f.peak / GIB:.2f} GiB" if not f.error else f"does not compile: {f.error}"
-            out.append(Goal(f"peak, Thinker {name}", value, "≤ 9 GiB", not f.error and f.peak <= 9 * GIB))
-    if one and sums is not None:
-        value = f"{sums['all'] / GIB:.2f} GiB"
-        limit = 15.7 * GIB
-        out.append(Goal("all parts resident, 8k context, 10 s of speech", value, "≤ 15.7 GiB", sums["all"] <= limit))
-    for name in ("vision picture", "vision clip", "audio", "dit", "bigvgan"):
-        if name in found:
-            f = found[name]
-            value = f"does not compile: {f.error}" if f.error else f"peak {f.peak / GIB:.2f} GiB"
-            value += "" if f.error else f", {f.moved / 1e9:.2f} GB moved, {f.ratio:.2f} × ideal"
-            out.append(Goal(f"{f.name}, {f.what}", value, "compiles", not f.error))
-    return out
-
-
 def run(
     preset: str = "3b", topology: str = "v5e:2x4", *, mesh: str | None = None, layers: int | None = None,
     only: Sequence[str] = (), progress: bool = False,
@@ -294,7 +226,7 @@ def run(
 
     Args:
       preset: whose shapes.
-      topology: "v5e:2x4" and the like.
+      topology: "v5e:2x4" and the like, or "h100".
       mesh: over the topology's chips; all of them by default.
       layers: cut every stack to this many layers (None: all).
       only: names of programs (see `listed`); all by default.
@@ -305,11 +237,12 @@ def run(
     from rich.console import Console
     from rich.progress import Progress
 
+    from infer import goals
     from infer.bench import shallow
 
     cfg = shallow(C.preset(preset), layers)
-    devices = P.topology(topology)
-    placement = meshes.place(cfg, mesh or topology.partition(":")[2], devices=devices)
+    devices = targets.topology(topology)
+    placement = meshes.place(cfg, mesh or targets.mesh_name(topology), devices=devices)
     programs = listed(cfg, placement)
     if unknown := sorted(set(only) - set(programs)):
         raise InputError(f"unknown programs {unknown}; known are {', '.join(programs)}")
@@ -321,11 +254,11 @@ def run(
             bar.update(task, description=name)
             found[name] = programs[name]()
             bar.advance(task)
-    sums = resident(cfg, placement, found)
+    sums = goals.resident(cfg, placement, found)
     return {
         "preset": preset, "topology": topology, "layers": layers,
         "mesh": dict(placement.thinker.shape),
-        "goals": [dataclasses.asdict(g) for g in goals(cfg, topology, found, sums)],
+        "goals": [dataclasses.asdict(g) for g in goals.goals(cfg, preset, topology, found, sums)],
         "programs": {name: f.to_dict() for name, f in found.items()}, "resident": sums,
     }  # fmt: skip
 
@@ -342,17 +275,17 @@ def tables(result: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     lines += [f"| {g['metric']} | {g['value']} | {g['goal']} | {mark[g['met']]} |" for g in result["goals"]]
-    lines += ["", "| program | sizes | peak GiB | temp MiB | GB moved | / ideal | collectives: count × bytes |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines += ["", "| program | sizes | peak GiB | temp MiB | GB moved | / ideal | weights copied MiB | collectives |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     for f in result["programs"].values():
         if f["error"]:
-            lines.append(f"| {f['name']} | {f['what']} | does not compile: {f['error']} | | | | |")
+            lines.append(f"| {f['name']} | {f['what']} | does not compile: {f['error']} | | | | | |")
             continue
-        moved = "; ".join(f"{c['where']} {c['count']} {c['kind']} {c['bytes']:,}" for c in f["collectives"])
+        moved = "; ".join(f"{c['where']} {c['count']} {c['kind']} {c['bytes']:,} B" for c in f["collectives"])
         ratio = f"{f['ratio']:.4f}" if f["ratio"] is not None else ""
         lines.append(
             f"| {f['name']} | {f['what']} | {f['peak'] / GIB:.3f} | {f['temp'] / MIB:.1f} | {f['moved'] / 1e9:.3f} | "
-            f"{ratio} | {moved} |"
+            f"{ratio} | {sum(size for _, size, _ in f['weight_copies']) / MIB:.1f} | {moved} |"
         )
     return "\n".join(lines)
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +50,7 @@ class Job:
       speech_format: of the sound files, which go into the folder OUT.speech.
       media: defaults of media items.
       mesh: see `meshes.axis_sizes`; None for one device a process.
+      speech_mesh: further chips, for Talker and Token2Wav.
       dtype: of weights and computation.
       batch_size: most conversations at a time.
       progress: show how far it is on stderr; `bar`: there is a terminal for a bar.
@@ -60,6 +64,7 @@ class Job:
     speech_format: str = "wav"
     media: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mesh: str | None = None
+    speech_mesh: str | None = None
     dtype: str = "bfloat16"
     batch_size: int = 8
     progress: bool = False
@@ -178,14 +183,45 @@ def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
         yield from (row[i : i + size] for i in range(0, len(row), size))
 
 
-def _answers(model: Any, job: Job, requests: Sequence[Request]) -> list[dict[str, Any]]:
-    """The records of a batch. Where the batch fails over one of its conversations, each is tried alone."""
-    columns = ([getattr(r, name) for r in requests] for name in ("prompt", "settings", "speech"))
+def _answers(model: Any, job: Job, made: Iterable[Sequence[Request] | dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The records of batches; those that there are already go through. Where speech has chips of its own, a batch is
+    spoken while the next one is written."""
+    apart = job.speech is not None and model.placement is not None and model.placement.apart
+    waiting: tuple[Sequence[Request], Callable[[], list[Any]]] | None = None
+    with ThreadPoolExecutor(1) as speaker:
+        for requests in made:
+            if isinstance(requests, dict):
+                yield requests
+                continue
+            columns = ([getattr(r, name) for r in requests] for name in ("prompt", "settings", "speech"))
+            try:
+                speak = model.write(*columns)
+            except InputError as e:
+                speak = _raising(e)
+            if apart:
+                before, waiting = waiting, (requests, speaker.submit(speak).result)
+                if before is not None:
+                    yield from _spoken(model, job, *before)
+            else:
+                yield from _spoken(model, job, requests, speak)
+        if waiting is not None:
+            yield from _spoken(model, job, *waiting)
+
+
+def _raising(error: InputError) -> Callable[[], list[Any]]:
+    def speak() -> list[Any]:
+        raise error
+
+    return speak
+
+
+def _spoken(model: Any, job: Job, requests: Sequence[Request], speak: Callable[[], list[Any]]) -> list[dict[str, Any]]:
+    """The records of a batch that is written. Where it fails over one of its conversations, each is tried alone."""
     try:
-        replies = model.answer(*columns)
+        replies = speak()
     except InputError as e:
         if len(requests) > 1:
-            return [_answers(model, job, [r])[0] for r in requests]
+            return [record for r in requests for record in _answers(model, job, [[r]])]
         return [requests[0].answer({"error": f"line {requests[0].line.number}: {e}"})]
     return [r.answer(_values(job, r, reply)) for r, reply in zip(requests, replies, strict=True)]
 
@@ -264,7 +300,11 @@ def work(job: Job, cluster: launch.Cluster | None = None) -> dict[str, Any]:
     todo = [line for line, known in zip(lines, done, strict=True) if not known]
     together = False
     if todo:
-        model, together = _load(job)
+        try:
+            model, together = _load(job)
+        except InputError:
+            part.give_up()
+            raise
         mine = todo if together else todo[process::count]
         bar = _Progress(len(mine), job.bar, job.progress and process == 0)
         try:
@@ -293,14 +333,17 @@ def _load(job: Job) -> tuple[Any, bool]:
 
     from omni_jax import config, meshes, omni
 
-    mesh, together = None, False
+    mesh, speech_mesh, together = None, None, False
     if job.mesh is not None:
-        sizes = meshes.axis_sizes(job.mesh, config.load_config(job.model))
-        together = jax.process_count() > 1 and int(np.prod(list(sizes.values()))) > jax.local_device_count()
-        mesh = meshes.make_mesh(sizes, jax.devices() if together else jax.local_devices())
+        cfg = config.load_config(job.model)
+        chips = sum(math.prod(meshes.axis_sizes(m, cfg).values()) for m in (job.mesh, job.speech_mesh) if m is not None)
+        together = jax.process_count() > 1 and chips > jax.local_device_count()
+        placed = meshes.place(cfg, job.mesh, job.speech_mesh, jax.devices() if together else jax.local_devices())
+        mesh, speech_mesh = placed.thinker, placed.speech if placed.apart else None
     parts = ("thinker",) if job.speech is None else omni.PARTS
     show = job.progress and job.bar and jax.process_index() == 0
-    return omni.load(job.model, parts=parts, dtype=job.dtype, mesh=mesh, progress=show), together
+    loaded = omni.load(job.model, parts=parts, dtype=job.dtype, mesh=mesh, speech_mesh=speech_mesh, progress=show)
+    return loaded, together
 
 
 def _same_for_all(flags: np.ndarray) -> np.ndarray:
@@ -325,7 +368,14 @@ def _same_failures(failed: np.ndarray) -> np.ndarray:
 def _run(
     model: Any, job: Job, lines: Sequence[Line], agree: Callable[[np.ndarray], np.ndarray] | None
 ) -> Iterator[dict[str, Any]]:
-    """Records, in the order in which they are made. The next prompts are made ready while the device works."""
+    """Records, in the order in which they are made."""
+    return _answers(model, job, _batches_and_failures(model, job, lines, agree))
+
+
+def _batches_and_failures(
+    model: Any, job: Job, lines: Sequence[Line], agree: Callable[[np.ndarray], np.ndarray] | None
+) -> Iterator[list[Request] | dict[str, Any]]:
+    """Batches, and the records of lines that cannot be read. The next prompts are made ready while the device works."""
     windows = [lines[i : i + AHEAD * job.batch_size] for i in range(0, len(lines), AHEAD * job.batch_size)]
     with ThreadPoolExecutor(READERS) as pool:
         coming: list = []
@@ -341,8 +391,7 @@ def _run(
                             line, ready[at].name, {"error": f"line {line.number}: another host cannot read it"}
                         )
             yield from (r for r in ready if isinstance(r, dict))
-            for batch in batches([r for r in ready if isinstance(r, Request)], job.batch_size):
-                yield from _answers(model, job, batch)
+            yield from batches([r for r in ready if isinstance(r, Request)], job.batch_size)
 
 
 def main(job: Job, processes: int, join: str | None, patience: int, as_json: bool) -> None:
@@ -353,7 +402,15 @@ def main(job: Job, processes: int, join: str | None, patience: int, as_json: boo
         raise JobError(f"--patience is {patience} seconds; it must be at least 1")
     from omni_jax.config import load_config
 
-    load_config(job.model)  # one line here, and not one of each process
+    cfg = load_config(job.model)  # one line here, and not one of each process
+    if job.mesh is not None:
+        from omni_jax.meshes import axis_sizes
+
+        for name in (job.mesh, job.speech_mesh):
+            if name is not None:
+                axis_sizes(name, cfg)
+    elif job.speech_mesh is not None:
+        raise JobError("--speech-mesh is beside that of the text part: give --mesh as well, such as 1")
     lines = job.lines()
     before = len(records.answered(job.out, lines))
     if processes == 1 and join is None:
@@ -398,9 +455,14 @@ def _worker(job: str, cluster: str) -> None:
     use_compilation_cache()
     try:
         work(Job.from_json(job), launch.Cluster(**json.loads(cluster)))
-    except InputError as e:
-        print(f"omni-jax: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+    except BaseException as e:
+        # At once: an orderly end would wait for the other processes, and they for this one.
+        if isinstance(e, InputError):
+            print(f"omni-jax: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+            os._exit(2)
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,10 @@ from omni_jax import config as C
 from omni_jax.checkpoint import keys
 from omni_jax.checkpoint.safetensors_io import aligned_empty
 from omni_jax.errors import InputError
+from omni_jax.meshes import Laid, Part, Placement, laid_out, place
 from omni_jax.sampling import Sampling
 from omni_jax.settings import GenerationSettings
+from omni_jax.stages import stage_shardings
 
 STAGES = ("decode", "prefill", "audio", "vision")
 # Of infer/bench_speech.py.
@@ -96,8 +98,9 @@ class SharedWeights:
             self.arrays[name] = out
         self.prefix = prefix
 
-    def tree(self) -> Any:
-        """Our parameters below the prefix, layers as a tuple; no copies on CPU."""
+    def tree(self, placement: Placement | None = None) -> Any:
+        """Our parameters below the prefix, layers as a tuple; no copies on CPU. With a placement they are stacked, and
+        laid over its mesh."""
         tree: dict[Any, Any] = {}
         for name, array in self.arrays.items():
             where, layer = keys.tree_path(name)
@@ -106,10 +109,13 @@ class SharedWeights:
             node = tree
             for key in path[:-1]:
                 node = node.setdefault(key, {})
-            node[path[-1]] = jax.device_put(array)
-        for key in self.prefix.rstrip(".").split("."):
+            node[path[-1]] = jax.device_put(array) if placement is None else array
+        prefix = self.prefix.rstrip(".").split(".")
+        shardings = None if placement is None else stage_shardings(placement, prefix[:1])
+        for key in prefix:
             tree = tree[key]
-        return _tuples(tree)
+            shardings = None if shardings is None else shardings[key]
+        return _tuples(tree) if shardings is None else _laid_over(tree, shardings)
 
     def state_dict(self, torch: Any) -> dict[str, Any]:
         """The same memory as torch tensors, names below the prefix."""
@@ -127,6 +133,25 @@ def _tuples(node: Any) -> Any:
     if node and all(isinstance(k, int) for k in node):
         return tuple(_tuples(node[i]) for i in range(len(node)))
     return {k: _tuples(v) for k, v in node.items()}
+
+
+def _laid_over(node: Any, shardings: Any) -> Any:
+    """The arrays where the shardings say; those of layers, which have numbers for names, are stacked."""
+    if not isinstance(node, dict):
+        return jax.device_put(node, shardings)
+    if node and all(isinstance(k, int) for k in node):
+        node = jax.tree.map(lambda *layers: np.stack(layers), *(node[i] for i in range(len(node))))
+    return {k: _laid_over(v, shardings[k]) for k, v in node.items()}
+
+
+def within(laid: Laid, part: Part, program: Callable[..., Any]) -> Callable[..., Any]:
+    """The program of a tower, each call laid out for its number of frames or chunks."""
+
+    def run(params: Any, first: Any, *others: Any) -> Any:
+        with laid(part, len(first)):
+            return program(params, first, *others)
+
+    return run
 
 
 def timed_pairs(theirs: Callable[[], Any], ours: Callable[[], Any], pairs: int, tick: Callable[[], None]) -> tuple:
@@ -155,7 +180,9 @@ def reference_config(cfg: C.OmniConfig) -> Any:
     return config
 
 
-def _text_rows(cfg: C.OmniConfig, pairs: int, stages: Iterable[str], tick: Callable[[], None]) -> list[Row]:
+def _text_rows(
+    cfg: C.OmniConfig, pairs: int, stages: Iterable[str], tick: Callable[[], None], placement: Placement | None
+) -> list[Row]:
     """Prefill and decode of the Thinker's decoder with the output head, batch 1."""
     torch = reference_torch()
     from transformers import DynamicCache
@@ -178,7 +205,7 @@ def _text_rows(cfg: C.OmniConfig, pairs: int, stages: Iterable[str], tick: Calla
         layer.self_attn.rotary_emb = rotary
     model.eval()
     head = state["lm_head.weight"]
-    params = weights.tree()
+    params, laid = weights.tree(placement), laid_out(placement)
 
     ids = np.random.default_rng(1).integers(0, text.vocab_size // 2, (1, PROMPT_TOKENS)).astype(np.int32)
     positions = np.broadcast_to(np.arange(PROMPT_TOKENS, dtype=np.int32), (3, 1, PROMPT_TOKENS))
@@ -195,13 +222,16 @@ def _text_rows(cfg: C.OmniConfig, pairs: int, stages: Iterable[str], tick: Calla
 
     def our_prefill() -> None:
         ours.clear()
-        read = generation.prefill(cfg.thinker, params, prompt, capacity=capacity, cache_dtype=jnp.float32)
-        state, out = generation.first_draw(params, read.cache, read.seen, read.last, prompt.next_position, sampling)
+        with laid("thinker", 1, PROMPT_TOKENS):
+            read = generation.prefill(cfg.thinker, params, prompt, capacity=capacity, cache_dtype=jnp.float32)
+        with laid("thinker"):
+            state, out = generation.first_draw(params, read.cache, read.seen, read.last, prompt.next_position, sampling)
         ours["state"] = state
         jax.block_until_ready(out)
 
     def our_decode() -> None:
-        ours["state"], _, _ = generation.advance(cfg.thinker, params, ours["state"], sampling, 1)
+        with laid("thinker"):
+            ours["state"], _, _ = generation.advance(cfg.thinker, params, ours["state"], sampling, 1)
         jax.block_until_ready(ours["state"].cache.length)
 
     @torch.inference_mode()
@@ -231,7 +261,7 @@ def _text_rows(cfg: C.OmniConfig, pairs: int, stages: Iterable[str], tick: Calla
     return rows
 
 
-def _audio_row(cfg: C.OmniConfig, pairs: int, tick: Callable[[], None]) -> Row:
+def _audio_row(cfg: C.OmniConfig, pairs: int, tick: Callable[[], None], placement: Placement | None) -> Row:
     torch = reference_torch()
     from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as M
 
@@ -245,7 +275,8 @@ def _audio_row(cfg: C.OmniConfig, pairs: int, tick: Callable[[], None]) -> Row:
     mel = np.random.default_rng(0).standard_normal((AUDIO_FRAMES, cfg.thinker.audio.num_mel_bins), dtype=np.float32)
     features, length = torch.from_numpy(mel.T.copy()).bfloat16(), torch.tensor([AUDIO_FRAMES])
     after_conv = (length - 1) // 2 + 1
-    run, params = audio.audio_program(cfg.thinker.audio), weights.tree()
+    run = within(laid_out(placement), "audio", audio.audio_program(cfg.thinker.audio))
+    params = weights.tree(placement)
 
     @torch.inference_mode()
     def theirs() -> None:
@@ -257,7 +288,7 @@ def _audio_row(cfg: C.OmniConfig, pairs: int, tick: Callable[[], None]) -> Row:
     return Row("audio", f"audio tower, {AUDIO_FRAMES / 100:g} s of sound", *timed_pairs(theirs, ours, pairs, tick))
 
 
-def _vision_row(cfg: C.OmniConfig, pairs: int, tick: Callable[[], None]) -> Row:
+def _vision_row(cfg: C.OmniConfig, pairs: int, tick: Callable[[], None], placement: Placement | None) -> Row:
     torch = reference_torch()
     from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as M
 
@@ -271,7 +302,7 @@ def _vision_row(cfg: C.OmniConfig, pairs: int, tick: Callable[[], None]) -> Row:
     side = PICTURE // part.patch_size
     patches = np.random.default_rng(0).standard_normal((side * side, part.patch_dim), dtype=np.float32)
     pixels, grid = torch.from_numpy(patches).bfloat16(), torch.tensor([[1, side, side]])
-    run, params = vision.vision_program(part), weights.tree()
+    run, params = within(laid_out(placement), "vision", vision.vision_program(part)), weights.tree(placement)
 
     @torch.inference_mode()
     def theirs() -> None:
@@ -320,7 +351,7 @@ def shallow(cfg: C.OmniConfig, layers: int | None) -> C.OmniConfig:
 
 def run(
     stages: Iterable[str] = STAGES, *, preset: str = "3b", pairs: int = 7, layers: int | None = None,
-    progress: bool = True,
+    mesh: str | None = None, progress: bool = True,
 ) -> list[Row]:  # fmt: skip
     """Times the stages; see the module's text.
 
@@ -329,9 +360,10 @@ def run(
       preset: whose shapes.
       pairs: interleaved pairs of each stage; decode takes three times as many, its runs being short.
       layers: cut every stack to this many layers (None: all).
+      mesh: what ours is laid over; the reference stays as it is.
       progress: show a bar on stderr.
     Raises:
-      InputError: an unknown stage, or the reference is not installed.
+      InputError: an unknown stage, a mesh that does not fit, or the reference is not installed.
     """
     if unknown := sorted(set(stages) - {*STAGES, *SPEECH_STAGES}):
         raise InputError(f"unknown stages {unknown}; known are {', '.join((*STAGES, *SPEECH_STAGES))}")
@@ -339,24 +371,25 @@ def run(
     from rich.progress import Progress
 
     cfg = shallow(C.preset(preset), layers)
+    placement = None if mesh is None else place(cfg, mesh)
     stages = [s for s in (*STAGES, *SPEECH_STAGES) if s in stages]
     rows: list[Row] = []
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("pairs", total=None)
         tick = functools.partial(bar.advance, task)
         if {"decode", "prefill"} & set(stages):
-            rows += _text_rows(cfg, pairs, stages, tick)
+            rows += _text_rows(cfg, pairs, stages, tick, placement)
             gc.collect()
         if "audio" in stages:
-            rows.append(_audio_row(cfg, pairs, tick))
+            rows.append(_audio_row(cfg, pairs, tick, placement))
             gc.collect()
         if "vision" in stages:
-            rows.append(_vision_row(cfg, pairs, tick))
+            rows.append(_vision_row(cfg, pairs, tick, placement))
             gc.collect()
         if set(stages) & set(SPEECH_STAGES):
             from infer import bench_speech
 
-            rows += bench_speech.rows(cfg, pairs, stages, tick)
+            rows += bench_speech.rows(cfg, pairs, stages, tick, placement)
     return rows
 
 
@@ -395,11 +428,15 @@ def measured(command: list[str], **env: str) -> tuple[str, float, float]:
     return done.stdout, seconds, float(done.stderr.strip().splitlines()[-1])
 
 
-def main(stages: Iterable[str], preset: str, pairs: int, layers: int | None, as_json: bool) -> None:
+def main(
+    stages: Iterable[str], preset: str, pairs: int, layers: int | None, as_json: bool, mesh: str | None = None
+) -> None:
     """The command behind `omni-jax bench`."""
-    rows = [r.summary() for r in run(stages, preset=preset, pairs=pairs, layers=layers, progress=sys.stderr.isatty())]
+    made = run(stages, preset=preset, pairs=pairs, layers=layers, mesh=mesh, progress=sys.stderr.isatty())
+    rows = [r.summary() for r in made]
     if as_json:
-        print(json.dumps({"machine": machine(), "preset": preset, "layers": layers, "rows": rows}))
+        print(json.dumps({"machine": machine(), "preset": preset, "layers": layers, "mesh": mesh, "rows": rows}))
         return
     cut = "" if layers is None else f" with {layers} layers a stack"
-    print(markdown(rows, f"{preset} shapes{cut}, bf16, random weights"))
+    over = "" if mesh is None else f", ours over {mesh}"
+    print(markdown(rows, f"{preset} shapes{cut}, bf16, random weights{over}"))

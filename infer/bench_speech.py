@@ -21,6 +21,7 @@ from infer.bench import Row, SharedWeights, reference_config, reference_torch, t
 from omni_jax import config as C
 from omni_jax import dit, speech, talker, token2wav
 from omni_jax.cache import init_cache
+from omni_jax.meshes import Laid, Placement, laid_out, on_one_device
 from omni_jax.sampling import Sampling
 from omni_jax.voice import Voice
 
@@ -38,7 +39,7 @@ def _voice(cfg: C.DiTConfig, rng: np.random.Generator) -> Voice:
     return Voice("random", 0, cond, rng.standard_normal((REFERENCE_FRAMES, cfg.mel_dim), dtype=np.float32))
 
 
-def _talker_row(cfg: C.OmniConfig, pairs: int, tick: Tick) -> Row:
+def _talker_row(cfg: C.OmniConfig, pairs: int, tick: Tick, placement: Placement | None) -> Row:
     """One code after 512 places, batch 1, greedy, the penalty on."""
     torch = reference_torch()
     from transformers import DynamicCache
@@ -56,7 +57,7 @@ def _talker_row(cfg: C.OmniConfig, pairs: int, tick: Tick) -> Row:
     for layer in model.model.layers:
         layer.self_attn.rotary_emb = rotary
     model.eval()
-    params = weights.tree()
+    params, laid = weights.tree(placement), laid_out(placement)
 
     one = functools.partial(np.full, 1)
     sampling = Sampling(
@@ -69,7 +70,7 @@ def _talker_row(cfg: C.OmniConfig, pairs: int, tick: Tick) -> Row:
 
     @jax.jit
     def begin() -> talker.TalkerState:
-        cache = init_cache(decoder, 1, slots, jnp.float32, jnp.zeros(1, jnp.int32), unroll=True)
+        cache = init_cache(decoder, 1, slots, jnp.float32, jnp.zeros(1, jnp.int32), unroll=placement is None)
         cache = dataclasses.replace(cache, length=jnp.int32(HISTORY))
         seen = jnp.zeros((1, decoder.vocab_size), bool)
         return talker.TalkerState(
@@ -85,7 +86,8 @@ def _talker_row(cfg: C.OmniConfig, pairs: int, tick: Tick) -> Row:
     seen_ids = torch.ones((1, HISTORY), dtype=torch.long)
 
     def our_step() -> None:
-        ours["state"], _ = talker.advance(part, params, ours["state"], reply, sampling, 1)
+        with laid("talker"):
+            ours["state"], _ = talker.advance(part, params, ours["state"], reply, sampling, 1)
 
     @torch.inference_mode()
     def their_step() -> None:
@@ -114,8 +116,9 @@ def _reference_token2wav(cfg: C.OmniConfig, weights: SharedWeights, torch: Any) 
 
 
 def _our_evaluation(
-    cfg: C.DiTConfig, params: Any, voice: Voice, codes: np.ndarray, rng: np.random.Generator
-) -> tuple[Callable[[], None], np.ndarray]:
+    cfg: C.DiTConfig, params: Any, voice: Voice, codes: np.ndarray, rng: np.random.Generator,
+    laid: Laid = on_one_device,
+) -> tuple[Callable[[], None], np.ndarray]:  # fmt: skip
     """One guided evaluation of ours for codes [1, n], all that stays the same computed before; and its state."""
     count = token2wav.padded_codes(cfg, codes.shape[1])
     padded = np.pad(codes, ((0, 0), (0, count - codes.shape[1])))
@@ -123,19 +126,25 @@ def _our_evaluation(
     lengths = np.array([codes.shape[1]], np.int32)
     mel_lengths = np.array([REFERENCE_FRAMES], np.int32)
     fixed: Any = (padded, lengths, voice.cond[None], voice.ref_mel[None], mel_lengths)
-    given = jax.jit(lambda p: dit.condition(p, cfg, *fixed))(params)
     times: Any = np.array([0.3], np.float32)
-    modulation = jax.tree.map(lambda a: a[0], jax.jit(lambda p: dit.modulations(p, cfg, times))(params))
+    with laid("dit"):
+        given = jax.jit(lambda p: dit.condition(p, cfg, *fixed))(params)
+        modulation = jax.tree.map(lambda a: a[0], jax.jit(lambda p: dit.modulations(p, cfg, times))(params))
     evaluate = jax.jit(lambda p, x, m, g: dit.velocity(p, cfg, x, m, g))
-    return lambda: jax.block_until_ready(evaluate(params, x, modulation, given)), x
+
+    def run() -> None:
+        with laid("dit"):
+            jax.block_until_ready(evaluate(params, x, modulation, given))
+
+    return run, x
 
 
-def _dit_row(cfg: C.DiTConfig, params: Any, model: Any, frames: int, pairs: int, tick: Tick) -> Row:
+def _dit_row(cfg: C.DiTConfig, params: Any, model: Any, frames: int, pairs: int, tick: Tick, laid: Laid) -> Row:
     """One guided evaluation. What does not change from one to the next is computed once here, 36 times there."""
     torch = reference_torch()
     rng = np.random.default_rng(frames)
     voice, codes = _voice(cfg, rng), rng.integers(0, cfg.num_embeds, (1, frames // cfg.repeats)).astype(np.int32)
-    ours, x = _our_evaluation(cfg, params, voice, codes, rng)
+    ours, x = _our_evaluation(cfg, params, voice, codes, rng, laid)
 
     @torch.inference_mode()
     def theirs() -> None:
@@ -191,7 +200,7 @@ def speak_once(side: str, preset: str, seconds: int) -> None:
         )  # fmt: skip
 
 
-def _vocoder_row(cfg: C.BigVGANConfig, params: Any, model: Any, pairs: int, tick: Tick) -> Row:
+def _vocoder_row(cfg: C.BigVGANConfig, params: Any, model: Any, pairs: int, tick: Tick, laid: Laid) -> Row:
     torch = reference_torch()
     frames = 2 * SPEECH_SECONDS[0] * CODES_PER_SECOND
     mel = np.random.default_rng(0).standard_normal((1, frames, cfg.mel_dim), dtype=np.float32)
@@ -201,13 +210,16 @@ def _vocoder_row(cfg: C.BigVGANConfig, params: Any, model: Any, pairs: int, tick
         model(torch.from_numpy(mel).transpose(1, 2))
 
     def ours() -> None:
-        np.asarray(token2wav.vocode_mel(params, cfg, mel, np.array([frames], np.int32)))
+        with laid("bigvgan"):
+            np.asarray(token2wav.vocode_mel(params, cfg, mel, np.array([frames], np.int32)))
 
     what = f"BigVGAN, {SPEECH_SECONDS[0]} s of sound"
     return Row("vocoder", what, *timed_pairs(theirs, ours, pairs, tick))
 
 
-def _token2wav_row(cfg: C.Token2WavConfig, params: Any, model: Any, seconds: int, pairs: int, tick: Tick) -> Row:
+def _token2wav_row(
+    cfg: C.Token2WavConfig, params: Any, model: Any, seconds: int, pairs: int, tick: Tick, laid: Laid
+) -> Row:
     torch = reference_torch()
     rng = np.random.default_rng(seconds)
     voice, codes = _voice(cfg.dit, rng), rng.integers(0, cfg.dit.num_embeds, seconds * CODES_PER_SECOND)
@@ -220,27 +232,30 @@ def _token2wav_row(cfg: C.Token2WavConfig, params: Any, model: Any, seconds: int
         )  # fmt: skip
 
     def ours() -> None:
-        token2wav.token2wav(cfg, params, [codes], voice)
+        token2wav.token2wav(cfg, params, [codes], voice, laid=laid)
 
     return Row("token2wav", f"codes to sound, {seconds} s", *timed_pairs(theirs, ours, pairs, tick))
 
 
-def rows(cfg: C.OmniConfig, pairs: int, stages: Iterable[str], tick: Tick) -> list[Row]:
+def rows(
+    cfg: C.OmniConfig, pairs: int, stages: Iterable[str], tick: Tick, placement: Placement | None = None
+) -> list[Row]:
     """Times the speech stages; see `bench.run`."""
     stages, out = set(stages), []
     if "talker" in stages:
-        out.append(_talker_row(cfg, pairs, tick))
+        out.append(_talker_row(cfg, pairs, tick, placement))
         gc.collect()
     if stages & {"dit", "vocoder", "token2wav"}:
         assert cfg.token2wav is not None
         part = cfg.token2wav
         weights = SharedWeights(cfg, "token2wav.")
-        model, params = _reference_token2wav(cfg, weights, reference_torch()), weights.tree()
+        model, params = _reference_token2wav(cfg, weights, reference_torch()), weights.tree(placement)
+        laid = laid_out(placement)
         flow, vocoder = params["code2wav_dit_model"], params["code2wav_bigvgan_model"]
         if "dit" in stages:
-            out += [_dit_row(part.dit, flow, model.code2wav_dit_model, n, pairs, tick) for n in DIT_FRAMES]
+            out += [_dit_row(part.dit, flow, model.code2wav_dit_model, n, pairs, tick, laid) for n in DIT_FRAMES]
         if "vocoder" in stages:
-            out.append(_vocoder_row(part.bigvgan, vocoder, model.code2wav_bigvgan_model, pairs, tick))
+            out.append(_vocoder_row(part.bigvgan, vocoder, model.code2wav_bigvgan_model, pairs, tick, laid))
         if "token2wav" in stages:
-            out += [_token2wav_row(part, params, model, n, pairs, tick) for n in SPEECH_SECONDS]
+            out += [_token2wav_row(part, params, model, n, pairs, tick, laid) for n in SPEECH_SECONDS]
     return out

@@ -26,6 +26,7 @@ def bench(
     preset: Literal["3b", "7b", "nano"] = "3b",
     pairs: int = 7,
     layers: int | None = None,
+    mesh: str | None = None,
     as_json: Json = False,
 ) -> None:
     """Time the reference (transformers on torch) and this project side by side, on random weights.
@@ -37,11 +38,12 @@ def bench(
       preset: Whose shapes.
       pairs: Interleaved pairs of each stage.
       layers: Cut every stack to this many layers; by default none is cut.
+      mesh: Chips to lay ours over (2x2, 2x4, …), or axes (data=2,tensor=4); the reference stays as it is.
       as_json: Print one line of JSON and nothing else.
     """
     from infer import bench as benchmark
 
-    benchmark.main(stages, preset, pairs, layers, as_json)
+    benchmark.main(stages, preset, pairs, layers, as_json, mesh)
 
 
 def footprint(
@@ -101,6 +103,7 @@ def batch(
     *,
     model: pathlib.Path,
     mesh: str | None = None,
+    speech_mesh: str | None = None,
     batch_size: int = 8,
     processes: int = 1,
     join: str | None = None,
@@ -136,6 +139,7 @@ def batch(
       out: Gets one JSON record a line, in the order of the input. With several hosts, on a disk that all of them see.
       model: Checkpoint folder in the published layout.
       mesh: Chips of one copy of the model; as many as all hosts have make them work together on each batch.
+      speech_mesh: Further chips of each copy for the speech parts: a batch is spoken while the next one is written.
       batch_size: Most conversations at a time, for each copy of the model.
       processes: Start so many processes on this machine, each with a share of the lines, and watch them.
       join: Be one of several hosts: auto (Cloud TPU, GKE, SLURM) or FIRST_HOST:PORT,INDEX/COUNT.
@@ -168,10 +172,12 @@ def batch(
     spoken = SpeechSettings(voice=voice, max_codes=max_codes, seed=seed, ode_steps=ode_steps) if speech else None
     if voice is not None and spoken is None:
         raise InputError("--voice goes with --speech")
+    if speech_mesh is not None and spoken is None:
+        raise InputError("--speech-mesh goes with --speech")
     limits = {"fps": fps, "max_frames": max_frames, "min_pixels": min_pixels, "max_pixels": max_pixels}
     media = {"use_audio_in_video": use_audio_in_video} | {k: v for k, v in limits.items() if v is not None}
     job = Job(
-        model, source, out, settings, spoken, speech_format, media, mesh, dtype, batch_size,
+        model, source, out, settings, spoken, speech_format, media, mesh, speech_mesh, dtype, batch_size,
         progress=not as_json, bar=sys.stderr.isatty(),
     )  # fmt: skip
     use_compilation_cache()
@@ -187,13 +193,13 @@ def aot(
     only: Strings = (),
     as_json: Json = False,
 ) -> None:
-    """Compile every network for a TPU topology that need not be there; print memory, HBM traffic and collectives.
+    """Compile every network for chips that need not be there; print memory, HBM traffic and collectives.
 
-    Needs the `aot` extra (x86-64 Linux). Takes minutes.
+    Needs the `aot` extra (x86-64 Linux), for a GPU `aot-gpu`. Takes minutes.
 
     Args:
       preset: Whose shapes.
-      topology: Generation and chips: v5e:1x1, v5e:2x4, v6e:2x4, v5p:2x2x1, tpu7x:2x2x1, …
+      topology: Generation and chips: v5e:1x1, v5e:2x4, v6e:2x4, v5p:2x2x1, tpu7x:2x2x1, …; or h100.
       mesh: How the chips are used, as in `generate --mesh`; by default all of them.
       layers: Cut every stack to this many layers; by default none is cut.
       only: A program by name ("decode 32"); may be given several times.

@@ -21,7 +21,7 @@ from omni_jax import config as C
 from omni_jax.errors import InputError
 from omni_jax.processing import images, sound, video
 from omni_jax.processing.media import MediaError
-from omni_jax.speech import cache_slots
+from omni_jax.speech import GROWTH, cache_slots
 from omni_jax.talker import EXTRA
 
 PRESETS = ("3b", "7b", "nano")
@@ -207,7 +207,7 @@ def padded(asked: Asked, cfg: C.OmniConfig, media: Sequence[Medium]) -> tuple[in
     d = cfg.token2wav.dit
     _bucket("--speech, in codes", codes, (token2wav.BLOCK_BUCKETS[-1] * d.block_size // d.repeats,))
     # The cache grows as speech goes on; the last one is the largest.
-    slots = cache_slots(width + EXTRA + codes, 0)
+    slots = max(cache_slots(width + EXTRA, GROWTH), cache_slots(width + EXTRA + codes, 0))
     return tokens, dataclasses.replace(
         out, codes=codes, spoken=_bucket("--batch, with speech", asked.batch, token2wav.ROW_BUCKETS),
         reply=buckets.bucket(asked.reply + EXTRA, buckets.REPLY), speech_slots=slots,

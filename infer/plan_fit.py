@@ -132,23 +132,30 @@ def built(case: Case, cfg: C.OmniConfig | None = None) -> tuple[P.Program, plan.
     return program, use, plan.total_bytes(cfg, sizes, use, ITEMSIZE)
 
 
-def _built(kind: str, part: Any, cfg: C.OmniConfig, place: meshes.Placement, sizes: meshes.Sizes, s: Any) -> Any:
-    if kind == "thinker prefill":
-        return P.thinker_prefill(cfg, place, *s), plan.prefill(cfg, sizes, part, *s, ITEMSIZE)
-    if kind == "talker prefill":
-        return P.talker_prefill(cfg, place, *s), plan.prefill(cfg, sizes, part, *s, ITEMSIZE)
-    if kind == "thinker decode":
-        return P.thinker_decode(cfg, place, *s, loop=True), plan.decode(cfg, sizes, part, *s, ITEMSIZE)
-    if kind == "talker decode":
-        made = P.talker_decode(cfg, place, *s, loop=True, reply=REPLY)
-        return made, plan.decode(cfg, sizes, part, *s, ITEMSIZE, reply=REPLY)
+def _built(
+    kind: str, part: Any, cfg: C.OmniConfig, place: meshes.Placement, sizes: meshes.Sizes, s: tuple[int, ...]
+) -> tuple[P.Program, plan.Use]:
+    if kind.endswith("prefill"):
+        batch, length, slots = s
+        build = P.thinker_prefill if part == "thinker" else P.talker_prefill
+        return build(cfg, place, batch, length, slots), plan.prefill(cfg, sizes, part, batch, length, slots, ITEMSIZE)
+    if kind.endswith("decode"):
+        batch, slots = s
+        if part == "thinker":
+            made, reply = P.thinker_decode(cfg, place, batch, slots, loop=True), 0
+        else:
+            made, reply = P.talker_decode(cfg, place, batch, slots, loop=True, reply=REPLY), REPLY
+        return made, plan.decode(cfg, sizes, part, batch, slots, ITEMSIZE, reply=reply)
     if kind == "vision":
-        return P.vision_call(cfg, place, *s), plan.vision(cfg, sizes, *s, ITEMSIZE)
+        frames, windows = s
+        return P.vision_call(cfg, place, frames, windows), plan.vision(cfg, sizes, frames, windows, ITEMSIZE)
     if kind == "audio":
-        return P.audio_call(cfg, place, *s), plan.audio(cfg, sizes, *s, ITEMSIZE)
+        (chunks,) = s
+        return P.audio_call(cfg, place, chunks), plan.audio(cfg, sizes, chunks, ITEMSIZE)
+    batch, codes = s
     if kind == "dit":
-        return P.dit_flow(cfg, place, *s), plan.dit(cfg, sizes, *s)
-    return P.bigvgan_call(cfg, place, *s), plan.vocoder(cfg, sizes, *s)
+        return P.dit_flow(cfg, place, batch, codes), plan.dit(cfg, sizes, batch, codes)
+    return P.bigvgan_call(cfg, place, batch, codes), plan.vocoder(cfg, sizes, batch, codes)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ Nothing is allocated: parameters and inputs are `jax.ShapeDtypeStruct`s that car
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +15,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
+from infer.targets import topology as topology  # of the devices that a Placement is made on
 from omni_jax import audio, generation, talker, token2wav, vision
 from omni_jax.cache import CACHE_AXES, KVCache
 from omni_jax.config import DecoderConfig, OmniConfig
-from omni_jax.errors import InputError
 from omni_jax.meshes import Placement
 from omni_jax.sampling import Sampling
 from omni_jax.sharding import Layout, param_shardings
-from omni_jax.stages import boxed_shapes, inner_part
+from omni_jax.stages import boxed_shapes, inner_part, layers_apart
 
 # Ids that end a reply: as wide as `Omni` makes the array for up to four.
 STOP_IDS = 4
@@ -56,35 +55,6 @@ class Program:
             return self.function.lower(*self.args, **self.kwargs)
 
 
-def topology(name: str) -> list[Any]:
-    """The devices of a TPU topology such as "v5e:2x4", which need not be there.
-
-    Raises:
-      InputError: no TPU compiler, or no such topology; the message says what to install or which names there are.
-    """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken, so several may compile at once
-    from jax.experimental import topologies
-
-    kind, _, shape = name.partition(":")
-    chips = [int(n) for n in shape.split("x")] if shape and all(n.isdigit() for n in shape.split("x")) else []
-    if not kind or len(chips) not in (2, 3):
-        raise InputError(f"topology {name!r} is not of the form v5e:2x4 (v6e alike; v4, v5p and tpu7x: v5p:2x2x1)")
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
-        raise InputError("compiling for a TPU needs its compiler: pip install 'omni-jax[aot]'") from None
-    # A host of a v5e or v6e has up to 8 chips; larger slices are made of hosts of 4.
-    host = chips if len(chips) == 2 and chips[0] * chips[1] <= 8 else [2, 2]
-    bounds = [*host, *[1] * (3 - len(host))]
-    try:
-        desc = topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=bounds)
-    except Exception as e:  # the plugin raises whatever it likes
-        raise InputError(f"topology {name!r} is not known to libtpu: {' '.join(str(e).split())[:200]}") from None
-    return list(desc.devices)
-
-
 def _struct(layout: Layout, shape: tuple[int, ...], dtype: Any, *names: str | None) -> jax.ShapeDtypeStruct:
     names = names or (None,) * len(shape)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(names, shape))
@@ -101,16 +71,44 @@ def weights(cfg: OmniConfig, placement: Placement, part: str, dtype: Any, names:
     boxed = boxed_shapes(cfg, (part,))[part]
     out = {}
     for name in names or tuple(boxed):
-        shardings = param_shardings(boxed[name], placement.layout(inner_part(part, name)))
+        layout = placement.layout(inner_part(part, name))
+        shardings = param_shardings(boxed[name], layout)
         shapes = nn.meta.unbox(boxed[name])
-        out[name] = jax.tree.map(lambda s, h: jax.ShapeDtypeStruct(s.shape, dtype, sharding=h), shapes, shardings)
+        tree = jax.tree.map(lambda s, h: jax.ShapeDtypeStruct(s.shape, dtype, sharding=h), shapes, shardings)
+        out[name] = _per_layer({name: tree}, {name: boxed[name]})[name] if _looped(layout) else tree
     return out
+
+
+def _looped(layout: Layout) -> bool:
+    """Whether `omni_jax.load` would keep each layer's weights and cache apart on this mesh."""
+    return layers_apart(layout.mesh.devices.flat[0].platform, layout.mesh.size > 1)
+
+
+def _apart(stacked: Any) -> tuple[Any, ...]:
+    """A stacked tree of shapes on one device as a tuple of trees, one a layer."""
+
+    def one(s: Any) -> Any:
+        return jax.ShapeDtypeStruct(s.shape[1:], s.dtype, sharding=NamedSharding(s.sharding.mesh, PartitionSpec()))
+
+    return (jax.tree.map(one, stacked),) * jax.tree.leaves(stacked)[0].shape[0]
+
+
+def _per_layer(tree: Any, boxed: Any) -> Any:
+    """`tree` with its stacks in the form of `_apart`; `boxed` has the names of the axes."""
+    if not isinstance(boxed, Mapping):
+        return tree
+    leaves = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    if all(isinstance(x, nn.Partitioned) and x.names[0] == "layers" for x in leaves):
+        return _apart(tree)
+    return {key: _per_layer(tree[key], boxed[key]) for key in boxed}
 
 
 def cache_shapes(d: DecoderConfig, layout: Layout, batch: int, capacity: int, dtype: Any) -> KVCache:
     """A cache as shapes with shardings."""
     shape = (d.num_hidden_layers, batch, d.num_key_value_heads, capacity, d.head_dim)
-    rows = _struct(layout, shape, dtype, *CACHE_AXES)
+    rows: Any = _struct(layout, shape, dtype, *CACHE_AXES)
+    if _looped(layout):
+        rows = _apart(rows)
     start: Any = _struct(layout, (batch,), jnp.int32)
     length: Any = _struct(layout, (), jnp.int32)
     return KVCache(rows, rows, start, length)
@@ -149,7 +147,7 @@ def thinker_decode(
     params = text_weights(cfg, placement, dtype)
     state = _state(layout, d, batch, capacity, dtype, generation.DecodeState)
     sampling = sampling_shapes(layout, batch)
-    cache = (state.cache.k, state.cache.v)
+    cache = tuple(jax.tree.leaves((state.cache.k, state.cache.v)))
     if loop:
         steps = _struct(layout, (), jnp.int32)
         args = (cfg.thinker, params, state, sampling, steps)
@@ -187,7 +185,7 @@ def talker_decode(
     state = _state(layout, d, batch, capacity, dtype, talker.TalkerState)
     vectors = _struct(layout, (batch, reply, cfg.talker.embedding_size), dtype, "batch", None, None)
     args: tuple[Any, ...] = (cfg.talker, params, state, vectors, sampling_shapes(layout, batch))
-    cache = (state.cache.k, state.cache.v)
+    cache = tuple(jax.tree.leaves((state.cache.k, state.cache.v)))
     if loop:
         args = (*args, _struct(layout, (), jnp.int32))
         return Program("talker decode loop", layout, talker.decode_loop, args, {}, params, cache)

@@ -140,6 +140,13 @@ class Part:
         """Closes the file."""
         self._file.close()
 
+    def give_up(self) -> None:
+        """Closes the file, and takes it away where it holds nothing."""
+        self._file.seek(0, os.SEEK_END)
+        if not self._file.tell():
+            self.path.unlink(missing_ok=True)
+        self._file.close()
+
     @property
     def is_merged(self) -> bool:
         """Whether the output is there, which takes the marks away."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from omni_jax import token2wav
 from omni_jax.checkpoint.speakers import pick_voice
+from omni_jax.errors import InputError
 from omni_jax.speech import Vocoder
 from omni_jax.token2wav import Flow
 
@@ -72,6 +73,8 @@ def main(model: pathlib.Path, given: Any, voice: str | None, seed: int, runs: in
     # The last embedding is the null one.
     last = vocoder.config.dit.num_embeds - 1
     codes = np.random.default_rng(seed).integers(0, last, RANDOM_CODES) if given is None else np.asarray(given)
+    if not codes.size:
+        raise InputError("--codes holds no codes; give at least one")
     rows = measure(vocoder, codes, voice, seed, runs)
     if as_json:
         print(json.dumps(rows))

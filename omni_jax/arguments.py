@@ -29,14 +29,19 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def messages_file(path: pathlib.Path) -> Any:
-    """The conversation of a JSON file; what it says is checked where it is read. Raises InputError."""
+def _json_file(path: pathlib.Path, flag: str, what: str) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise InputError(
-            f"--messages {path} cannot be read as JSON ({e}); give a file with a list of messages"
-        ) from None
+    except (OSError, ValueError, RecursionError) as e:  # also bad UTF-8, and numbers of thousands of digits
+        raise InputError(f"{flag} {path} cannot be read as JSON ({e}); give {what}") from None
+
+
+def messages_file(path: pathlib.Path) -> Any:
+    """The conversation of a JSON file; what it says is checked where it is read. Raises InputError."""
+    raw = _json_file(path, "--messages", "a file with a list of messages")
+    if not isinstance(raw, list):
+        raise InputError(f"--messages {path} holds no list of messages but {type(raw).__name__}; make it a list")
+    return raw
 
 
 def array_file(path: pathlib.Path) -> Any:
@@ -46,17 +51,15 @@ def array_file(path: pathlib.Path) -> Any:
     try:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
-        raise InputError(f"{path} cannot be read as .npy ({' '.join(str(e).split())})") from None
+        why = " ".join(str(e).split())
+        raise InputError(f"{path} cannot be read as .npy ({why}); write it with numpy.save") from None
 
 
 def codes_file(path: pathlib.Path) -> Any:
     """Codes of a .npy or JSON file; what they are is checked where they are spoken."""
     if path.suffix == ".npy":
         return array_file(path)
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise InputError(f"--codes {path} cannot be read as JSON ({e}); give a list of codes, or a .npy") from None
+    raw = _json_file(path, "--codes", "a list of codes, or a .npy")
     row = raw.get("codec_ids") if isinstance(raw, dict) else raw
     if not isinstance(row, list) or not all(type(code) is int and abs(code) < 1 << 31 for code in row):
         raise InputError(f"--codes {path} must hold a list of whole numbers, or an object with codec_ids")

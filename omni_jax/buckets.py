@@ -77,8 +77,10 @@ def chunk_groups(chunks: int) -> Iterator[tuple[int, int]]:
         chunks -= take
 
 
-# Tokens of a prompt, left-padded, and media vectors of a batch of prompts.
-PROMPT = (64, 128, *(n for n in steps(65536, 2, 256)))
+# Tokens of a prompt, left-padded.
+PROMPT = (64, 128, *steps(65536, 2, 256))
+# Media vectors of a batch of prompts: all that the largest batch could hold.
+MEDIA = (64, 128, *steps(256 * 65536, 2, 256))
 # Slots of the KV cache: a prompt's bucket and the reply. Beyond the context, since padding takes slots too.
 CACHE = steps(131072, 2, 1024)
 # Vectors of a reply that the Talker hears.

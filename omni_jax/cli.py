@@ -152,10 +152,12 @@ def generate(
             voice, talker_temperature, talker_top_k, talker_top_p, talker_repetition_penalty, max_codes, seed,
             ode_steps, ode_solver, None if no_watchdog else Watchdog(),
         )  # fmt: skip
+    elif speech_mesh is not None:
+        raise InputError("--speech-mesh goes with --speech FILE")
     conversation = _conversation(text, messages, system, {"image": image, "audio": audio, "video": video})
     limits = {"fps": fps, "max_frames": max_frames, "min_pixels": min_pixels, "max_pixels": max_pixels}
     media = {"use_audio_in_video": use_audio_in_video} | {k: v for k, v in limits.items() if v is not None}
-    notes = Console(stderr=True, highlight=False)
+    notes = Console(stderr=True, highlight=False, markup=False)
     use_compilation_cache()
     from omni_jax import omni
     from omni_jax.token2wav import SAMPLE_RATE
@@ -167,7 +169,7 @@ def generate(
     )
     load_seconds = time.perf_counter() - began
     if as_json:
-        reply = loaded.generate(conversation, settings, speech=spoken, media=media)
+        [reply] = loaded.generate([conversation], settings, speech=spoken, media=media)
         out = reply.to_dict()
         out["timings"] = {"load": load_seconds} | out["timings"]
         if speech is not None:
@@ -254,6 +256,7 @@ def voices(path: tyro.conf.Positional[pathlib.Path]) -> None:
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from omni_jax.checkpoint.speakers import load_voices, pick_voice
 
@@ -262,7 +265,7 @@ def voices(path: tyro.conf.Positional[pathlib.Path]) -> None:
     table = Table("voice", "begins with id", "reference", "")
     for name, voice in found.items():
         seconds = len(voice.ref_mel) / 100
-        table.add_row(name, str(voice.bos_token), f"{seconds:.2f} s", "default" if name == default else "")
+        table.add_row(Text(name), str(voice.bos_token), f"{seconds:.2f} s", "default" if name == default else "")
     Console(highlight=False).print(table)
 
 
@@ -322,7 +325,7 @@ def _print_plan(config: pathlib.Path, changes: Strings, topology: str) -> None:
     """The compiler's peak, the bytes that a step moves, and its collectives, as one line of JSON."""
     from collections import Counter
 
-    from infer import hlo, programs
+    from infer import hlo, targets
     from omni_jax.config import load_config, preset
     from train import config as C
     from train import plan
@@ -330,7 +333,7 @@ def _print_plan(config: pathlib.Path, changes: Strings, topology: str) -> None:
     run = C.load(config, changes)
     there = (pathlib.Path(run.model) / "config.json").exists()
     model = load_config(run.model) if there else preset(run.model.rpartition("-")[2].lower())
-    compiled = plan.compile_step(run, model, programs.topology(topology))
+    compiled = plan.compile_step(run, model, targets.topology(topology))
     memory, module = compiled.memory_analysis(), hlo.Module(compiled.as_text())
     counted: Counter[str] = Counter()
     for collective in module.collectives():
@@ -352,11 +355,14 @@ def finetune(
 ) -> None:
     """Fine-tune a checkpoint, as a configuration in configs/ says; see docs/training.md.
 
+    Text, codes, preferences on either, the DiT and the vocoder can be trained, whole or with adapters. Training speech
+    takes codes in the data; they must be supplied, since the encoder that made them was never released.
+
     It goes on where the run's folder stops. SIGTERM and Ctrl-C save and end; metrics go to stderr and metrics.jsonl.
 
     Args:
       config: A Python file with get_config(), such as configs/qwen3b_lora_v5e8.py.
-      changes: A setting to change, as name=value: --set data.batch=4; may be given several times.
+      changes: A setting of train/config.py to change, as name=value: --set model=DIR --set data.batch=4.
       coordinator: On several hosts: auto on a TPU pod, else host:port,processes,process.
       plan: Only compile the step, for a TPU that need not be there, such as v5e:2x4, and print what it needs. A model
         that is not there is taken for the preset that its name ends with (3B, 7B).

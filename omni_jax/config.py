@@ -227,6 +227,16 @@ def _lookup(cls: type, name: str, raw: Mapping[str, Any]) -> Any:
     return None
 
 
+# What is counted to when the tensors are listed: a hostile file must not make that endless.
+_COUNTS = ("num_hidden_layers", "depth", "encoder_layers", "enc_res2net_scale")
+_MAX_COUNT = 10_000
+# Lists that say one thing each of the same layers.
+_TOGETHER: dict[type, tuple[tuple[str, ...], ...]] = {
+    DiTConfig: (("enc_channels", "enc_kernel_sizes", "enc_dilations"),),
+    BigVGANConfig: (("upsample_rates", "upsample_kernel_sizes"), ("resblock_kernel_sizes", "resblock_dilation_sizes")),
+}
+
+
 def _checked(where: str, name: str, value: Any, default: Any) -> Any:
     """The value, frozen, if it is of the kind of the default; whole floats pass for integers."""
 
@@ -245,6 +255,8 @@ def _checked(where: str, name: str, value: Any, default: Any) -> Any:
             return v
         if v != int(v) or (v == 0 and not isinstance(default, tuple) and not name.endswith("_id")):
             raise wrong(kind)
+        if name in _COUNTS and v > _MAX_COUNT:
+            raise wrong(f"at most {_MAX_COUNT}")
         return int(v)
 
     if isinstance(default, str | bool):
@@ -307,7 +319,11 @@ def _parse(cls: type[C], raw: Mapping[str, Any], where: str) -> C:
             values[f.name] = _checked(where, f.name, ids, (0,)) if ids else ()
         elif value is not None:
             values[f.name] = _checked(where, f.name, value, f.default)
-    return cls(**values)
+    cfg = cls(**values)
+    for names in _TOGETHER.get(cls, ()):
+        if len(set(lengths := [len(getattr(cfg, name)) for name in names])) > 1:
+            raise ConfigError(f"{where}: {', '.join(names)} have {lengths} entries, where as many are expected of each")
+    return cfg
 
 
 def from_dict(raw: Mapping[str, Any]) -> OmniConfig:

@@ -150,3 +150,8 @@ def decode(
     """
     hidden, rows = read(cfg, params, x, positions, cache, first=first)
     return hidden, append_rows(cache, rows, first=first)
+
+
+def steps_on_host(params: Any) -> bool:
+    """Whether the host loops over the steps of a decoder with these parameters; see `generation.advance`."""
+    return isinstance(params["model"]["layers"], tuple) and jax.default_backend() == "cpu"

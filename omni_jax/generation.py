@@ -18,7 +18,7 @@ from jax import lax
 from omni_jax import thinker
 from omni_jax.cache import KVCache, append_rows, init_cache, write_rows
 from omni_jax.config import ThinkerConfig
-from omni_jax.decoder import read
+from omni_jax.decoder import read, steps_on_host
 from omni_jax.layers import Params
 from omni_jax.sampling import MAX_LOGPROBS, Array, Sampling, log_probs, sample
 from omni_jax.sharding import constrain, replicate
@@ -189,13 +189,13 @@ def advance(
 ) -> tuple[DecodeState, StepOutput, int]:
     """Up to `steps` decode steps, at most LOOP_STEPS; stops early when every row is done. The state is used up.
 
-    Stacked layers run `decode_loop`, one program for all steps. Layers in a tuple (CPU) run two programs a step: one
-    reads the cache, one writes it. In one program XLA:CPU would copy each layer's cache before writing to it.
+    One program for all steps, `decode_loop`. On CPU layers in a tuple run two programs a step: one reads the cache, one
+    writes it. In one program XLA:CPU would copy each layer's cache before writing to it.
 
     Returns:
       the state, outputs [steps made or more, B, ...] on the host, and how many steps were made.
     """
-    if not isinstance(params["model"]["layers"], tuple):
+    if not steps_on_host(params):
         state, made, count = decode_loop(cfg, params, state, sampling, np.int32(steps))
         made, count = jax.device_get((made, count))
         return state, made, int(count)

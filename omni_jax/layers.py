@@ -262,8 +262,8 @@ def run_layers(
 
     Args:
       body: `(params of one layer, carry, x) -> (carry, y)`; see `rematerialise` for training.
-      layers: stacked parameters (leading axis: layers), which are scanned, as TPU and GPU like it; or a sequence of
-        per-layer trees, which is looped over: on CPU a scan would copy each layer's weights at each step.
+      layers: stacked parameters (leading axis: layers), which are scanned, as TPU likes it; or a sequence of per-layer
+        trees, which is looped over: on CPU and GPU a scan would copy each layer's weights at each step.
       carry: what goes through the layers.
       xs: one entry per layer: a tree with a leading layers axis or, in the loop form, also a sequence of trees.
     Returns:

@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from omni_jax import buckets
 from omni_jax.config import DecoderConfig, OmniConfig
 from omni_jax.sharding import AXES, MESH_AXES, Layout, MeshError, Rules
 
@@ -42,10 +43,15 @@ def axis_sizes(name: str, cfg: OmniConfig) -> dict[str, int]:
       name: chips ("1", "2x4", "2x2x4") or axes ("data=2,tensor=4"; those left out are 1).
       cfg: the model, whose kv heads decide how many ways the tensor axis goes.
     Raises:
-      MeshError: a name that means nothing.
+      MeshError: a name that means nothing, or a mesh that the model does not divide over.
     """
     if re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){0,2}", name):
         chips = math.prod(map(int, name.split("x")))
+        if chips & (chips - 1):
+            raise MeshError(
+                f"mesh {name!r} has {chips} chips, which neither batches nor heads divide over; name a power of two, "
+                "such as 1, 2x2, 2x4 or 4x4, or axes such as data=2,tensor=4"
+            )
         replica = math.gcd(chips, REPLICA_CHIPS)
         tensor = math.gcd(cfg.thinker.text.num_key_value_heads, replica)
         return {"data": chips // replica, "fsdp": 1, "tensor": tensor, "sequence": replica // tensor}
@@ -60,6 +66,15 @@ def axis_sizes(name: str, cfg: OmniConfig) -> dict[str, int]:
         sizes[axis] = int(size)
     if len({axis for axis, _, _ in given}) != len(given):
         raise MeshError(f"mesh {name!r} names an axis twice")
+    weights = _weights(sizes, cfg, "thinker")
+    used = {axis for axes in weights.values() for axis in axes}
+    if idle := [f"{axis}={n}" for axis, n in sizes.items() if n > 1 and axis != "data" and axis not in used]:
+        text = cfg.thinker.text
+        raise MeshError(
+            f"mesh {name!r}: {', '.join(idle)} divides neither heads nor hidden features of this model "
+            f"({text.num_attention_heads} heads of {text.head_dim}, {text.hidden_size}, {text.intermediate_size}), so "
+            "that its chips would all do the same; choose powers of two"
+        )
     return sizes
 
 
@@ -87,7 +102,8 @@ def make_mesh(sizes: Sizes, devices: Sequence[Any] | None = None) -> Mesh:
             f"chips: name a mesh that takes them all"
         )
     if chosen[0].platform == "tpu" and count == len(devices):
-        grid = mesh_utils.create_device_mesh(shape, chosen)
+        # From 4x4 on the axes of a copy share a side of the slice.
+        grid = mesh_utils.create_device_mesh(shape, chosen, allow_split_physical_axes=True)
     else:
         grid = np.array(chosen).reshape(shape)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
@@ -132,7 +148,8 @@ def _weights(sizes: Sizes, cfg: OmniConfig, part: Part) -> dict[str, tuple[str, 
         fsdp = [dit.hidden_size]
     else:
         dims, fsdp = {}, []
-    out = {name: fit(sizes, [dim], MODEL, ("tensor",), ("sequence",)) for name, dim in dims.items()}
+    one = sorted((("tensor",), ("sequence",)), key=lambda axes: -sizes[axes[0]])
+    out = {name: fit(sizes, [dim], MODEL, *one) for name, dim in dims.items()}
     out["embed"] = fit(sizes, fsdp, ("fsdp",)) if fsdp else ()
     return out
 
@@ -169,7 +186,7 @@ def _decoder(sizes: Sizes, d: DecoderConfig, weights: Mapping, batch: int, lengt
     rows = fit(sizes, [batch], ("data", "fsdp"), ("data",), ("fsdp",))
     with_sequence = (*rows, "sequence") if sizes["sequence"] > 1 else rows
     by_rows = fit(sizes, [batch], with_sequence) == with_sequence and sizes["sequence"] > 1
-    slots = () if by_rows or sizes["sequence"] == 1 else ("sequence",)
+    slots = () if by_rows else fit(sizes, [math.gcd(*buckets.CACHE)], ("sequence",))
     heads, kv = _heads(sizes, d.num_attention_heads, d.num_key_value_heads, sequence=length > 1)
     out = {
         "batch": rows, "length": (), "act_embed": (), "act_proj": weights["heads"], "act_mlp": weights["mlp"],
@@ -272,7 +289,8 @@ def place(
         side; None for the Thinker's mesh.
       devices: of this machine by default.
     Raises:
-      MeshError: names that mean nothing, or more chips than there are.
+      MeshError: names that mean nothing, more chips than there are, or two meshes over several hosts: no array goes
+        from the chips of one host to those of another.
     """
     devices = jax.devices() if devices is None else list(devices)
     if speech is None:
@@ -294,6 +312,11 @@ def place(
         else:
             meshes.append(given)
             taken += given.size
+    if len({d.process_index for m in meshes for d in m.devices.flat}) > 1:
+        raise MeshError(
+            f"meshes {mesh} and {speech} would take chips of several hosts; give each host a copy of the model, or "
+            "leave the speech parts on the mesh of the text part"
+        )
     return Placement(cfg, *meshes)
 
 
@@ -320,9 +343,6 @@ def laid_out(placement: Placement | None) -> Laid:
 
 
 def hand_over(tree: Any, mesh: Mesh) -> Any:
-    """Moves device arrays of one stage to the mesh of the next, whole on each of its devices.
-
-    It holds under `jax.transfer_guard("disallow")`: nothing goes through the host unasked.
-    """
-    with jax.transfer_guard("disallow"):
-        return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """Moves arrays of one stage, or of the host, to the mesh of the next, whole on each of its devices; explicitly, so
+    that it holds under `jax.transfer_guard("disallow")`."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

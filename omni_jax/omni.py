@@ -6,9 +6,10 @@ Everything between the jitted programs is numpy: what an eager jax operation wou
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import jax
@@ -25,8 +26,7 @@ from omni_jax.memory import Guard, check_weights
 from omni_jax.meshes import Placement, laid_out, place
 from omni_jax.plan import thinker_slots
 from omni_jax.positions import next_position
-from omni_jax.processing.processor import Processor, Prompt
-from omni_jax.processing.tokenizer import stop_token_ids
+from omni_jax.processing.processor import Processor, Prompt, stop_token_ids
 from omni_jax.reply import ReplyBuilder
 from omni_jax.sampling import Sampling
 from omni_jax.settings import (
@@ -40,7 +40,7 @@ from omni_jax.settings import (
 )
 from omni_jax.sharding import MeshError
 from omni_jax.speech import PARTS, Recorder, Speech, SpeechError
-from omni_jax.stages import stage_shardings
+from omni_jax.stages import layers_apart, stage_shardings
 from omni_jax.voice import Voice
 
 Message = Mapping[str, Any]
@@ -83,8 +83,8 @@ class Omni:
 
     @property
     def context(self) -> int:
-        """Most tokens of prompt and reply together."""
-        return self.config.thinker.text.max_position_embeddings
+        """Most tokens of prompt and reply together: the config's, as far as the buckets reach."""
+        return min(self.config.thinker.text.max_position_embeddings, buckets.PROMPT[-1])
 
     @property
     def speech(self) -> Speech:
@@ -171,7 +171,7 @@ class Omni:
             start[row], after[row] = width - n, next_position(prompts[i].positions)
         if vectors is None:
             return generation.PromptBatch(ids, positions, start, after)
-        media = np.zeros((buckets.bucket(len(vectors), buckets.PROMPT), vectors.shape[1]), vectors.dtype)
+        media = np.zeros((buckets.bucket(len(vectors), buckets.MEDIA), vectors.shape[1]), vectors.dtype)
         media[: len(vectors)] = vectors
         return generation.PromptBatch(ids, positions, start, after, media, media_index)
 
@@ -308,10 +308,18 @@ class Omni:
           ValueError: bad messages, media, settings or an overlong prompt, or speech of a model that has none; one line
             that names it and the remedy.
         """
+        if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+            raise PromptError(
+                f"messages are {type(messages).__name__}; give a list of them, or a list of conversations"
+            )
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Conversation], [messages] if single else messages)
         if not conversations:
             raise PromptError("there is no conversation to answer")
+        if len(conversations) > buckets.BATCH[-1]:
+            raise PromptError(
+                f"{len(conversations)} conversations are too many at once; give {buckets.BATCH[-1]} at most"
+            )
         each = self._settings(settings, changes, len(conversations))
         spoken = self._speech_settings(speech, len(conversations))
         began = time.perf_counter()
@@ -335,10 +343,25 @@ class Omni:
         Raises:
           ValueError: as for `generate`.
         """
+        return self.write(prompts, settings, speech)()
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        settings: Sequence[GenerationSettings],
+        speech: Sequence[SpeechSettings | None] | None = None,
+    ) -> Callable[[], list[Reply]]:
+        """`answer` in two steps: the text now, and the speech by the call of what is returned.
+
+        Where speech has chips of its own, that call leaves the others alone: a thread may make it while the next
+        prompts are answered. Arguments and errors are those of `answer`; CodeError comes from the second step.
+        """
         spoken = self._speech_settings(speech, len(prompts))
         recorder = Recorder() if any(spoken) else None
         replies = _exhaust(self.run(prompts, settings, recorder=recorder))
-        return replies if recorder is None else self.speech.speak(recorder, replies, spoken)
+        if recorder is None:
+            return lambda: replies
+        return functools.partial(self.speech.say, self.speech.hear(recorder, replies, spoken), replies, spoken)
 
     def stream(
         self,
@@ -431,7 +454,7 @@ def load(
       mesh: what to lay the model over: a name ("2x4", "data=2,tensor=4") or a mesh of `meshes.make_mesh`; None for one
         device.
       speech_mesh: chips of their own for Talker and Token2Wav, beside those of `mesh`; see `meshes.place`.
-      unroll: loop over the layers instead of scanning them; by default on one CPU device, where scanning is slow.
+      unroll: loop over the layers instead of scanning them; by default on one CPU or GPU, where scanning is slow.
       adapter: folder of a PEFT adapter (LoRA) to merge into the weights.
       progress: show a bar on stderr.
     Raises:
@@ -454,7 +477,7 @@ def _load(
         raise SpeechError(f"{path} has no Talker: this checkpoint answers in text only; leave speech out")
     voices = load_voices(path) if speaks else {}
     processor = Processor.from_folder(path, cfg.thinker)
-    unroll = (jax.default_backend() == "cpu" and mesh is None) if unroll is None else unroll
+    unroll = layers_apart(jax.default_backend(), mesh is not None) if unroll is None else unroll
     placement = shardings = None
     if mesh is not None:
         if unroll:

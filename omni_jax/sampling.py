@@ -5,6 +5,7 @@ Letters: B batch, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,11 +13,14 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from omni_jax.sharding import constrain
+
 Array = Any  # a jax array inside a program, a numpy one on the way in
 
 # How many alternatives a reply can carry per token; the decode loop always keeps this many, so that asking compiles
 # nothing new.
 MAX_LOGPROBS = 20
+COLDEST = 1e-20
 
 
 @struct.dataclass
@@ -62,22 +66,41 @@ def filter_logits(
     Returns:
       [B, V] with refused entries at -inf; at least one entry survives.
     """
-    vocab = logits.shape[-1]
     x = logits / temperature[:, None]
-    # Unstable: a stable sort carries an index of every logit along, 18 MiB of them at batch 32.
-    ranked = jnp.flip(jnp.sort(x, axis=-1, stable=False), axis=-1)
-    k = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
-    kth = jnp.take_along_axis(ranked, (k - 1)[:, None], axis=-1)
-    x = jnp.where(x < kth, -jnp.inf, x)
-    ranked = jnp.where(ranked < kth, -jnp.inf, ranked)
+    ranks = _ranks(x)
+    k = jnp.where(top_k > 0, top_k, logits.shape[-1])
+    kth = _smallest(lambda t: jnp.sum(ranks > t[:, None], axis=-1) < k, k.shape)
+    x = jnp.where(ranks < kth[:, None], -jnp.inf, x)
     # A token stays while the mass of the better ones is below top_p; the best one always stays.
-    p = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(p, axis=-1) - p
-    kept = jnp.maximum(jnp.sum(before < top_p[:, None], axis=-1), 1)
-    last = jnp.take_along_axis(ranked, (kept - 1)[:, None], axis=-1)
-    x = jnp.where((x < last) & (top_p < 1)[:, None], -jnp.inf, x)
+    p = jax.nn.softmax(x, axis=-1)
+    last = _smallest(lambda t: jnp.sum(jnp.where(ranks > t[:, None], p, 0), axis=-1) < top_p, k.shape)
+    last = jnp.minimum(last, jnp.max(ranks, axis=-1))
+    x = jnp.where((ranks < last[:, None]) & (top_p < 1)[:, None], -jnp.inf, x)
     p = jax.nn.softmax(x, axis=-1)
     return jnp.where(p < min_p[:, None] * jnp.max(p, axis=-1, keepdims=True), -jnp.inf, x)
+
+
+def _ranks(x: jax.Array) -> jax.Array:
+    """Float32 as int32 of the same order."""
+    bits = lax.bitcast_convert_type(x + 0.0, jnp.int32)  # the sum makes -0 a 0
+    return bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
+
+
+def _smallest(holds: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) -> jax.Array:
+    """The smallest int32 of each row that `holds`, as do all larger ones; the largest int32 where none does.
+
+    By halving, 32 times: a sort over the vocabulary takes longer, and a TPU's compiler a minute to compile it.
+    """
+    limits = jnp.iinfo(jnp.int32)
+
+    def halve(_: Any, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = ends
+        middle = (low & high) + ((low ^ high) >> 1)  # rounded down, and never beyond int32
+        enough = holds(middle)
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    ends = jnp.full(shape, limits.min, jnp.int32), jnp.full(shape, limits.max, jnp.int32)
+    return lax.fori_loop(0, 32, halve, ends)[1]
 
 
 def sample(logits: jax.Array, seen: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
@@ -95,13 +118,16 @@ def sample(logits: jax.Array, seen: jax.Array, sampling: Sampling, step: jax.Arr
     greedy = jnp.argmax(x, axis=-1)
 
     def draw(x: jax.Array) -> jax.Array:
-        warm = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
+        # Whole rows, as on one device; where the vocabulary is split, each halving would be a collective.
+        x = constrain(x, "cache_batch", None)
+        # Below the coldest, logits would overflow; it is greedy long before.
+        warm = jnp.where(sampling.temperature > 0, jnp.maximum(sampling.temperature, COLDEST), 1.0)
         y = filter_logits(x, warm, sampling.top_k, sampling.top_p, sampling.min_p)
         keys = jax.vmap(lambda k, i: jax.random.fold_in(jax.random.wrap_key_data(k), i))(sampling.key, step)
         drawn = jax.vmap(jax.random.categorical)(keys, y)
         return jnp.where(sampling.temperature > 0, drawn, greedy)
 
-    # The sort over the vocabulary is skipped while every row is greedy.
+    # The filters are skipped while every row is greedy.
     return lax.cond(jnp.any(sampling.temperature > 0), draw, lambda _: greedy, x).astype(jnp.int32)
 
 

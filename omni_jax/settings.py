@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -20,15 +20,19 @@ SpeechFinishReason = Literal["eos", "length", "empty", "watchdog:length", "watch
 MAX_CODES = 4096
 
 
+# Within these, float32 logits stay finite on their way through penalty and temperature.
+_TEMPERATURE, _PENALTY, _TOP_K = (0.0, 1e4), (1e-4, 1e4), (0, 2**31 - 1)
+
+
 def _check_ranges(settings: Any, limits: Mapping[str, tuple[float, float | None]]) -> None:
-    """Raises InputError naming a field outside [low, high]; a `repetition_penalty` must be above 0."""
+    """Raises InputError naming a field outside [low, high], or a fraction where the limit is a whole number."""
     for name, (low, high) in limits.items():
         value = getattr(settings, name)
-        good = isinstance(value, int | float) and math.isfinite(value) and value >= low
-        if not good or (high is not None and value > high) or (name == "repetition_penalty" and value == 0):
+        whole = "a whole number, " if isinstance(low, int) else ""
+        number = isinstance(value, numbers.Integral if whole else numbers.Real)
+        if not number or not low <= value or (high is not None and value > high):
             most = f" and at most {high}" if high is not None else ""
-            least = "above 0" if name == "repetition_penalty" else f"at least {low}"
-            raise InputError(f"{name} is {value!r}; it must be {least}{most}")
+            raise InputError(f"{name} is {value!r}; it must be {whole}at least {low}{most}")
     if settings.top_p == 0:
         raise InputError("top_p is 0; it must be above 0 and at most 1")
 
@@ -64,8 +68,8 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         """Raises InputError naming the setting that is out of range."""
         limits: dict[str, tuple[float, float | None]] = {
-            "max_new_tokens": (1, None), "temperature": (0, None), "top_k": (0, None), "top_p": (0, 1), "min_p": (0, 1),
-            "repetition_penalty": (0, None), "seed": (0, 2**63 - 1),
+            "max_new_tokens": (1, None), "temperature": _TEMPERATURE, "top_k": _TOP_K, "top_p": (0.0, 1.0),
+            "min_p": (0.0, 1.0), "repetition_penalty": _PENALTY, "seed": (0, 2**63 - 1),
         }  # fmt: skip
         if self.logprobs is not None:
             limits["logprobs"] = (0, MAX_LOGPROBS)
@@ -134,7 +138,7 @@ class SpeechSettings:
     def __post_init__(self) -> None:
         """Raises InputError naming the setting that is out of range."""
         _check_ranges(self, {
-            "temperature": (0, None), "top_k": (0, None), "top_p": (0, 1), "repetition_penalty": (0, None),
+            "temperature": _TEMPERATURE, "top_k": _TOP_K, "top_p": (0.0, 1.0), "repetition_penalty": _PENALTY,
             "max_codes": (1, MAX_CODES), "seed": (0, 2**63 - 1), "ode_steps": (2, 1000),
         })  # fmt: skip
         if self.ode_solver not in get_args(OdeSolver):

@@ -25,7 +25,7 @@ from omni_jax.meshes import Laid, Placement, hand_over, laid_out, on_one_device,
 from omni_jax.sampling import Sampling
 from omni_jax.settings import Reply, SpeechSettings
 from omni_jax.stages import PARTS as PARTS
-from omni_jax.stages import stage_shardings
+from omni_jax.stages import layers_apart, stage_shardings
 from omni_jax.voice import Voice
 from omni_jax.watchdog import SpeechBuilder
 
@@ -60,6 +60,23 @@ class Recorder:
     def wrote(self, hidden: np.ndarray) -> None:
         """Takes the hidden states [n, B, E] that ids were drawn from: each is that of the id before."""
         self.steps.append(hidden)
+
+
+@dataclasses.dataclass(frozen=True)
+class Heard:
+    """What the Talker needs of what the Thinker left: on the chips of speech, where it has some of its own.
+
+    Attributes:
+      prompt: what was read.
+      table: [V, E], the Thinker's embeddings, or those rows of it that `prompt.voice` names.
+      vectors: [B, R, E], of `talker.reply_vectors`.
+      seconds: what this has taken.
+    """
+
+    prompt: talker.TalkerPrompt
+    table: Any
+    vectors: Any
+    seconds: float
 
 
 def draw_settings(settings: Sequence[SpeechSettings], stop_ids: tuple[int, ...]) -> Sampling:
@@ -108,7 +125,7 @@ class Vocoder:
             cfg = load_config(files)
             if cfg.token2wav is None:
                 raise SpeechError(f"{path} has no Token2Wav: this checkpoint answers in text only")
-            unroll = jax.default_backend() == "cpu" and mesh is None
+            unroll = layers_apart(jax.default_backend(), mesh is not None)
             placement = None if mesh is None else place(cfg, mesh)
             shardings = None if placement is None else stage_shardings(placement, ("token2wav",))
             params = load_params(
@@ -123,7 +140,8 @@ class Vocoder:
 
         Args:
           codes: one row of whole numbers for each request.
-          settings: voice, seed, ODE steps and solver of each. Requests of equal steps and solver share a call.
+          settings: voice, seed, ODE steps and solver of each. Requests of equal steps and solver share a call, as many
+            as the largest bucket of rows holds.
           noise: float32 [2 n, mel] for each row of n codes; by default drawn from the seeds.
         Returns:
           float32 samples at 24 kHz for each row.
@@ -133,13 +151,14 @@ class Vocoder:
         """
         waves: list[np.ndarray] = [np.zeros(0, np.float32)] * len(codes)
         flows = [token2wav.Flow(s.ode_steps, s.ode_solver) for s in settings]
-        for flow in dict.fromkeys(flows):
-            rows = [i for i, wanted in enumerate(flows) if wanted == flow]
+        most = token2wav.ROW_BUCKETS[-1]
+        alike = [[i for i, wanted in enumerate(flows) if wanted == flow] for flow in dict.fromkeys(flows)]
+        for rows in (group[at : at + most] for group in alike for at in range(0, len(group), most)):
             made = token2wav.token2wav(
                 self.config, self.params, [codes[i] for i in rows],
                 [pick_voice(self.voices, settings[i].voice) for i in rows],
                 noise=None if noise is None else [noise[i] for i in rows],
-                seeds=[settings[i].seed for i in rows], flow=flow, laid=self.laid,
+                seeds=[settings[i].seed for i in rows], flow=flows[rows[0]], laid=self.laid,
             )  # fmt: skip
             for i, wave in zip(rows, made, strict=True):
                 waves[i] = wave
@@ -201,9 +220,21 @@ class Speech:
           MemoryNeedError: the devices cannot hold what so many codes need.
         """
         self.check(settings)
-        began = time.perf_counter()
+        return self.say(self.hear(recorder, replies, settings), replies, settings)
+
+    def say(self, heard: Heard, replies: Sequence[Reply], settings: Sequence[SpeechSettings | None]) -> list[Reply]:
+        """`speak` of what was heard. Where speech has chips of its own, these alone are at work, so that another thread
+        may have the Thinker answer further prompts.
+
+        Args:
+          heard: of `hear`.
+          replies, settings: as for `speak`.
+        Raises:
+          CodeError: see `speak`.
+        """
+        began = time.perf_counter() - heard.seconds
         builders = self.builders(replies, settings)
-        for _ in self.codes(recorder, replies, settings, builders):
+        for _ in self._draw(heard, settings, builders, talker.LOOP_STEPS):
             pass
         drawn = time.perf_counter()
         wanted = [s for s in settings if s is not None]
@@ -239,31 +270,55 @@ class Speech:
         Args:
           steps: codes to draw between two yields, at most `talker.LOOP_STEPS`.
         """
+        yield from self._draw(self.hear(recorder, replies, settings), settings, builders, steps)
+
+    def _rows(self, settings: Sequence[SpeechSettings | None], size: int) -> list[SpeechSettings]:
+        return [(settings[i] if i < len(settings) else None) or SILENT for i in range(size)]
+
+    def hear(self, recorder: Recorder, replies: Sequence[Reply], settings: Sequence[SpeechSettings | None]) -> Heard:
+        """Sums up what the Thinker left, and hands it over to the chips of speech where there are such.
+
+        Then nothing is moved but what is told to: it holds under `jax.transfer_guard("disallow")`.
+        """
+        began = time.perf_counter()
+        cfg, batch = self.talker, recorder.batch
+        size = len(batch.start)
+        table = self.params["thinker"]["model"]["embed_tokens"]["weight"]
+        voices = np.array([pick_voice(self.voices, s.voice).bos_token for s in self._rows(settings, size)], np.int32)
+        said = reply_arrays(recorder, replies)
+
+        def prompt(voices: Any, first: Any) -> talker.TalkerPrompt:
+            return talker.TalkerPrompt(
+                recorder.embeddings, recorder.hidden, batch.positions, batch.start, batch.next_position,
+                batch.media_index, voices, first,
+            )  # fmt: skip
+
+        if self.placement is None or not self.placement.apart:
+            with self.laid("thinker", size):
+                first, vectors = talker.reply_vectors(cfg, table, *said)
+            return Heard(prompt(voices, first), table, vectors, time.perf_counter() - began)
+        with jax.transfer_guard("disallow"), self.laid("thinker", size):
+            *said, voices = hand_over((*said, voices), self.placement.thinker)
+            first, vectors = talker.reply_vectors(cfg, table, *said)
+            # The chips of speech have no table of the Thinker's: they get the voices' rows of it.
+            rows = talker.table_rows(table, voices)
+            heard = (prompt(np.arange(size, dtype=np.int32), first), rows, vectors)
+            read, rows, vectors = hand_over(heard, self.placement.speech)
+            return Heard(read, rows, vectors, time.perf_counter() - began)
+
+    def _draw(
+        self, heard: Heard, settings: Sequence[SpeechSettings | None], builders: Mapping[int, SpeechBuilder], steps: int
+    ) -> Iterator[None]:
         if not any(b.left for b in builders.values()):
             return
-        cfg, params = self.talker, self.params["talker"]
-        table = self.params["thinker"]["model"]["embed_tokens"]["weight"]
-        batch, size = recorder.batch, len(recorder.batch.start)
-        rows = [(settings[i] if i < len(settings) else None) or SILENT for i in range(size)]
+        cfg, params, prompt, vectors = self.talker, self.params["talker"], heard.prompt, heard.vectors
+        size = len(prompt.start)
+        rows = self._rows(settings, size)
         sampling = draw_settings(rows, self.stop_ids)
-        with self.laid("thinker", size):
-            first, vectors = talker.reply_vectors(cfg, table, *reply_arrays(recorder, replies))
-        voices = np.array([pick_voice(self.voices, s.voice).bos_token for s in rows], np.int32)
-        heard = (recorder.embeddings, recorder.hidden, first, vectors)
-        if self.placement is not None and self.placement.apart:
-            # The Talker's chips have no table of the Thinker's: they get the voices' rows of it.
-            with self.laid("thinker", size):
-                table, voices = talker.table_rows(table, voices), np.arange(size, dtype=np.int32)
-            *heard, table = hand_over((*heard, table), self.placement.speech)
-        embeddings, hidden, first, vectors = heard
-        prompt = talker.TalkerPrompt(
-            embeddings, hidden, batch.positions, batch.start, batch.next_position, batch.media_index, voices, first
-        )
-        most = max(s.max_codes for s in rows)
-        places = batch.ids.shape[1] + talker.EXTRA
-        capacity = cache_slots(places, most)
+        places = prompt.positions.shape[2] + talker.EXTRA
+        capacity = cache_slots(places, GROWTH)  # also for fewer codes: 10 and 500 run the same programs
         with self.laid("talker", size, places):
-            read = talker.prefill(cfg, params, table, prompt, capacity=capacity, cache_dtype=self.cache_dtype)
+            read = talker.prefill(cfg, params, heard.table, prompt, capacity=capacity, cache_dtype=self.cache_dtype)
         with self.laid("talker", size):
             state = talker.first_draw(cfg, params, read.cache, read.seen, read.last, read.position, sampling)
         made = np.asarray(state.token)[None]

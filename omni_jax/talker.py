@@ -25,7 +25,7 @@ from jax import lax
 
 from omni_jax.cache import KVCache, append_rows, init_cache, write_rows
 from omni_jax.config import TalkerConfig
-from omni_jax.decoder import Decoder, decode, read
+from omni_jax.decoder import Decoder, decode, read, steps_on_host
 from omni_jax.layers import Linear, Params, dense, look_up
 from omni_jax.sampling import Array, Sampling, sample
 from omni_jax.sharding import constrain, replicate
@@ -259,12 +259,12 @@ def advance(
 ) -> tuple[TalkerState, np.ndarray]:
     """Up to `steps` decode steps, at most LOOP_STEPS; stops early when every row is done. The state is used up.
 
-    One program for stacked layers, two a step for layers in a tuple; see `generation.advance`.
+    One program, or on CPU two a step; see `generation.advance`.
 
     Returns:
       the state, and the codes [steps made, B] on the host.
     """
-    if not isinstance(params["model"]["layers"], tuple):
+    if not steps_on_host(params):
         state, made, count = decode_loop(cfg, params, state, reply, sampling, np.int32(steps))
         made, count = jax.device_get((made, count))
         return state, made[: int(count)]

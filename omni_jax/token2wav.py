@@ -246,7 +246,7 @@ def codes_to_mel(
       codes: one sequence of codes a request (50 codes/s), of unequal lengths, or [B, N] with `lengths`.
       voices: one for all, or one each.
       lengths: true codes of each row of `codes`; all by default.
-      noise: [2 n, mel_dim] float32 for a request of n codes (more frames are cut off); by default drawn from `seeds`.
+      noise: [2 n, mel_dim] float32 for a request of n codes; by default drawn from `seeds`.
       seeds: one for all, or one each; 0 … 2**64 - 1.
       flow: solver settings.
       laid: how the programs lie on a mesh.
@@ -308,7 +308,10 @@ def mel_to_sound(cfg: Token2WavConfig, params: Params, drawn: Drawn, laid: Laid 
 
 
 def _checked_noise(noise: Any, frames: int, mel_dim: int, row: int) -> np.ndarray:
-    array = np.asarray(noise, np.float32)
-    if array.ndim != 2 or array.shape[1] != mel_dim or len(array) < frames:
+    array = np.asarray(noise)
+    if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+        raise InputError(f"noise of request {row} must hold finite numbers; {array.dtype} with others was given")
+    array = array.astype(np.float32)
+    if array.shape != (frames, mel_dim):
         raise InputError(f"noise of request {row} has shape {array.shape}; ({frames}, {mel_dim}) is needed")
-    return array[:frames]
+    return array

@@ -6,7 +6,6 @@ import io
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from omni_jax import positions as P
@@ -72,6 +71,8 @@ def all_kinds() -> dict[str, list[dict[str, Any]]]:
 
 def oracle_inputs(prompts: list[Prompt], pad: int = 0) -> dict[str, Any]:
     """Keyword arguments of the reference's Thinker for a left-padded batch of our prompts."""
+    import torch  # not at the top: processes without the reference make conversations too
+
     width = max(len(p.ids) for p in prompts)
     ids = np.full((len(prompts), width), pad, np.int64)
     mask = np.zeros((len(prompts), width), np.int64)

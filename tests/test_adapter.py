@@ -140,6 +140,14 @@ def test_kept_apart(checkpoint, hand_made, tmp_path):
     np.testing.assert_array_equal(weight(base), weight(params_of(checkpoint)))
     np.testing.assert_array_equal(weight(merged), weight(params_of(checkpoint, adapter=folder)))
     assert not np.array_equal(weight(merged), weight(base))
+    # It goes along to the next folder, unless it is merged on the way.
+    convert(tmp_path / "c", tmp_path / "along", parts=("thinker",))
+    convert(tmp_path / "c", tmp_path / "merged", parts=("thinker",), adapter=tmp_path / "c" / "adapter")
+    assert inspect(tmp_path / "along")["adapter"] is True
+    assert inspect(tmp_path / "merged")["adapter"] is False
+    np.testing.assert_array_equal(weight(params_of(tmp_path / "merged")), weight(merged))
+    with pytest.raises(CheckpointError, match="no adapter to keep; give its folder with --adapter"):
+        convert(checkpoint, tmp_path / "x", keep_adapter=True)
 
 
 def test_the_command_takes_a_converted_folder_and_an_adapter(checkpoint, hand_made, tmp_path, monkeypatch, capsys):
@@ -155,6 +163,11 @@ def test_the_command_takes_a_converted_folder_and_an_adapter(checkpoint, hand_ma
 A = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 BAD = {
     "another kind": ({"peft_type": "IA3"}, None, "peft_type 'IA3' cannot be merged; only LORA can"),
+    "base changed": (
+        {"init_lora_weights": "pissa_niter_4"},
+        None,
+        "init_lora_weights is 'pissa_niter_4', which is not",
+    ),
     "dora": ({"use_dora": True}, None, "use_dora is 'True', which is not supported"),
     "transposed": ({"fan_in_fan_out": True}, None, "fan_in_fan_out is 'True'"),
     "no alpha": ({"lora_alpha": None}, None, "alpha of 'lora_alpha' is not a number"),

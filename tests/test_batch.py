@@ -3,17 +3,19 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
 from infer import batch, launch, records
 from infer.batch import Job
 from omni_jax.errors import InputError
-from omni_jax.settings import GenerationSettings, SpeechSettings
+from omni_jax.settings import GenerationSettings, Reply, SpeechSettings
 from tests.test_cli import run as command
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -170,6 +172,39 @@ def test_speech_files(checkpoint, speaker, tmp_path, monkeypatch):
         assert soundfile.info(record["speech"]).frames == round(record["seconds"] * 24000) > 0
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_batch_that_cannot_be_spoken_is_tried_line_by_line(tmp_path, apart):
+    """With speech on chips of its own the failure comes later, from a thread; the records are the same."""
+    written = []
+
+    class Model:
+        placement = types.SimpleNamespace(apart=apart)
+
+        def write(self, prompts, settings, speech):
+            written.append(prompts)
+            if "unreadable" in prompts:
+                raise InputError("cannot be read")
+
+            def speak():
+                if "unspeakable" in prompts:
+                    raise InputError("cannot be spoken")
+                return [Reply(p, (1,), 1, "eos") for p in prompts]
+
+            return speak
+
+    def request(number, prompt):
+        return batch.Request(records.Line(number, "", "digest"), None, prompt, GREEDY, SpeechSettings())
+
+    given = [[request(1, "a"), request(2, "unspeakable")], {"line": 3, "error": "line 3: it is not JSON"},
+             [request(4, "unreadable"), request(5, "b")], [request(6, "c")]]  # fmt: skip
+    wanted = job(tmp_path / "none", tmp_path, speech=SpeechSettings())
+    made = {r["line"]: r.get("text", r.get("error")) for r in batch._answers(Model(), wanted, given)}
+    assert made == {
+        1: "a", 2: "line 2: cannot be spoken", 3: "line 3: it is not JSON", 4: "line 4: cannot be read", 5: "b", 6: "c",
+    }  # fmt: skip
+    assert len(written) == 3 + 4
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -178,6 +213,11 @@ def test_speech_files(checkpoint, speaker, tmp_path, monkeypatch):
         (["in.jsonl", "out.jsonl", "--processes", "0"], "--processes must be at least 1"),
         (["in.jsonl", "out.jsonl", "--batch-size", "1000"], "--batch-size is 1000; it must be 1 to 256"),
         (["in.jsonl", "out.jsonl", "--voice", "Ethan"], "--voice goes with --speech"),
+        (["in.jsonl", "out.jsonl", "--mesh", "1", "--speech-mesh", "1"], "--speech-mesh goes with --speech"),
+        (["in.jsonl", "out.jsonl", "--speech", "--speech-mesh", "1"], "give --mesh as well"),
+        (["in.jsonl", "out.jsonl", "--mesh", "2x2x2x2"], "'2x2x2x2' is neither chips such as"),
+        (["in.jsonl", "out.jsonl", "--processes", "2", "--mesh", "3"], "'3' has 3 chips"),
+        (["in.jsonl", "out.jsonl", "--mesh", "8x8"], "(cpu); choose a smaller --mesh"),
         (["none.jsonl", "out.jsonl"], "none.jsonl cannot be read"),
         (["empty.jsonl", "out.jsonl"], "empty.jsonl has no line"),
         (["in.jsonl", "none/out.jsonl"], "there is no folder"),
@@ -192,7 +232,8 @@ def test_jobs_that_cannot_run(monkeypatch, capfd, checkpoint, tmp_path, args, sa
     code, out, err = command(monkeypatch, capfd, "batch", *args, *model)
     assert (code, out) == (2, "")
     assert said in err
-    assert "Traceback" not in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.glob("out.jsonl*"))
 
 
 def test_a_process_that_ends_badly_ends_the_others():
@@ -248,6 +289,27 @@ def test_a_process_that_dies_ends_the_job_and_the_next_one_goes_on(checkpoint, t
     assert made["before"] >= len(kept) > 0
     assert (made["lines"], made["failed"]) == (200, 0)
     assert [r["line"] for r in read(out)] == list(range(1, 201))
+
+
+def test_a_host_that_cannot_begin_ends_the_job(checkpoint, tmp_path):
+    """One of two hosts cannot read its checkpoint: it says so, and the other one does not wait for it for ever."""
+    source, out, port = write(tmp_path / "in.jsonl", LINES[:2]), tmp_path / "out.jsonl", launch.free_port()
+    broken = tmp_path / checkpoint.name
+    shutil.copytree(checkpoint, broken)
+    (shard,) = broken.glob("*.safetensors")
+    shard.unlink()
+    flags = ("--dtype", "float32", "--max-new-tokens", 2, "--patience", 10)
+    began = time.monotonic()
+    hosts = [
+        _two_processes(source, out, "--model", path, *flags, "--join", f"127.0.0.1:{port},{i}/2")
+        for i, path in enumerate((checkpoint, broken))
+    ]
+    errors = [h.communicate(timeout=120)[1] for h in hosts]
+    assert time.monotonic() - began < 10 + 80  # starting and loading included
+    assert [h.returncode for h in hosts] == [1, 2]
+    assert shard.name in errors[1]
+    assert "process 1 of 2 ended with exit code 2; 2 of 2 lines are left" in errors[1]
+    assert "process 0 of 2 was ended by SIGABRT" in errors[0]
 
 
 def test_a_host_that_falls_silent_ends_the_job(checkpoint, tmp_path):

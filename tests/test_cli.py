@@ -6,14 +6,17 @@ import base64
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from omni_jax import cli
+from omni_jax.errors import InputError
 from omni_jax.processing.chat import SPEECH_SYSTEM_MESSAGE
 from tests import media
 
@@ -113,6 +116,14 @@ def _bad_inputs(tmp: pathlib.Path) -> dict[str, tuple[list, str]]:
     (tmp / "role.json").write_text(json.dumps([{"role": "wizard", "content": "hi"}]))
     (tmp / "type.json").write_text(json.dumps([{"role": "user", "content": [{"type": "smell", "smell": "x"}]}]))
     (tmp / "broken.json").write_text("[")
+    (tmp / "object.json").write_text('{"role": "user", "content": "hi"}')
+    (tmp / "nested.json").write_text('[[{"role": "user", "content": "hi"}]]')
+    (tmp / "deep.json").write_text("[" * 100000)
+    (tmp / "digits.json").write_text("9" * 5000)
+    fps = {"type": "video", "video": str(MEDIA / "clip.mp4"), "fps": 10**400}
+    (tmp / "fps.json").write_text(json.dumps([{"role": "user", "content": [fps]}]))
+    port = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:x/a.png"}}
+    (tmp / "port.json").write_text(json.dumps([{"role": "user", "content": [port]}]))
     ask = ["--text", "What?"]
     return {
         "missing picture": ([*ask, "--image", tmp / "none.jpg"], "none.jpg"),
@@ -131,13 +142,20 @@ def _bad_inputs(tmp: pathlib.Path) -> dict[str, tuple[list, str]]:
         "both forms": ([*ask, "--messages", tmp / "role.json"], "either"),
         "media beside messages": (["--messages", tmp / "role.json", "--image", "x.png"], "--image"),
         "temperature": ([*ask, "--temperature", "-1"], "temperature"),
+        "top-k": ([*ask, "--top-k", "9" * 12], "top_k"),
+        "an object for messages": (["--messages", tmp / "object.json"], "object.json holds no list"),
+        "messages in messages": (["--messages", tmp / "nested.json"], "message 0 is list"),
+        "JSON without end": (["--messages", tmp / "deep.json"], "deep.json"),
+        "a number of 5000 digits": (["--messages", tmp / "digits.json"], "digits.json"),
+        "a number that no float holds": (["--messages", tmp / "fps.json"], "content item 0: fps is 1000"),
+        "a port that is none": (["--messages", tmp / "port.json"], "http://127.0.0.1:x/a.png cannot be fetched"),
         "model": ([*ask, "--model", tmp / "nowhere"], "nowhere"),
     }
 
 
 def test_bad_input_is_one_line(command, tmp_path):
     for name, (args, says) in _bad_inputs(tmp_path).items():
-        code, out, err = command(*args)
+        code, out, err = command(*args, *(["--json"] if len(name) % 2 else []))
         assert (code, out) == (2, ""), name
         assert err.startswith("omni-jax: "), name
         assert err.count("\n") == 1, (name, err)
@@ -208,7 +226,7 @@ print(json.dumps([list(q.sharding.spec), len(jax.devices()), list(reply.token_id
 def test_where_the_ending_ids_come_from(checkpoint, model, tmp_path):
     """generation_config.json, else config.json, else tokenizer_config.json."""
     from omni_jax.config import from_dict
-    from omni_jax.processing.tokenizer import stop_token_ids
+    from omni_jax.processing.processor import stop_token_ids
 
     folder = tmp_path / "c"
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -216,6 +234,10 @@ def test_where_the_ending_ids_come_from(checkpoint, model, tmp_path):
     raw = json.loads((folder / "config.json").read_text())
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
     assert stop_token_ids(folder, model.config, tokenizer) == (5, 6)
+    for wrong in ('"end"', "[]", "[null]", "-1", "true", "{}"):
+        (folder / "generation_config.json").write_text(f'{{"eos_token_id": {wrong}}}')
+        with pytest.raises(InputError, match=r"generation_config.json: eos_token_id is .* fetch the file again"):
+            stop_token_ids(folder, model.config, tokenizer)
     (folder / "generation_config.json").write_text("{}")
     raw["thinker_config"]["eos_token_id"] = 7
     assert stop_token_ids(folder, from_dict(raw), tokenizer) == (7,)
@@ -232,18 +254,22 @@ def test_convert_inspect_export(monkeypatch, capsys, checkpoint, tmp_path):
     assert (code, out.count("\n")) == (0, 1)
     found = json.loads(out)
     assert (list(found["parts"]), found["verified"]["checksums"]) == (["thinker"], "CRC-32")
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    del config["thinker_config"]["text_config"]["rope_theta"]
+    (tmp_path / "c" / "config.json").write_text(json.dumps(config))
     code, out, _ = run(monkeypatch, capsys, "inspect", tmp_path / "c", "--verify")
     assert code == 0
+    assert re.search(r"thinker\.text\.rope_theta +│ 1000000\.0 +│ default ", out)
     for text in (
         "converted checkpoint",
-        "thinker.text.rope_theta",
+        "default: left out of config.json, 1 of ",
         "voices: Chelsie, Ethan",
         "checksums (CRC-32) agree",
     ):
         assert text in out
     code, out, err = run(monkeypatch, capsys, "export", tmp_path / "c", tmp_path / "e")
     assert (code, out) == (0, "")
-    assert err.startswith("exported 0.00 GB to ")
+    assert re.match(r"exported \d\.\d MB to ", err)
     for args in (("export", tmp_path / "c", tmp_path / "f", "--max-shard-gb", "0"), ("inspect", tmp_path / "none"),
                  ("convert", checkpoint, tmp_path / "c")):  # fmt: skip
         code, out, err = run(monkeypatch, capsys, *args)
@@ -276,6 +302,17 @@ def with_index(folder, shard):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
 
 
+def forget_shard(folder):
+    """Two shards, of which the index knows one."""
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    known = {name: tensors.pop(name) for name in list(tensors) if name.startswith("thinker.")}
+    for i, part in enumerate((known, tensors), 1):
+        safetensors.numpy.save_file(part, folder / f"model-{i:05d}-of-00002.safetensors")
+    weights = dict.fromkeys(known, "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+
+
 class Evil:
     def __init__(self, command):
         self.command = command
@@ -300,6 +337,7 @@ CORRUPTIONS = {
         "not a sound safetensors file",
     ),
     "a shard that is missing": (lambda f: with_index(f, "model-00002-of-00002.safetensors"), "lacks this shard"),
+    "a shard that the index forgets": (forget_shard, "do not fit config.json; missing "),
     "overlapping offsets": (lambda f: corrupt_header(f, edit_entry(NORM, data_offsets=[0, 256])), "overlaps"),
     "a wrong dtype": (lambda f: corrupt_header(f, edit_entry(NORM, dtype="I32")), "is int32 where a float is asked"),
     "a mis-shaped tensor": (lambda f: corrupt_header(f, edit_entry(NORM, shape=[8, 8])), "is [8, 8] where the config"),

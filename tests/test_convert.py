@@ -6,6 +6,7 @@ import dataclasses
 import filecmp
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from omni_jax.checkpoint.orbax_io import MANIFEST, read_manifest
 from omni_jax.checkpoint.publish import write_random
 from omni_jax.checkpoint.report import inspect
 from omni_jax.checkpoint.safetensors_io import INDEX, SINGLE, CheckpointError, read_index
+from omni_jax.errors import InputError
 from tests.tiny import tiny_config
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -164,6 +166,28 @@ def test_partial_models(nano, tmp_path, parts):
     load_params(tmp_path / "e", C.load_config(tmp_path / "e"), unroll=False)
 
 
+def test_a_partial_model_answers_the_same(checkpoint, model, oracle_thinker, tmp_path):
+    """Thinker only, in either kind of folder, here and in transformers; what it lacks is one line."""
+    from transformers import Qwen2_5OmniForConditionalGeneration
+
+    from omni_jax import PARTS, load
+
+    convert(checkpoint, tmp_path / "c", parts=("thinker",))
+    export(tmp_path / "c", tmp_path / "e")
+    messages = [{"role": "user", "content": "What is a cat?"}]
+    ids = torch.from_numpy(model.prepare(messages).ids[None].astype(np.int64))
+    omni = Qwen2_5OmniForConditionalGeneration.from_pretrained(tmp_path / "e")
+    assert not omni.has_talker
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": list(model.eos)}
+    want = oracle_thinker.generate(input_ids=ids, **options)
+    assert torch.equal(omni.thinker.generate(input_ids=ids, **options), want)
+    for folder in (tmp_path / "c", tmp_path / "e"):
+        partial = load(folder, dtype="float32")
+        assert list(partial.generate(messages, max_new_tokens=6).token_ids) == want[0, ids.shape[1] :].tolist()
+        with pytest.raises(InputError, match="has no Talker: this checkpoint answers in text only"):
+            load(folder, parts=PARTS)
+
+
 def test_parts_that_make_no_model(nano, tmp_path):
     for parts in (("token2wav",), (), ("thinker", "vision")):
         with pytest.raises(CheckpointError, match="must be some of thinker,talker,token2wav, the Thinker among them"):
@@ -241,10 +265,33 @@ def test_a_link_in_the_place_of_what_an_earlier_run_left(nano, tmp_path):
     assert (tmp_path / "mine" / "file").read_text() == "keep"
 
 
+def test_a_place_that_cannot_be_renamed_to(nano, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "c").symlink_to(tmp_path / "disk")
+    convert(nano, tmp_path / "c", parts=("thinker",))  # a link to an empty folder means that folder
+    assert (tmp_path / "disk" / MANIFEST).is_file()
+    assert (tmp_path / "c").is_symlink()
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path).endswith("volume"))
+    with pytest.raises(CheckpointError, match="volume is a mount point, which cannot be renamed to; give a folder in"):
+        convert(nano, tmp_path / "volume")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "disk", "volume"]
+
+
+def test_progress_shows_bytes_and_rate(nano, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes stderr for a terminal
+    monkeypatch.setenv("COLUMNS", "120")
+    convert(nano, tmp_path / "c", progress=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err)
+    assert re.search(r"converting \S+ (\d+\.\d)/\1 MB \d+\.\d MB/s", plain), plain[-500:]
+
+
 def test_no_room_on_the_disk(nano, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match=r"c takes 0\.0 GB, and its disk has 0\.0 GB left; make room"):
+    with pytest.raises(CheckpointError, match=r"c takes \d\.\d MB, and its disk has 1\.0 MB left; make room"):
         convert(nano, tmp_path / "c")
     assert not list(tmp_path.iterdir())
 
@@ -297,6 +344,8 @@ def test_at_a_url(nano, converted, tmp_path, monkeypatch):
     export(url, tmp_path / "back")
     assert same_bytes(state(tmp_path / "back"), state(nano))
     (tmp_path / "bucket" / "model" / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"has files, but no omni_jax\.json: a conversion may have ended there"):
+        convert(nano, url)
     with pytest.raises(CheckpointError, match=r"holds no omni_jax\.json"):
         inspect(url)
     with pytest.raises(CheckpointError, match="cannot be re"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import pathlib
 import re
 
 import pytest
+
+from omni_jax import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -19,6 +22,14 @@ def test_the_python_page_runs(checkpoint, monkeypatch, capsys):
     for block in blocks:
         exec(compile(block, "docs/python.md", "exec"), names)
     assert "length" in capsys.readouterr().out
+
+
+def test_the_flags_of_generate():
+    """README names each of them and no others."""
+    section = (ROOT / "README.md").read_text("utf-8").split("### `omni-jax generate`")[1].split("\n### ")[0]
+    named = set(re.findall(r"--([a-z][a-z-]*)", section))
+    flags = {name.replace("_", "-") for name in inspect.signature(cli.generate).parameters}
+    assert named == flags - {"as-json"} | {"json"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

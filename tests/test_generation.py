@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from omni_jax import GenerationSettings, generation, load
+from omni_jax import GenerationSettings, buckets, generation, load
 from omni_jax.errors import InputError
 from omni_jax.omni import PromptError
 from omni_jax.settings import DoneEvent, TextEvent
@@ -62,6 +62,14 @@ def test_scanned_layers_give_the_same_ids(checkpoint, model):
         )
 
 
+def test_the_loop_of_a_gpu_gives_the_same_ids(model, monkeypatch):
+    """There the layers are apart as here, and one program makes all steps."""
+    kind = {"max_new_tokens": 20, "temperature": 0.8, "top_k": 9, "seed": 2}
+    here = model.generate(KINDS["text"], **kind)
+    monkeypatch.setattr(generation, "steps_on_host", lambda params: False)
+    assert model.generate(KINDS["text"], **kind).token_ids == here.token_ids
+
+
 def test_repetition_penalty_of_the_oracle(model, oracle_thinker):
     """Its history includes the prompt; it works on greedy replies too."""
     conversation = say("What is a cat? What is a cat?")
@@ -91,6 +99,21 @@ def test_seeds(model):
     assert [r.token_ids for r in batch] == [r.token_ids for r in alone]
     assert batch[0].token_ids != batch[2].token_ids
     assert model.generate(conversations_[0], settings[0]).token_ids == alone[0].token_ids
+
+
+def test_the_coldest_temperature_is_greedy(model):
+    """Dividing by it would overflow."""
+    ask = say("Tell me")
+    greedy = model.generate(ask, max_new_tokens=8)
+    assert model.generate(ask, max_new_tokens=8, temperature=1e-38, seed=3).token_ids == greedy.token_ids
+
+
+def test_what_is_no_conversation(model):
+    for messages, named in (({"role": "user"}, "dict"), ("hi", "str"), (5, "int"), ([], "no conversation")):
+        with pytest.raises(PromptError, match=named):
+            model.generate(messages)
+    with pytest.raises(PromptError, match="257 conversations are too many at once; give 256"):
+        model.generate([say("hi")] * 257)
 
 
 def test_finish_reasons(model, monkeypatch):
@@ -193,7 +216,7 @@ def test_the_decode_step_writes_the_cache_once(checkpoint):
     assert compiled.memory_analysis().alias_size_in_bytes >= 2 * int(np.prod(shape)) * 4
 
 
-@pytest.mark.parametrize("length", [63, 64, 65, 127, 128, 129, 255, 256, 257])
+@pytest.mark.parametrize("length", [edge + off for edge in buckets.PROMPT[:5] for off in (-1, 0, 1)])
 def test_prompts_round_the_edges_of_buckets(length, model, oracle_thinker):
     """Prompts of exactly this many tokens, one less and one more than a bucket holds."""
     base = model.prepare(say("x"))
@@ -212,7 +235,9 @@ def test_prompts_round_the_edges_of_buckets(length, model, oracle_thinker):
         ({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p"), ({"top_p": 1.2}, "top_p"),
         ({"top_k": -1}, "top_k"), ({"min_p": 2}, "min_p"), ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"max_new_tokens": 0}, "max_new_tokens"), ({"logprobs": 21}, "logprobs"), ({"stop": ("",)}, "stop"),
-        ({"seed": -1}, "seed"), ({"temperature": float("nan")}, "temperature"),
+        ({"seed": -1}, "seed"), ({"temperature": float("nan")}, "temperature"), ({"top_k": 10**12}, "top_k"),
+        ({"top_k": 1.5}, "whole number"), ({"temperature": 1e300}, "temperature"),
+        ({"repetition_penalty": 1e-30}, "repetition_penalty"), ({"max_new_tokens": None}, "max_new_tokens"),
     ],
 )  # fmt: skip
 def test_settings_out_of_range(changes, named):

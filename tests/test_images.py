@@ -177,6 +177,7 @@ def bomb() -> bytes:
         (encode(RGB, "GIF")[:1200], "is damaged or cut short"),
         (bomb(), "has too many pixels"),
         (encode(Image.new("F", (9, 9)), "TIFF"), "floating-point"),
+        (encode(RGB, "EPS"), "is not a picture that Pillow can read"),  # it would run Ghostscript
         (b"", "is empty"),
     ],
 )

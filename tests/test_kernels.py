@@ -71,13 +71,20 @@ def test_a_mask_that_skips_evaluation_equals_the_librarys():
     assert len({prefill.CausalMask((64, 64)), ours}) == 2
 
 
-def test_full_attention_with_masked_keys():
+# Cells of the towers: batch, queries, keys, heads, size.
+FULL = {"a frame": (2, 140, 200, 3, 20), "vision windows": (5, 64, 64, 2, 16), "audio chunks": (3, 100, 100, 2, 16)}
+
+
+@pytest.mark.parametrize("case", FULL.values(), ids=FULL)
+def test_full_attention_with_masked_keys(case):
+    B, T, S, H, D = case
     rng = np.random.default_rng(1)
-    q, k, v = (rng.normal(size=(2, n, 3, 20)).astype(np.float32) for n in (140, 200, 200))
-    mask = rng.random((2, 200)) < 0.6
-    ours = prefill.full_attention(q, k, v, mask, scale=20**-0.5, interpret=True)
+    q, k, v = (rng.normal(size=(B, n, H, D)).astype(np.float32) for n in (T, S, S))
+    mask = rng.random((B, S)) < 0.6
+    mask[-1] = np.arange(S) < 9  # the last window of a frame, or chunk of a clip: padding but for its begin
+    ours = prefill.full_attention(q, k, v, mask, scale=D**-0.5, interpret=True)
     assert relative_error(ours, plain.full_attention(q, k, v, mask)) < 1e-6
-    nothing = prefill.full_attention(q, k, v, np.zeros_like(mask), scale=20**-0.5, interpret=True)
+    nothing = prefill.full_attention(q, k, v, np.zeros_like(mask), scale=D**-0.5, interpret=True)
     assert np.isfinite(nothing).all()
 
 

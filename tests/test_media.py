@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.server
 import threading
+import time
 import urllib.parse
 
 import pytest
@@ -23,6 +24,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
         elif self.path == "/missing":
             self.send_error(404)
+        elif self.path == "/garbage":
+            self.wfile.write(b"this is no HTTP\r\n\r\n")
+        elif self.path == "/torn":  # breaks off within a chunk
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n400\r\nhalf")
+        elif self.path == "/huge":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999\r\n\r\nsome")
+        elif self.path == "/drip":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            for _ in range(20):
+                try:
+                    self.wfile.write(b"x")
+                except OSError:
+                    return
+                time.sleep(0.05)
         else:
             self.send_response(200)
             length = len(DATA) + (10 if self.path == "/short" else 0)
@@ -85,6 +100,9 @@ def test_web_addresses(server):
         ("/loop", "cannot be fetched"),
         ("/short", "cannot be fetched"),
         ("/empty", "is empty"),
+        ("/garbage", "cannot be fetched (this is no HTTP)"),
+        ("/torn", "cannot be fetched (IncompleteRead"),
+        ("/huge", "is larger than 1073741824 bytes"),
     ],
 )
 def test_bad_web_addresses(server, path, message):
@@ -98,6 +116,18 @@ def test_bad_web_addresses(server, path, message):
 def test_size_cap(server):
     with pytest.raises(MediaError, match="is larger than 1000 bytes"):
         fetch(f"{server}/a.bin", Access(max_bytes=1000))
+
+
+def test_a_server_that_drips(server):
+    with pytest.raises(MediaError, match=r"/drip cannot be fetched \(only \d+ bytes came in 0 s\)"):
+        fetch(f"{server}/drip", Access(patience=0.2))
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:port/", "http://", "http://[::1/", "http://127.0.0.1/a b\n"])
+def test_addresses_that_are_none(url):
+    with pytest.raises(MediaError, match="cannot be fetched") as e:
+        fetch(url)
+    assert "\n" not in str(e.value)
 
 
 def test_nobody_there():

@@ -18,6 +18,7 @@ from omni_jax import config as C
 from omni_jax.checkpoint import keys, orbax_io
 from omni_jax.checkpoint.convert import convert, export
 from omni_jax.checkpoint.orbax_io import MANIFEST, chunk_shape, read_arrays, read_manifest
+from omni_jax.checkpoint.publish import write_random
 from omni_jax.checkpoint.report import inspect
 from omni_jax.checkpoint.safetensors_io import CheckpointError, read_index
 from tests.test_safetensors import mutate
@@ -79,17 +80,20 @@ check(sharded)
 head = sharded["thinker"]["lm_head"]["weight"]
 assert head.addressable_shards[3].data.shape == (head.shape[0] // 8, head.shape[1])
 assert "omni_jax" not in sys.modules
-print("restored", len(want))
+print(f"restored {len(want)}:", ", ".join(sorted({str(a.dtype) for a in want.values()})))
 """
 
 
-def test_stock_orbax_restores_it(converted, checkpoint, tmp_path):
+def test_stock_orbax_restores_it(tmp_path):
+    published, converted = tmp_path / "published", tmp_path / "converted"
+    write_random(published, C.preset("nano"))  # bfloat16, and float32 in Token2Wav
+    convert(published, converted)
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", STOCK, str(converted), str(checkpoint / "model.safetensors")]
+    command = [sys.executable, "-c", STOCK, str(converted), str(published / "model.safetensors")]
     run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
     leaves = {keys.tree_path(name)[0] for name in keys.tensor_shapes(C.load_config(converted))}
-    assert run.stdout == f"restored {len(leaves)}\n"
+    assert run.stdout == f"restored {len(leaves)}: bfloat16, float32\n"
 
 
 @pytest.mark.parametrize("preset", ["3b", "7b"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +13,10 @@ import pytest
 from omni_jax import config as C
 from omni_jax.checkpoint import keys
 from omni_jax.checkpoint.convert import convert
+from omni_jax.checkpoint.publish import write_random
 from omni_jax.checkpoint.report import finite, inspect
+from omni_jax.errors import InputError
+from tests.test_safetensors import mutate, put
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +72,69 @@ def test_finite(dtype):
         values[2] = bad
         assert not finite(values)
     assert finite(np.zeros((0, 3), dtype))
+
+
+ODD = (-1, 0, 1, 3, 2**61, 10**30, 1e300, 0.5, "x", "", None, True, [], [1], [0, -1], [[]], {}, {"x": 1})
+
+
+def places(raw, above=()):
+    for key, value in raw.items():
+        yield (*above, key)
+        if isinstance(value, dict):
+            yield from places(value, (*above, key))
+
+
+def changed(raw, path, value):
+    """A configuration with one value replaced."""
+    out = dict(raw)
+    out[path[0]] = value if len(path) == 1 else changed(raw[path[0]], path[1:], value)
+    return out
+
+
+def test_odd_values_anywhere_in_the_configuration():
+    """Each of them is one line, or a table of tensors that can be listed."""
+    raw = C.to_dict(C.preset("nano"))
+    lines, tries = [], 0
+    for path in places(raw):
+        for value in ODD:
+            tries += 1
+            try:
+                odd = changed(raw, path, value)
+                keys.tensor_shapes(C.from_dict(odd))
+                C.absent_fields(odd)
+            except InputError as e:
+                lines.append(str(e))
+            except Exception as e:
+                raise AssertionError(f"{'.'.join(path)} = {value!r}") from e
+    assert tries > 2000
+    assert len(lines) > tries / 3
+    assert all("\n" not in line and len(line) < 500 for line in lines)
+
+
+def test_fuzzed_folders_are_one_line_or_sound(tmp_path):
+    """Headers, index, configuration and voices of a whole folder, through all that `inspect` does."""
+    rng = random.Random(0)
+    write_random(tmp_path / "m", C.preset("nano"), max_shard_bytes=1_000_000)
+    folder = tmp_path / "m"
+    shards = sorted(folder.glob("*.safetensors"))
+    whole = [folder / "model.safetensors.index.json", folder / "config.json", folder / "spk_dict.pt"]
+    sound = {file: file.read_bytes() for file in (*shards, *whole)}
+    lines = []
+    for i in range(160):
+        file = (rng.choice(shards), *whole)[i % 4]
+        data = sound[file]
+        if file in shards:
+            end = 8 + int.from_bytes(data[:8], "little")
+            data = mutate(rng, data[:end]) + data[end:]
+        else:
+            data = mutate(rng, data)
+        put(file, data)
+        try:
+            inspect(folder)
+        except InputError as e:
+            lines.append(str(e))
+        except Exception as e:
+            raise AssertionError(f"try {i}, {file.name}: {data[:3000]!r}") from e
+        put(file, sound[file])
+    assert len(lines) > 80
+    assert all("\n" not in line and len(line) < 5000 for line in lines)

@@ -46,6 +46,20 @@ def test_filters(top_k, top_p, min_p):
     assert np.isfinite(got).any(axis=-1).all()
 
 
+def test_equal_logits_stay_or_go_together():
+    """What is refused depends on the value alone, as by a sort: here of few values, zeros of both signs among them."""
+    values = np.array([-1e30, -2.5, -0.0, 0.0, 1e-20, 0.5, 3.0], np.float32)
+    logits = np.random.default_rng(2).choice(values, (64, VOCAB)).astype(np.float32)
+    top_k = np.random.default_rng(3).integers(0, VOCAB, 64).astype(np.int32)
+    top_p = np.random.default_rng(4).uniform(0.01, 1, 64).astype(np.float32)
+    one = np.ones(64, np.float32)
+    got = np.asarray(S.filter_logits(logits, one, top_k, top_p, 0 * one))
+    for row, k, most, kept in zip(logits.astype(np.float64), top_k, top_p, ~np.isneginf(got)):
+        left = row >= (np.sort(row)[-k] if k else row.min())
+        p = np.where(left, np.exp(row), 0) / np.exp(row[left]).sum()
+        np.testing.assert_array_equal(kept, [ok and p[row > x].sum() < most for x, ok in zip(row, left)])
+
+
 def _settings(**rows) -> S.Sampling:
     n = len(next(iter(rows.values())))
     base = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}

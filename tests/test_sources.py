@@ -7,9 +7,11 @@ import http.server
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -61,14 +63,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
             start = int(asked[1])
             server.ranges.append((match[1], start))
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        if self.command == "GET" and match[1] == server.breaks_off:
-            server.breaks_off = None
-            self.send_response(200)
-            for name, value in (headers | {"Content-Length": len(data)}).items():
+        if self.command == "GET" and match[1] == server.trouble_with and server.troubles:
+            self.send_response(206 if start else 200)
+            for name, value in (headers | {"Content-Length": len(data) - start}).items():
                 self.send_header(name, str(value))
             self.end_headers()
-            self.wfile.write(data[: len(data) // 2])
+            self.wfile.write(data[start : (start + len(data)) // 2])
             self.wfile.flush()
+            server.troubles.pop(0)()
             self.connection.close()
             return
         self.answer(206 if start else 200, data[start:], headers)
@@ -77,14 +79,16 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(checkpoint):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.folder, server.ranges, server.refused, server.breaks_off = checkpoint, [], [], None
+    server.folder, server.ranges, server.refused = checkpoint, [], []
+    # What happens, time after time, in the middle of this file; then the connection breaks off.
+    server.trouble_with, server.troubles = "model.safetensors", []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
 
 
-def command(hub, tmp_path, *args):
+def start(hub, tmp_path, *args):
     """`omni-jax` in a process of its own, which takes the server for the hub."""
     env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     env |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "home")}
@@ -94,12 +98,35 @@ def command(hub, tmp_path, *args):
         "import huggingface_hub.constants as c; c.DOWNLOAD_CHUNK_SIZE = 1 << 18; from omni_jax import cli; cli.main()"
     )
     run = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.run(run, env=env, capture_output=True, text=True)
+    return subprocess.Popen(run, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def command(hub, tmp_path, *args):
+    """The same, waited for."""
+    process = start(hub, tmp_path, *args)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def test_convert_by_hub_id(hub, checkpoint, tmp_path):
-    hub.breaks_off = "model.safetensors"
+    """A download that is killed in the middle, and then loses its connection, goes on where it was."""
+
+    def half_there():
+        while not any(f.stat().st_size > 1 << 19 for f in (tmp_path / "home").rglob("*.incomplete")):
+            time.sleep(0.02)
+
+    def kill():
+        half_there()
+        process.kill()
+
+    hub.troubles[:] = [kill, lambda: None]
+    process = start(hub, tmp_path, "convert", "org/nano", tmp_path / "c", "--json")
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not hub.ranges
+    assert not (tmp_path / "c").exists()
     done = command(hub, tmp_path, "convert", "org/nano", tmp_path / "c", "--json")
+    assert not hub.troubles
     if done.returncode:  # the library may give up at a broken connection: then the next run goes on
         assert done.returncode == 2
         assert done.stderr.count("omni-jax: ") == 1
@@ -107,9 +134,10 @@ def test_convert_by_hub_id(hub, checkpoint, tmp_path):
         done = command(hub, tmp_path, "convert", "org/nano", tmp_path / "c", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["path"] == str(tmp_path / "c")
-    # What had come was not fetched again.
-    assert hub.ranges
-    assert all(name == "model.safetensors" and start > 0 for name, start in hub.ranges)
+    # What had come was not fetched again: neither by the next process, nor after the broken connection.
+    assert len(hub.ranges) == 2
+    assert all(name == "model.safetensors" for name, _ in hub.ranges)
+    assert 0 < hub.ranges[0][1] < hub.ranges[1][1]
     assert not [path for path in hub.refused if "bin" in path or "evil" in path]
     export(tmp_path / "c", tmp_path / "e")
     assert same_bytes(state(tmp_path / "e"), state(checkpoint))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 
@@ -20,6 +21,7 @@ from omni_jax.processing import encode
 from omni_jax.settings import DoneEvent, Watchdog
 from omni_jax.watchdog import SpeechBuilder
 from tests import conversations, oracle_speech
+from tests.compile_counter import count_compiles
 
 KINDS = conversations.all_kinds()
 ASK = KINDS["text"]
@@ -76,32 +78,40 @@ def test_waveform_equals_the_oracles(kind, speaker, oracle_omni):
     assert {"talker", "token2wav"} <= set(reply.timings)
 
 
-def test_rows_keep_their_voice_seed_and_codes(speaker, monkeypatch):
-    """A batch with other voices, seeds and steps, one row silent: the sound of each alone. Token2Wav's own batches
-    are tested with it; here it is called row by row, since a batch would compile a second program."""
-    whole = token2wav.token2wav
-
-    def row_by_row(cfg, params, codes, voices, *, noise, seeds, flow):
-        return [whole(cfg, params, [c], v, seeds=s, flow=flow)[0] for c, v, s in zip(codes, voices, seeds)]
-
+def test_a_batch_of_four_equals_the_four_alone(speaker):
+    """Unequal prompts, voices, seeds and lengths in one call, Token2Wav included: the ids, codes and sound of each."""
     batch = [KINDS["text"], KINDS["mixed"], KINDS["audio"], KINDS["image"]]
     spoken = [
         SHORT,
         dataclasses.replace(SHORT, voice="Ethan", max_codes=9),
-        None,
+        dataclasses.replace(SHORT, seed=7, max_codes=4, repetition_penalty=1.5),
         dataclasses.replace(SHORT, seed=5, temperature=0.8, max_codes=10),
     ]
-    with monkeypatch.context() as patch:
-        patch.setattr(token2wav, "token2wav", row_by_row)
-        replies = speaker.generate(batch, max_new_tokens=12, speech=spoken)
-    assert (replies[2].codes, replies[2].waveform, replies[2].speech_finish_reason) == (None, None, None)
-    for i in (0, 1, 3):
-        alone = speaker.generate(batch[i], max_new_tokens=12, speech=spoken[i])
-        assert (alone.token_ids, alone.codes) == (replies[i].token_ids, replies[i].codes)
-        np.testing.assert_allclose(alone.waveform, replies[i].waveform, atol=1e-6)
+    replies = speaker.generate(batch, max_new_tokens=12, speech=spoken)
+    for conversation, settings, reply in zip(batch, spoken, replies, strict=True):
+        alone = speaker.generate(conversation, max_new_tokens=12, speech=settings)
+        assert (alone.token_ids, alone.codes) == (reply.token_ids, reply.codes)
+        assert alone.waveform.shape == reply.waveform.shape == (480 * len(reply.codes),)
+        np.testing.assert_allclose(alone.waveform, reply.waveform, atol=1e-5)
+        print("error", np.abs(alone.waveform - reply.waveform).max())
+    some = speaker.generate(batch, max_new_tokens=12, speech=[None, spoken[1], None, None])
+    assert [r.codes for r in some] == [None, replies[1].codes, None, None]
+    assert (some[0].waveform, some[0].speech_finish_reason, some[0].seconds) == (None, None, None)
     again = speaker.generate(batch[0], max_new_tokens=12, speech=dataclasses.replace(SHORT, seed=1))
     assert again.codes == replies[0].codes
     assert np.abs(again.waveform - replies[0].waveform).max() > 1e-3  # other noise
+
+
+def test_more_requests_than_a_call_holds(speaker, monkeypatch):
+    """They go through Token2Wav in several calls; one of other steps, and without codes, is among them."""
+    monkeypatch.setattr(token2wav, "ROW_BUCKETS", (1,))
+    rows, steps = [[5, 9, 3], [7, 7], [], [8, 2]], [10, 10, 2, 10]
+    settings = [dataclasses.replace(SHORT, ode_steps=n, seed=i) for i, n in enumerate(steps)]
+    waves = speaker.speech.vocoder(rows, settings)
+    for i in (0, 1, 3):
+        [alone] = speaker.speech.vocoder([rows[i]], [settings[i]])
+        np.testing.assert_array_equal(waves[i], alone)
+    assert [len(w) for w in waves] == [480 * len(r) for r in rows]
 
 
 def test_streamed_text_then_the_same_speech(speaker):
@@ -110,6 +120,10 @@ def test_streamed_text_then_the_same_speech(speaker):
     reply = speaker.generate(ASK, max_new_tokens=12, speech=SHORT)
     assert done.reply.codes == reply.codes
     np.testing.assert_allclose(done.reply.waveform, reply.waveform, atol=1e-6)
+    other = [ASK[0], {"role": "user", "content": "And what is a dog?"}]
+    with count_compiles() as n:
+        speaker.generate(other, max_new_tokens=9, speech=dataclasses.replace(SHORT, voice="Ethan", seed=4, max_codes=9))
+    assert n.value == 0
 
 
 def test_text_alone_stays_as_it_was(speaker, model):
@@ -258,10 +272,11 @@ def test_generate_and_vocode_commands(checkpoint, speaker, monkeypatch, capsys, 
     np.testing.assert_allclose(samples, want, atol=1e-4)  # 16 bits
     assert want.std() > 1e-2
 
-    code, out, err = run(monkeypatch, capsys, *ask, "--speech", tmp_path / "b.mp3")
+    code, out, err = run(monkeypatch, capsys, *ask, "--speech", tmp_path / "[red]b.mp3")
     assert (code, out) == (0, got["text"] + "\n")
     assert "0.22 s of speech" in err
-    assert soundfile.info(tmp_path / "b.mp3").format == "MP3"
+    assert f"written to {tmp_path / '[red]b.mp3'}" in err  # brackets are no markup
+    assert soundfile.info(tmp_path / "[red]b.mp3").format == "MP3"
 
     (tmp_path / "reply.json").write_text(json.dumps(got))
     np.save(tmp_path / "codes.npy", np.array(got["codec_ids"]))
@@ -282,6 +297,10 @@ def test_generate_and_vocode_commands(checkpoint, speaker, monkeypatch, capsys, 
     (tmp_path / "bad.json").write_text("[5, 300]")
     (tmp_path / "text.json").write_text('{"text": "no codes"}')
     np.save(tmp_path / "short.npy", noise(2))
+    np.save(tmp_path / "long.npy", noise(12))
+    np.save(tmp_path / "nan.npy", noise(11) * np.nan)
+    np.save(tmp_path / "words.npy", np.array([["a"] * 80] * 22))
+    (tmp_path / "deep.json").write_text("[" * 100000)
     np.save(tmp_path / "float.npy", noise(2)[0])
     for arguments, named in (
         (["--codes", tmp_path / "bad.json"], "code 300"),
@@ -290,13 +309,18 @@ def test_generate_and_vocode_commands(checkpoint, speaker, monkeypatch, capsys, 
         (["--codes", tmp_path / "none.npy"], "none.npy"),
         (["--codes", tmp_path / "float.npy"], "whole numbers"),
         (["--codes", tmp_path / "codes.npy", "--noise", tmp_path / "short.npy"], "(22, 80)"),
+        (["--codes", tmp_path / "codes.npy", "--noise", tmp_path / "long.npy"], "(22, 80)"),
+        (["--codes", tmp_path / "codes.npy", "--noise", tmp_path / "nan.npy"], "finite numbers"),
+        (["--codes", tmp_path / "codes.npy", "--noise", tmp_path / "words.npy"], "finite numbers"),
+        (["--codes", tmp_path / "deep.json"], "deep.json"),
         (["--codes", tmp_path / "codes.npy", "--voice", "Nobody"], "Chelsie, Ethan"),
     ):
         code, out, err = run(monkeypatch, capsys, *vocode, *arguments, tmp_path / "e.wav")
         assert (code, out, err.count("\n")) == (2, "", 1), err
         assert named in err
         assert not (tmp_path / "e.wav").exists()
-    for path in (tmp_path / "none" / "x.wav", tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # a device would be replaced by the file
+    for path in (tmp_path / "none" / "x.wav", tmp_path, tmp_path / "pipe"):
         code, out, err = run(monkeypatch, capsys, "generate", "--model", checkpoint, "--text", "?", "--speech", path)
         assert (code, out, err.count("\n")) == (2, "", 1)
 

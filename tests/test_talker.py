@@ -178,6 +178,16 @@ def test_one_code_at_a_time_and_no_compilation(speaker):
     assert n.value == 0
 
 
+def test_10_or_500_codes_run_the_same_programs(speaker, monkeypatch):
+    monkeypatch.setattr(buckets, "CACHE", buckets.steps(4096, 4, 128))  # fine ones, to tell them apart
+    few, many = (dataclasses.replace(GREEDY, temperature=1.0, max_codes=n) for n in (10, 500))
+    codes_of(speaker, KINDS["text"], few, 24)
+    with count_compiles() as n:
+        _, [builder], _ = codes_of(speaker, KINDS["text"], many, 24)
+    assert n.value == 0
+    assert len(builder.codes) > 64 or builder.finish_reason == "eos"
+
+
 def test_scanned_layers_give_the_same_codes(checkpoint, speaker, monkeypatch):
     _, [looped], _ = codes_of(speaker, KINDS["text"], GREEDY, 24)
     stacked = load_params(checkpoint, speaker.config, parts=("talker",), dtype="float32", unroll=False)

@@ -55,10 +55,20 @@ def test_changes_and_their_errors(tmp_path):
         (["data.bach=4"], "there is no 'bach'; there are accumulate, batch"),
         (["stepps=4"], "there is no 'stepps'"),
         (["steps"], "'steps' has no value"),
-        (["steps=0"], "steps is 0; it must be a whole number of at least 1"),
-        (["steps=1.5"], "steps is 1.5"),
-        (["dtype=float16"], "dtype is 'float16'; known are bfloat16, float32"),
-        (["task=singer"], "task is 'singer'; known are thinker, talker"),
+        (["steps=0"], "steps is 0; it must be at least 1"),
+        (["steps=1.5"], "steps is 1.5; it must be a whole number"),
+        (["steps=True"], "steps is True; it must be a whole number"),
+        (["out=3"], "out is 3; it must be a string"),
+        (["dtype=float16"], "dtype is 'float16'; it must be one of bfloat16, float32"),
+        (["task=singer"], "task is 'singer'; it must be one of thinker, talker"),
+        (["optimizer=muon"], r"optimizer is 'muon'; it must be Optimizer\(…\), such as --set optimizer.name="),
+        (["lora=16"], r"lora is 16; it must be Lora\(…\) or None, such as --set lora.rank="),
+        (["optimizer.name=adam"], "optimizer.name is 'adam'; it must be one of adamw, adafactor"),
+        (["optimizer.b2=1.5"], "optimizer.b2 is 1.5; it must be at least 0 and at most 1"),
+        (["optimizer.clip=-1"], "optimizer.clip is -1; it must be at least 0"),
+        (["tracking=['tensorbord']"], "tracking is .*; it must be a tuple, each one of tensorboard, wandb"),
+        (["data.workers=-1"], "data.workers is -1; it must be at least 0"),
+        (["rates={'thinker': 'fast'}"], "it must be a dict of a string and a number"),
         (["rates={}"], "rates is empty"),
         (["data.accumulate=3"], "data.batch 8 must be a multiple of data.accumulate 3"),
         (["data.sizes=(8192,)"], "must rise and stay within"),
@@ -74,6 +84,18 @@ def test_changes_and_their_errors(tmp_path):
         config.load(_file(tmp_path, "x = 1"))
     with pytest.raises(RunError, match="returns int"):
         config.load(_file(tmp_path, "def get_config():\n    return 1"))
+    for text, message in (("x = (", "SyntaxError"), (GOOD.replace("5})", "5}, modle=3)"), "TypeError: .*'modle'")):
+        with pytest.raises(RunError, match=rf"run.py cannot be run \({message}.*; correct it") as e:
+            config.load(_file(tmp_path, text))
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("given", ["host", "host:1", "host:1,2", "host:1,2,x", "host:1,2,2", "2,0"])
+def test_hosts_that_cannot_be_are_one_line(tmp_path, given):
+    from train import main
+
+    with pytest.raises(RunError, match="give auto, or host:port,processes,process"):
+        main.finetune(_file(tmp_path, GOOD), coordinator=given)
 
 
 def test_identity_gives_the_run_back():

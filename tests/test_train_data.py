@@ -154,6 +154,23 @@ def test_hosts_share_the_samples_and_processes_keep_their_order(model, checkpoin
     assert [n for new in _names(rows, 8) for row in new for n in row] == alone
 
 
+def test_a_step_takes_the_smallest_size_that_holds_it(model, checkpoint, tmp_path):
+    """Rows are padded to a listed length and to no other, and the listed one below would not hold them."""
+    records = training.questions(6)
+    records[3]["messages"][0]["content"] = "so " * 35
+    file = training.write_lines(tmp_path / "train.jsonl", records)
+    data = Data(file, sequence=128, sizes=(32, 64), batch=1, threads=2, pack=False)
+    read = training.reader(model, checkpoint, sequence=128)
+    feed = loader.Feed(Lines(file), read, data, 3, None, sizes=(32, 64, 128))
+    seen = set()
+    for loaded in itertools.islice(feed, 6):
+        size = loaded.batch.tokens.ids.shape[-1]
+        assert size // 2 < loaded.tokens <= size or (size == 32 and loaded.tokens <= 32)
+        assert loaded.places == size
+        seen.add(size)
+    assert {64, 128} <= seen <= {32, 64, 128}
+
+
 def test_packed_batches_point_to_their_media(model, checkpoint):
     """Each place's media row, through the towers' layout, is the vector that `Omni.encode_media` gives it."""
     import jax

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import resource
 import signal
 import subprocess
@@ -144,6 +145,12 @@ def test_another_configuration_does_not_continue(straight):
         with pytest.raises(RunError, match=message):
             loop.train(dataclasses.replace(run, **change))
     loop.train(dataclasses.replace(run, log_every=5, keep=1))
+    before = pathlib.Path(run.data.train).read_text()
+    training.write_lines(pathlib.Path(run.data.train), training.questions(13))
+    with pytest.raises(RunError, match=r"train.jsonl has changed since the run in .* began") as e:
+        loop.train(run)
+    assert "\n" not in str(e.value)
+    pathlib.Path(run.data.train).write_text(before)
 
 
 def test_a_loss_that_is_no_number_stops(checkpoint, tmp_path):
@@ -192,22 +199,26 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
     assert again.steps() == [1, 2]
 
 
-CONFIG = """
-from train.config import Data, Optimizer, Run
-def get_config():
-    return Run({model!r}, {out!r}, Data({train!r}, sequence=128, batch=2, threads=1),
-               {{"thinker.lm_head": 1e-3}}, steps={steps}, save_every=100000, dtype="float32", remat="none")
-"""
+def _as_documented(checkpoint, folder):
+    """The first run of docs/training.md in a folder of its own; returns its command."""
+    text = (ROOT / "docs" / "training.md").read_text("utf-8")
+    for name, kind in (("train.jsonl", "json"), ("first.py", "python")):
+        (block,) = re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL)
+        (folder / name).write_text(block)
+    (folder / "docs").symlink_to(ROOT / "docs")
+    (folder / "out").mkdir()
+    (folder / "out" / "nano").symlink_to(checkpoint)
+    command = "omni-jax finetune --config first.py"
+    assert f"    {command}\n" in text
+    return [sys.executable, "-m", "omni_jax.cli", *command.split()[1:]]
 
 
 def test_sigterm_saves_and_the_command_goes_on(checkpoint, tmp_path):
-    """The command as a user runs it; and bad settings are one line with exit code 2."""
-    file = tmp_path / "run.py"
-    out = tmp_path / "out"
-    file.write_text(CONFIG.format(model=str(checkpoint), out=str(out), train=_lines(tmp_path), steps=100000))
-    command = [sys.executable, "-m", "omni_jax.cli", "finetune", "--config", str(file)]
-    env = os.environ | {"COLUMNS": "200"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+    """The command as the documentation has it; and bad settings are one line with exit code 2."""
+    out = tmp_path / "out" / "first"
+    command = [*_as_documented(checkpoint, tmp_path), "--set", "steps=100000"]
+    env = os.environ | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=env)
     for line in process.stderr:
         if line.startswith("train 3 "):
             process.send_signal(signal.SIGTERM)
@@ -220,7 +231,7 @@ def test_sigterm_saves_and_the_command_goes_on(checkpoint, tmp_path):
     assert steps[0] >= 3
     last = json.loads((out / metrics.FILE).read_text().splitlines()[-1])
     assert last["step"] == steps[0]
-    bad = subprocess.run([*command, "--set", "data.bach=3"], capture_output=True, text=True, cwd=ROOT)
+    bad = subprocess.run([*command, "--set", "data.bach=3"], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert bad.returncode == 2
     assert bad.stderr.startswith("omni-jax: --set data.bach: there is no 'bach'; there are accumulate, batch")
     assert bad.stderr.count("\n") == 1

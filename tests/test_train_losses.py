@@ -67,8 +67,10 @@ def test_thinker_loss_and_gradients_of_every_modality(model, oracle_thinker, pac
 CODES = [5, 250, 17, 17, 99, 0, 256, 31, 4, 77, 120, 8]
 
 
-def _oracle_code_logits(omni, prompt, sample, begin, voice):
-    """The oracle's Talker, teacher-forced with its own modules: sums of vectors, projection, decoder, head."""
+def _oracle_code_states(omni, prompt, sample, voice, said):
+    """The oracle's Talker, teacher-forced with its own modules: sums of vectors, projection, decoder; its hidden
+    states at the places that are asked for a code."""
+    begin = int(np.flatnonzero(sample.labels >= 0)[0]) + 1
     talker, out = omni.talker, omni.thinker(**conversations.oracle_inputs([prompt]), output_hidden_states=True)
     ids = torch.tensor(prompt.ids).long()[None]
     embeddings = out.hidden_states[0].clone()
@@ -80,14 +82,14 @@ def _oracle_code_logits(omni, prompt, sample, begin, voice):
     token = lambda i: torch.tensor([[i]])  # noqa: E731
     end = begin + int((sample.labels[begin:] >= 0).sum()) - 1
     reply = [*vectors[0, begin : end + 1], table(token(talker.text_eos_token))[0, 0]]
-    reply += [table(token(talker.text_pad_token))[0, 0]] * len(CODES)
+    reply += [table(token(talker.text_pad_token))[0, 0]] * len(said)
     places = [*vectors[0, :begin]]
     places += [table(token(voice))[0, 0] + codes(token(talker.codec_pad_token))[0, 0]]
     places += [reply[0] + codes(token(talker.codec_bos_token))[0, 0]]
-    places += [codes(token(c))[0, 0] + reply[i + 1] for i, c in enumerate(CODES)]
+    places += [codes(token(c))[0, 0] + reply[i + 1] for i, c in enumerate(said)]
     x = talker.thinker_to_talker_proj(torch.stack(places)[None])
     hidden = talker.model(inputs_embeds=x, position_ids=torch.tensor(sample.codes.positions).long()[:, None])[0]
-    return talker.codec_head(hidden)[0, begin + 1 :]
+    return hidden[0, begin + 1 :]
 
 
 def test_talker_loss_and_gradients(speaker, checkpoint, oracle_omni):
@@ -109,8 +111,7 @@ def test_talker_loss_and_gradients(speaker, checkpoint, oracle_omni):
     try:
         for kind, sample in zip(("image", "audio"), rows[0]):
             prompt = speaker.processor(training.answered(kind), add_generation_prompt=False)
-            begin = int(np.flatnonzero(sample.labels >= 0)[0]) + 1
-            logits = _oracle_code_logits(oracle_omni, prompt, sample, begin, voice)
+            logits = oracle_omni.talker.codec_head(_oracle_code_states(oracle_omni, prompt, sample, voice, CODES))
             part = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / count
             part = part + 0.3 * _oracle_loss(oracle_omni.thinker, sample, prompt, text_count)
             part.backward()
@@ -174,3 +175,56 @@ def test_preference_loss_is_the_papers():
     np.testing.assert_allclose(loss, want.detach().numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(grad, c.grad.numpy(), rtol=1e-5, atol=1e-6)
     assert (np.asarray(margin) > 0).tolist() == (want.detach().numpy() < np.log(2)).tolist()
+
+
+@pytest.mark.parametrize("codes", [False, True], ids=["text", "codes"])
+def test_dpo_loss_and_gradients(codes, speaker, checkpoint, oracle_omni):
+    """Replies under the trained weights and under a base with another head, against the oracle's log-probabilities."""
+    task, part, head = ("talker_dpo", "talker", "codec_head") if codes else ("dpo", "thinker", "lm_head")
+    read = training.reader(speaker, checkpoint, task)
+    record = {
+        "messages": [{"role": "user", "content": "Is it true?"}, {"role": "assistant", "content": "Perhaps."},
+                     {"role": "user", "content": "Sure?"}],
+        "chosen": "Yes.", "rejected": "No, never.", "chosen_codes": [1, 2, 3, 4], "rejected_codes": [9, 8, 7],
+        "voice": "Ethan", "name": "x line 1",
+    }  # fmt: skip
+    samples, said = read.samples(record), [record["chosen_codes"], record["rejected_codes"]]
+    batch = training.batch(speaker, [[s] for s in samples])
+    params = training.stacked(checkpoint, speaker, ("thinker", "talker"))
+    other = np.asarray(params[part][head]["weight"])
+    other = other + np.random.default_rng(0).normal(size=other.shape).astype(np.float32) * 0.3 * other.std()
+    base = params | {part: params[part] | {head: {"weight": other}}}
+
+    def loss(tree):
+        return losses.dpo_loss(speaker.config, tree, base, batch, 1.0, training.FLOAT32, beta=0.3, codes=codes)
+
+    (got, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    oracle_omni.zero_grad()
+    voice, sums = read.voices["Ethan"].bos_token, []
+    try:
+        for sample, conversation, spoken in zip(samples, read.conversations(record), said):
+            prompt = speaker.processor(conversation, add_generation_prompt=False)
+            if codes:
+                states = _oracle_code_states(oracle_omni, prompt, sample, voice, spoken)
+                labels = torch.tensor([*spoken, oracle_omni.talker.codec_eos_token])
+                weight = oracle_omni.talker.codec_head.weight
+            else:
+                out = oracle_omni.thinker(**conversations.oracle_inputs([prompt]), output_hidden_states=True)
+                states, labels = out.hidden_states[-1][0], torch.tensor(sample.labels).long()
+                weight = oracle_omni.thinker.lm_head.weight
+            sums.append([
+                -torch.nn.functional.cross_entropy(states @ w.T, labels, ignore_index=-1, reduction="sum")
+                for w in (weight, torch.tensor(other))
+            ])  # fmt: skip
+        (chosen, base_chosen), (rejected, base_rejected) = sums
+        margin = 0.3 * ((chosen - base_chosen.detach()) - (rejected - base_rejected.detach()))
+        want = -torch.nn.functional.logsigmoid(margin)
+        want.backward()
+        for name, stacks in (("thinker", oracle.STACKS), ("talker", ("model.layers",)))[: 1 + codes]:
+            theirs = training.oracle_gradients(getattr(oracle_omni, name), stacks)
+            print(name, "largest gradient error", training.compare(grads[name], theirs, 5e-4))
+    finally:
+        oracle_omni.zero_grad(set_to_none=True)
+    assert abs(margin.item()) > 0.01
+    assert abs(float(metrics["margin"]) - margin.item()) < 1e-3 * abs(margin.item())
+    assert abs(float(got) - want.item()) < 1e-5 * want.item()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
-import pytest
 
 from tests import train_mesh_child
 from train import metrics
@@ -17,34 +19,64 @@ from train import metrics
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def _start(devices, *arguments):
+def _start(devices, programs, *arguments):
+    """A child with so many devices; children that run the same programs compile them once."""
     command = [sys.executable, "-m", "tests.train_mesh_child", *map(str, arguments)]
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {
+        "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(programs),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }  # fmt: skip
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+
+
+def _ended(children):
+    """What each said on stderr; all must have ended well."""
+    said = [child.communicate(timeout=300)[1] for child in children]
+    assert [child.returncode for child in children] == [0] * len(children), [s[-3000:] for s in said]
+    return said
 
 
 def test_fsdp_and_tensor_on_eight_devices_are_one_device(checkpoint, tmp_path):
     """Whole weights with fsdp, adapters with every axis; and a checkpoint of one device goes on on a mesh."""
-    child = _start(8, "devices", checkpoint, tmp_path)
+    child = _start(8, tmp_path / "programs", "devices", checkpoint, tmp_path)
     out, err = child.communicate()
     assert child.returncode == 0, err[-3000:]
     assert out.count("equal") == 4
 
 
 def test_two_processes_of_four_are_one_device(checkpoint, tmp_path):
-    """Loader, agreement on shapes, step and checkpoints of both hosts: the losses of the run are those of one."""
+    """Loader, agreement on shapes, step and checkpoints of both hosts: the losses of the run are those of one.
+
+    On the way one host gets SIGTERM: both save and end with exit code 0, and the same command goes on.
+    """
     train_mesh_child._pictures(tmp_path)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    alone = _start(1, "process", checkpoint, tmp_path / "one", "none", 0)
-    both = [_start(4, "process", checkpoint, tmp_path / "two", port, i) for i in range(2)]
-    for child in (alone, *both):
-        _, err = child.communicate(timeout=300)
-        assert child.returncode == 0, err[-3000:]
+    out = tmp_path / "two" / "out"
+
+    def both():
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        given = "process", checkpoint, tmp_path / "two", port
+        return [_start(4, "", *given, i) for i in range(2)]
+
+    alone, first = _start(1, "", "process", checkpoint, tmp_path / "one", "none", 0), both()
+    while all(child.poll() is None for child in first):
+        if (out / metrics.FILE).exists() and (out / metrics.FILE).read_text().count("\n") >= 2:
+            first[1].send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.02)
+    said = _ended(first)
+    told = re.search(r"SIGTERM: saved at step (\d+)", said[0])
+    assert told, said[0][-3000:]
+    stopped = int(told[1])
+    assert 2 <= stopped < train_mesh_child.STEPS
+    assert f"from step {stopped}" in _ended(both())[0].replace("\n", " ")
+    _ended([alone])
     one, two = (metrics.read(tmp_path / n / "out") for n in ("one", "two"))
-    assert len(one) == len(two) == 4
-    np.testing.assert_allclose([r["loss"] for r in two], [r["loss"] for r in one], rtol=2e-5)
-    np.testing.assert_allclose([r["grad_norm"] for r in two], [r["grad_norm"] for r in one], rtol=2e-4)
-    with pytest.raises(AssertionError):
-        np.testing.assert_allclose(one[0]["loss"], one[-1]["loss"], rtol=1e-2)
+    assert [r["step"] for r in one] == [r["step"] for r in two] == list(range(1, train_mesh_child.STEPS + 1))
+    losses, theirs = ([r["loss"] for r in records] for records in (two, one))
+    np.testing.assert_allclose(losses[:4], theirs[:4], rtol=2e-5)
+    np.testing.assert_allclose([r["grad_norm"] for r in two[:4]], [r["grad_norm"] for r in one[:4]], rtol=2e-4)
+    # AdamW makes rounding grow from step to step.
+    np.testing.assert_allclose(losses, theirs, rtol=1e-2)
+    assert losses[-1] < 0.8 * losses[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import struct
 
 import numpy as np
 import pytest
@@ -224,6 +225,18 @@ def test_truncated_clips(name, part, tmp_path):
         load_clip(file, VISION)
 
 
+def test_frames_that_an_avi_leaves_out():
+    """Its encoder writes an empty chunk for a frame that only repeats or comes late, and counts it."""
+    options = {"form": "avi", "codec": "libx264", "options": {}}
+    whole = encode_clip([picture(56, 84, s) for s in range(20)], 10, **options)
+    at = whole.index(b"strh") + 8 + 32  # the number of frames, and the same in the main header
+    (count,) = struct.unpack_from("<I", whole, at)
+    assert count >= 20
+    more = bytearray(whole)
+    struct.pack_into("<I", more, at, count + 1)
+    assert load_clip(bytes(more), VISION)[0].grid == load_clip(whole, VISION)[0].grid
+
+
 def test_damage_inside_a_clip_is_told(tmp_path):
     whole = bytearray(encode_clip([picture(56, 84, s) for s in range(30)], 10, codec="libx264"))
     at = whole.index(b"mdat") + 4
@@ -248,6 +261,8 @@ def test_bad_requests(tmp_path):
         ({"end": float("inf")}, r"video_end is inf"),
         ({"max_frames": 1}, r"max_frames is 1; frames come in pairs"),
         ({"min_pixels": 9, "max_pixels": 4}, r"min_pixels 9 is above"),
+        ({"most_tokens": 100}, r"would take 280 tokens, and the model's context holds 100; lower fps"),
+        ({"most_tokens": 32768, "min_pixels": 1 << 26}, r"tokens, and the model's context holds 32768"),
     ):
         with pytest.raises(MediaError, match=message):
             load_clip(file, VISION, sampling=Sampling(**options))

@@ -57,8 +57,9 @@ def _one_line(error: BaseException) -> str:
 class Checkpoints:
     """The checkpoints of one run. Everything here is called by all processes together."""
 
-    def __init__(self, run: Run):
-        self.run, self.folder = run, pathlib.Path(run.out).absolute() / FOLDER
+    def __init__(self, run: Run, data: str = ""):
+        """The run's folder; `data` is the digest of what it learns from (`Lines.digest`)."""
+        self.run, self.data, self.folder = run, data, pathlib.Path(run.out).absolute() / FOLDER
         try:
             self._manager = self._open()
         except OSError as e:
@@ -84,7 +85,7 @@ class Checkpoints:
         """
         tree, step = _named(state), int(state.step)
         about = {
-            "run": identity(self.run), "positions": positions, "fingerprint": _fingerprints(tree),
+            "run": identity(self.run), "data": self.data, "positions": positions, "fingerprint": _fingerprints(tree),
             "shapes": {n: list(a.shape) for n, a in state.params.items()},
         }  # fmt: skip
         try:
@@ -118,7 +119,7 @@ class Checkpoints:
           shapes, shardings: of the state.
           say: takes a line about each damaged checkpoint.
         Raises:
-          RunError: a run with other settings, or no checkpoint is sound.
+          RunError: a run with other settings or data, or no checkpoint is sound.
         """
         found = self.steps()
         for step in reversed(found):
@@ -128,6 +129,11 @@ class Checkpoints:
                 self._set_aside(step, _one_line(e), say)
                 continue
             check_same(about["run"], self.run)
+            if about.get("data") != self.data:
+                raise RunError(
+                    f"{self.run.data.train} has changed since the run in {self.run.out} began, so it cannot go on at "
+                    "the same sample; put the file back, or choose another out"
+                )
             try:
                 return self._state(step, shapes, shardings, about), list(about["positions"])
             except Exception as e:

@@ -6,16 +6,17 @@ import ast
 import dataclasses
 import importlib.util
 import json
+import math
 import pathlib
+import types
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omni_jax.errors import InputError
 
 Task = Literal["thinker", "talker", "dpo", "talker_dpo", "token2wav", "vocoder"]
 DType = Literal["bfloat16", "float32"]
 Remat = Literal["none", "dots", "full"]
-TASKS, DTYPES, REMAT = (get_args(choice) for choice in (Task, DType, Remat))
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # What may differ between a run and its continuation: these change neither what is learned nor from what.
 FREE = ("out", "mesh", "log_every", "save_every", "keep", "evaluate_every", "tracking")
@@ -50,8 +51,8 @@ class Optimizer:
       warmup: steps in which the rate rises from 0.
       final: the rate at the end, as a part of the highest.
       clip: largest global norm of the gradient; None for no clipping.
-      weight_decay: of matrices; norms, biases and adapters do not decay.
-      b1, b2, eps: of AdamW; b1 also of Lion and Muon.
+      weight_decay: of matrices, times the rate; norms, biases and adapters do not decay.
+      b1, b2, eps: of AdamW; b1 also of Lion, Muon and SGD, b2 of Lion.
     """
 
     name: Literal["adamw", "adafactor", "muon", "lion", "sgd"] = "adamw"
@@ -146,17 +147,13 @@ class Run:
 
     def __post_init__(self) -> None:
         """Raises RunError naming the setting that cannot be."""
-        d, least = self.data, {"steps": self.steps, "save_every": self.save_every, "keep": self.keep}
-        least |= {
-            f"data.{n}": getattr(d, n) for n in ("sequence", "batch", "accumulate", "threads", "prefetch", "crop")
-        }
-        least |= {"log_every": self.log_every} | ({"lora.rank": self.lora.rank} if self.lora else {})
-        for name, value in least.items():
-            if not isinstance(value, int) or value < 1:
-                raise RunError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        for name, known in (("dtype", DTYPES), ("remat", REMAT), ("task", TASKS)):
-            if getattr(self, name) not in known:
-                raise RunError(f"{name} is {getattr(self, name)!r}; known are {', '.join(known)}")
+        _check(self, "")
+        for name, (low, high) in _RANGES.items():
+            value = _get(self, name)
+            if value is not None and not low <= value <= high:
+                most = "" if high == math.inf else f" and at most {high}"
+                raise RunError(f"{name} is {value!r}; it must be at least {low}{most}")
+        d = self.data
         if d.batch % d.accumulate:
             raise RunError(f"data.batch {d.batch} must be a multiple of data.accumulate {d.accumulate}")
         if not d.train:
@@ -172,6 +169,73 @@ class Run:
         return tuple(sorted({*self.data.sizes, self.data.sequence}))
 
 
+_RANGES = {
+    "steps": (1, math.inf), "save_every": (1, math.inf), "keep": (1, math.inf), "log_every": (1, math.inf),
+    "evaluate_every": (0, math.inf), "answers": (0, math.inf), "text_weight": (0, math.inf), "beta": (0, math.inf),
+    "drop": (0, 1), "data.sequence": (1, math.inf), "data.batch": (1, math.inf), "data.accumulate": (1, math.inf),
+    "data.threads": (1, math.inf), "data.workers": (0, math.inf), "data.prefetch": (1, math.inf),
+    "data.crop": (1, math.inf), "lora.rank": (1, math.inf), "optimizer.warmup": (0, math.inf),
+    "optimizer.final": (0, 1), "optimizer.clip": (0, math.inf), "optimizer.weight_decay": (0, math.inf),
+    "optimizer.b1": (0, 1), "optimizer.b2": (0, 1), "optimizer.eps": (0, math.inf),
+}  # fmt: skip
+
+
+def _get(run: Run, name: str) -> Any:
+    value: Any = run
+    for part in name.split("."):
+        value = None if value is None else getattr(value, part)
+    return value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value has a setting's type; whole numbers are numbers, too."""
+    if hint is Any:
+        return True
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, h) for h in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, inner[0]) for v in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    if hint in (int, float):
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _wanted(hint: Any) -> str:
+    """A setting's type in words."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_wanted(h) for h in inner)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, inner))
+    if origin is tuple:
+        return f"a tuple, each {_wanted(inner[0])}"
+    if origin is Mapping:
+        return "a dict" if inner[1] is Any else f"a dict of {_wanted(inner[0])} and {_wanted(inner[1])}"
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return f"{hint.__name__}(…)"
+    if hint is type(None):
+        return "None"
+    return {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}.get(hint, str(hint))
+
+
+def _check(settings: Any, prefix: str) -> None:
+    """Raises RunError for a setting of another type, also in the groups."""
+    hints = get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value, name, hint = getattr(settings, field.name), prefix + field.name, hints[field.name]
+        if not _fits(value, hint):
+            groups = [h for h in (hint, *get_args(hint)) if dataclasses.is_dataclass(h)]
+            inside = f", such as --set {name}.{dataclasses.fields(groups[0])[0].name}=…" if groups else ""
+            raise RunError(f"{name} is {value!r}; it must be {_wanted(hint)}{inside}")
+        if dataclasses.is_dataclass(value):
+            _check(value, f"{name}.")
+
+
 def load(path: str | pathlib.Path, changes: Sequence[str] = ()) -> Run:
     """Runs `get_config()` of a file and applies changes such as "data.batch=4".
 
@@ -183,10 +247,16 @@ def load(path: str | pathlib.Path, changes: Sequence[str] = ()) -> Run:
     if spec is None or spec.loader is None or not path.is_file():
         raise RunError(f"{path} is no Python file; name one like configs/qwen3b_lora_v5e8.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
+    try:
+        spec.loader.exec_module(module)
+        make = getattr(module, "get_config", None)
+        run = None if make is None else make()
+    except InputError:
+        raise
+    except Exception as e:
+        raise RunError(f"{path} cannot be run ({type(e).__name__}: {' '.join(str(e).split())}); correct it") from None
+    if make is None:
         raise RunError(f"{path} has no get_config(); it must return a train.config.Run")
-    run = module.get_config()
     if not isinstance(run, Run):
         raise RunError(f"{path}: get_config() returns {type(run).__name__}; it must return a train.config.Run")
     for change in changes:
@@ -197,6 +267,7 @@ def load(path: str | pathlib.Path, changes: Sequence[str] = ()) -> Run:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
+        value = tuple(value) if isinstance(value, list) else value
         run = _changed(run, name.split("."), value, name)
     return run
 

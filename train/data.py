@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -45,6 +46,7 @@ class Lines:
     Attributes:
       path: the file.
       numbers: int64, of each record, from 1, as an editor shows them.
+      digest: of the file's bytes.
     """
 
     def __init__(self, path: str | pathlib.Path):
@@ -53,6 +55,7 @@ class Lines:
             data = self.path.read_bytes()
         except OSError as e:
             raise DataError(f"{self.path} cannot be read ({e.strerror}); give a JSONL file") from None
+        self.digest = hashlib.sha256(data).hexdigest()
         numbers, starts, at = [], [], 0
         for number, line in enumerate(data.splitlines(keepends=True), 1):
             if line.strip():
@@ -135,7 +138,9 @@ class Reader:
         must, may = KEYS[self.task]
         keys = set(record) - {"name"}
         if missing := sorted(must - keys):
-            raise DataError(f"it lacks {', '.join(missing)}, which the task {self.task!r} needs")
+            codes = any(name.endswith("codes") for name in missing)
+            why = "; they must be supplied: nothing makes codes of a recording (docs/training.md)" if codes else ""
+            raise DataError(f"it lacks {', '.join(missing)}, which the task {self.task!r} needs{why}")
         if unknown := sorted(keys - must - may):
             raise DataError(f"it has {', '.join(unknown)}; known are {', '.join(sorted(must | may))}")
         for name in (k for k in record if k.endswith("codes")):

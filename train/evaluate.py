@@ -65,7 +65,7 @@ def answers(
     trainer: Trainer, trained: Flat, frozen: Flat, lines: Lines, reader: Reader, eos: Sequence[int], count: int
 ) -> dict[str, float]:
     """Answers the first `count` records greedily and compares with their last assistant turns, white space aside."""
-    tree = jax.jit(trainer.assemble)(trained, frozen)
+    tree = trainer.assembled(trained, frozen)
     model = Omni(trainer.cfg, tree, reader.processor, eos, trainer.dtype, placement=trainer.placement)
     said, truths = [], []
     for index in range(min(count, len(lines))):

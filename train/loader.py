@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -56,6 +55,7 @@ def read(
         records = records.shuffle().repeat()
     decoded = records.random_map(_Encode(reader, data.crop))[slice(host + start * hosts, None, hosts)]
     ahead = data.prefetch * max(1, data.batch // hosts) * (_SAMPLES_A_ROW if data.pack else 1)
+    ahead = max(ahead, data.threads)  # no thread idles
     stream = decoded.to_iter_dataset(grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=ahead))
     if data.workers:
         # Grain's processes read absl's flags, which only a program of absl's own parses.
@@ -93,13 +93,12 @@ def rows(samples: Iterator[list[Any]], start: int, data: Data, *, pack: bool) ->
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A step's batch on the device, and about it: its samples' names, the host's position after it, seconds that the
-    loop waited for data, real tokens (of text, or codes) of this host, and places."""
+    """A step's batch on the device, and about it: its samples' names, the host's position after it, real tokens (of
+    text, or codes) of this host, and places."""
 
     batch: Any
     names: tuple[str, ...]
     position: int
-    waited: float
     tokens: int
     places: int
 
@@ -166,14 +165,12 @@ class Feed:
     def __iter__(self) -> Iterator[Loaded]:
         self._fetch()
         while self._held:
-            began = time.perf_counter()
             self._fetch()
-            waited = time.perf_counter() - began
             micros, position, agreed = self._held.popleft()
             need = np.asarray(agreed)
             batch, tokens, places = self._laid_out(micros, need)
             names = tuple(s.name for m in micros for row in m for s in row)
-            yield Loaded(put(batch, self.mesh, self.host, self.hosts), names, position, waited, tokens, places)
+            yield Loaded(put(batch, self.mesh, self.host, self.hosts), names, position, tokens, places)
 
     def _laid_out(self, micros: Sequence[Sequence[Any]], need: np.ndarray) -> tuple[Any, int, int]:
         task, size = self.reader.task, self._micro * (2 if self._paired else 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pathlib
 import signal
+import time
 from typing import Any
 
 import jax
@@ -14,8 +15,7 @@ from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.sources import local_files
 from omni_jax.checkpoint.speakers import load_voices
 from omni_jax.config import load_config
-from omni_jax.processing.processor import Processor
-from omni_jax.processing.tokenizer import stop_token_ids
+from omni_jax.processing.processor import Processor, stop_token_ids
 from omni_jax.stages import stage_shardings
 from train import evaluate
 from train.checkpoints import Checkpoints, all_positions, own_position
@@ -88,7 +88,7 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
         check_lines(held_out, reader(held_out), decode=run.data.decode_all)
 
     # Weights, and the state: fresh, or where the run stopped.
-    writer, checkpoints, stopped = Writer(run), Checkpoints(run), Stopped()
+    writer, checkpoints, stopped = Writer(run), Checkpoints(run, lines.digest), Stopped()
     shardings = None if placement is None else stage_shardings(placement, trainer.parts)
     dtype = run.dtype if run.lora else "float32"
     params = flatten(
@@ -115,12 +115,13 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
     feed = Feed(lines, reader(lines), run.data, run.seed, trainer.mesh, position, sizes=run.row_sizes)
     batches = iter(feed)
     pace = Pace(trainer, feed.hosts)
-    running: tuple[int, Loaded, Any] | None = None  # the step that the device may still be computing
+    # The step that the device may still be computing: number, data, metrics, seconds that it waited for data.
+    running: tuple[int, Loaded, Any, float] | None = None
     saved = step
 
-    def settle(pending: tuple[int, Loaded, Any]) -> None:
+    def settle(pending: tuple[int, Loaded, Any, float]) -> None:
         """Waits for a step and writes its metrics. Raises RunError where they are no numbers."""
-        number, loaded, on_device = pending
+        number, loaded, on_device, waited = pending
         values = {k: float(v) for k, v in jax.device_get(on_device).items()}
         if not all(math.isfinite(values[k]) for k in ("loss", "grad_norm")):
             names = ", ".join(dict.fromkeys(loaded.names))
@@ -131,19 +132,23 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
                 f"step {number}: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}; its samples are "
                 f"{names[:500]}; {last}; look at these samples, or lower the rates"
             )
-        pace.add(loaded.tokens, loaded.waited)
+        pace.add(loaded.tokens, waited)
         if number % run.log_every == 0 or number == run.steps:
             writer.write(number, values | pace.take() | {"padding": 1 - loaded.tokens / loaded.places})
 
     try:
         while step < run.steps and not stopped.agreed(step):
+            asked = time.perf_counter()
             loaded = next(batches)
+            # Data was late if the device has run out of work meanwhile.
+            idle = running is None or running[2]["loss"].is_ready()
+            waited = time.perf_counter() - asked if idle else 0.0
             state, values = trainer.step(state, frozen, base, loaded.batch)
             step, position = step + 1, loaded.position
             # The step before is looked at while this one runs. An evaluation, a checkpoint and the end wait for this.
             if running is not None:
                 settle(running)
-            running = (step, loaded, values)
+            running = (step, loaded, values, waited)
             due = step % run.save_every == 0 or step == run.steps
             judged = held_out is not None and run.evaluate_every and step % run.evaluate_every == 0
             if due or judged:
@@ -164,6 +169,7 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
         if saved < step:
             checkpoints.save(state, all_positions(position))
         checkpoints.finish()
+        writer.say(pace.summary())
         if stopped.name is not None:
             writer.say(f"{stopped.name}: saved at step {step}; the same command goes on from here")
     finally:

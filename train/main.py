@@ -28,7 +28,10 @@ def finetune(config: pathlib.Path, changes: Sequence[str] = (), coordinator: str
     if coordinator == "auto":
         jax.distributed.initialize()
     elif coordinator is not None:
-        address, processes, process = coordinator.split(",")
+        address, _, numbers = coordinator.partition(",")
+        processes, _, process = numbers.partition(",")
+        if ":" not in address or not (processes.isdecimal() and process.isdecimal()) or int(process) >= int(processes):
+            raise C.RunError(f"--coordinator is {coordinator!r}; give auto, or host:port,processes,process (from 0)")
         jax.distributed.initialize(address, int(processes), int(process))
     from train.loop import train
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import math
@@ -14,7 +15,7 @@ import jax
 
 from omni_jax.config import DecoderConfig
 from omni_jax.processing.encode import OutputError, write_atomically
-from train.config import Run, RunError
+from train.config import Run, RunError, identity
 from train.step import Trainer
 
 # bf16 FLOP/s of one chip, from the vendors' data sheets (dense).
@@ -80,15 +81,28 @@ class Pace:
 
     def __init__(self, trainer: Trainer, hosts: int):
         self._flops, self._peak, self._hosts = flops_per_token(trainer), peak_flops(), hosts
+        self._steady: list[tuple[float, float]] = []
         self.begin()
 
     def begin(self) -> None:
         """Counts from now on."""
-        self._began, self._tokens, self._waited = time.perf_counter(), 0, 0.0
+        self._began = self._settled = time.perf_counter()
+        self._tokens, self._waited = 0, 0.0
 
     def add(self, tokens: int, waited: float) -> None:
         """Counts a step: its tokens, and the seconds that the loop waited for its data."""
         self._tokens, self._waited = self._tokens + tokens, self._waited + waited
+        now = time.perf_counter()
+        self._steady.append((now - self._settled, waited))
+        self._settled = now
+
+    def summary(self) -> str:
+        """How long the run's steps took and waited for data, the first two aside: they compile and fill the queues."""
+        if len(self._steady) < 3:
+            return f"{len(self._steady)} steps made; too few to tell how long one takes"
+        seconds, waited = (sum(x) for x in zip(*self._steady[2:]))
+        made = len(self._steady) - 2
+        return f"{made} steps after the first two: {seconds / made:.3g} s each; {waited / seconds:.1%} waiting for data"
 
     def take(self) -> dict[str, float | None]:
         """The figures since the last time; `mfu` is the share of the chips' arithmetic, None where it is unknown."""
@@ -111,11 +125,15 @@ class Writer:
             return
         from rich.console import Console
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.console = Console(stderr=True, highlight=False)
-        self._file = open(self.folder / FILE, "a", encoding="utf-8")  # noqa: SIM115 — open for the run's length
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: a line that a full disk refuses is not tried again at the end.
+            self._file = open(self.folder / FILE, "ab", buffering=0)  # noqa: SIM115 — open for the run's length
+        except OSError as e:
+            raise RunError(f"{self.folder / FILE} cannot be written ({e.strerror}); choose another out") from None
         for name in run.tracking:
-            self._sinks.append(_sink(name, self.folder))
+            self._sinks.append(_sink(name, run))
 
     def say(self, line: str) -> None:
         """A remark on stderr."""
@@ -128,19 +146,20 @@ class Writer:
             return
         known = {k: v for k, v in values.items() if v is not None}
         try:
-            self._file.write(json.dumps({"step": step, "kind": kind} | known) + "\n")
-            self._file.flush()
+            self._file.write((json.dumps({"step": step, "kind": kind} | known) + "\n").encode())
         except OSError as e:
             raise RunError(f"{self.folder / FILE} cannot be written ({e.strerror}); make room") from None
         shown = "  ".join(f"{k} {_short(v)}" for k, v in known.items())
         self.console.print(f"{kind} {step}  {shown}", soft_wrap=True)
-        for sink in self._sinks:
-            sink(step, {f"{kind}/{k}": v for k, v in known.items()})
+        for log, _ in self._sinks:
+            log(step, {f"{kind}/{k}": v for k, v in known.items()})
 
     def close(self) -> None:
         """Draws the curves and closes the file."""
         if self.active:
             self._file.close()
+            for _, end in self._sinks:
+                end()
             try:
                 draw(self.folder)
             except OutputError as e:
@@ -151,21 +170,23 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _sink(name: str, folder: pathlib.Path) -> Any:
+def _sink(name: str, run: Run) -> tuple[Any, Any]:
+    """What takes a step's values, and what ends it. Raises RunError where the package is not installed."""
+    folder = pathlib.Path(run.out)
     if name == "tensorboard":
-        for module in ("tensorboardX", "torch.utils.tensorboard"):
-            try:
-                writer = importlib.import_module(module).SummaryWriter(str(folder / "tensorboard"))
-            except ImportError:
-                continue
-            return lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()]
-        raise RunError("tracking names tensorboard, which is not installed; pip install tensorboardX")
+        try:
+            board = importlib.import_module("tensorboardX").SummaryWriter(str(folder / "tensorboard"))
+        except ImportError:
+            raise RunError("tracking names tensorboard, which is not installed; pip install tensorboardX") from None
+        return lambda step, values: [board.add_scalar(k, v, step) for k, v in values.items()], board.close
     try:
         wandb = importlib.import_module("wandb")
     except ImportError:
         raise RunError("tracking names wandb, which is not installed; pip install wandb") from None
-    wandb.init(dir=str(folder), resume="allow")
-    return lambda step, values: wandb.log(values, step=step)
+    # The folder's own id, so that a continued run goes on in the same charts.
+    number = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+    wandb.init(dir=str(folder), name=folder.name, id=number, resume="allow", config=identity(run))
+    return lambda step, values: wandb.log(values, step=step), wandb.finish
 
 
 def read(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -183,6 +204,7 @@ def draw(folder: pathlib.Path) -> None:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     columns = min(3, len(names))
     lines = math.ceil(len(names) / columns)
@@ -194,6 +216,7 @@ def draw(folder: pathlib.Path) -> None:
             axes.plot(*zip(*points), label=kind, marker="." if len(points) < 20 else "")
         axes.set_title(name)
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
     canvas = FigureCanvasAgg(figure)
     write_atomically(folder / CURVES, lambda file: canvas.print_png(file))

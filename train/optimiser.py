@@ -14,6 +14,8 @@ from train.lora import is_stacked
 
 # Norms, biases and the vocoder's activations do not decay, nor do adapters, which begin at no change.
 _UNDECAYED = re.compile(r"(bias|alpha|beta|lora_[ab]|norm\w*\.weight|ln_\w+\.weight)$")
+# Muon's updates get the size that AdamW's have, so that rates mean the same (Liu et al. 2025, arXiv:2502.16982).
+_MUON_RMS = 0.2
 
 
 def rate_of(name: str, rates: Mapping[str, float]) -> str | None:
@@ -50,34 +52,34 @@ def _decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def _matrices(params: Any) -> Any:
-    """For Muon: the layers' matrices; everything else takes its Adam."""
+def _muon_or_adamw(params: Any) -> Any:
+    """Muon is for the matrices of the layers; what is looked up, a vector or a head takes AdamW."""
 
-    def one(path: Any, array: Any) -> Any:
-        if is_stacked(path[-1].key) and array.ndim == 3:
-            return optax.contrib.MuonDimensionNumbers(2, 1)
-        return None
+    def one(path: Any, array: Any) -> str:
+        return "muon" if is_stacked(path[-1].key) and array.ndim == 3 else "adamw"
 
     return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _rule(opt: Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
-    decay: dict[str, Any] = {"weight_decay": opt.weight_decay}
+    decay: dict[str, Any] = {"weight_decay": opt.weight_decay, "mask": _decayed}
     if opt.name == "adamw":
-        return optax.adamw(rate, opt.b1, opt.b2, opt.eps, **decay, mask=_decayed)
+        return optax.adamw(rate, opt.b1, opt.b2, opt.eps, **decay)
     if opt.name == "lion":
-        return optax.lion(rate, opt.b1, opt.b2, **decay, mask=_decayed)
+        return optax.lion(rate, opt.b1, opt.b2, **decay)
     if opt.name == "muon":
-        return optax.contrib.muon(
-            rate, beta=opt.b1, **decay, weight_decay_mask=_decayed, muon_weight_dimension_numbers=_matrices,
-            adam_b1=opt.b1, adam_b2=opt.b2,
+        muon = optax.contrib.muon(
+            rate, beta=opt.b1, weight_decay=opt.weight_decay, weight_decay_mask=_decayed, consistent_rms=_MUON_RMS,
+            muon_weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(2, 1),
         )  # fmt: skip
+        adamw = optax.adamw(rate, opt.b1, opt.b2, opt.eps, **decay)
+        return optax.partition({"muon": muon, "adamw": adamw}, _muon_or_adamw)
+    scale: Any = optax.trace(opt.b1)
     if opt.name == "adafactor":
-        return optax.adafactor(
-            rate, multiply_by_parameter_scale=False, weight_decay_rate=opt.weight_decay or None,
-            weight_decay_mask=_decayed,
-        )  # fmt: skip
-    return optax.chain(optax.add_decayed_weights(opt.weight_decay, mask=_decayed), optax.sgd(rate, opt.b1))
+        # Not optax.adafactor: its decay is not multiplied by the rate.
+        scale = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    decayed = optax.add_decayed_weights(**decay)
+    return optax.chain(scale, decayed, optax.scale_by_learning_rate(rate))
 
 
 def make(run: Run, names: Mapping[str, Any]) -> optax.GradientTransformation:

@@ -21,7 +21,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from omni_jax import meshes, stages
 from omni_jax.config import OmniConfig
-from omni_jax.layers import unstack
 from train import lora, losses, optimiser, sound_losses
 from train.config import Run, RunError
 
@@ -66,8 +65,15 @@ def in_loops(tree: Any) -> Any:
     if not isinstance(tree, dict):
         return tree
     return {
-        k: unstack(v) if k in STACKS and isinstance(v, dict) and "0" not in v else in_loops(v) for k, v in tree.items()
+        k: _split(v) if k in STACKS and isinstance(v, dict) and "0" not in v else in_loops(v) for k, v in tree.items()
     }
+
+
+def _split(layers: Any) -> tuple[Any, ...]:
+    """`layers.unstack`, whose gradient would be a sum over layers of whole stacks; a split's is one concatenation."""
+    leaves, structure = jax.tree.flatten(layers)
+    parts = [[jax.lax.squeeze(a, [0]) for a in jax.lax.split(leaf, [1] * len(leaf))] for leaf in leaves]
+    return tuple(jax.tree.unflatten(structure, layer) for layer in zip(*parts, strict=True))
 
 
 def data_share(mesh: Mesh | None) -> tuple[int, int]:
@@ -239,6 +245,11 @@ class Trainer:
             cast |= {n: jax.lax.with_sharding_constraint(cast[n], s) for n, s in at.items()}
         tree = nest({**frozen, **cast})
         return in_loops(tree) if self.placement is None and jax.default_backend() == "cpu" else tree
+
+    @functools.cached_property
+    def assembled(self) -> Any:
+        """`assemble`, compiled (`jax.jit`)."""
+        return jax.jit(self.assemble)
 
     @property
     def how(self) -> losses.How:

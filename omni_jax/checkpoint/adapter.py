@@ -28,6 +28,8 @@ _WHOLE = re.compile(r"base_model\.model\.(?P<name>.+\.(weight|bias))", re.DOTALL
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None), "fan_in_fan_out": (False, None), "lora_bias": (False, None),
     "layer_replication": (None,), "use_qalora": (False, None), "megatron_config": (None,),
+    # The other beginnings (PiSSA, OLoRA, CorDA, LoftQ) change the base weights as well.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }  # fmt: skip
 
 
@@ -101,7 +103,7 @@ def _config(folder: pathlib.Path) -> dict[str, Any]:
     for field, plain in _PLAIN.items():
         if raw.get(field) not in plain:
             raise CheckpointError(
-                f"{file}: {field} is {str(raw[field])[:40]!r}, which is not supported; merge with peft"
+                f"{file}: {field} is {str(raw.get(field))[:40]!r}, which is not supported; merge with peft"
             )
     patterns = raw.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):

@@ -9,6 +9,7 @@ import time
 from typing import Any, Literal
 
 import tyro
+from rich.filesize import decimal
 
 from omni_jax.arguments import Flag, Json
 
@@ -19,7 +20,7 @@ def report(verb: str, target: str, size: int, began: float, as_json: bool) -> No
     if as_json:
         print(json.dumps({"path": target, "bytes": size, "seconds": seconds}))
     else:
-        print(f"{verb} {size / 1e9:.2f} GB to {target} in {seconds:.1f} s", file=sys.stderr)
+        print(f"{verb} {decimal(size)} to {target} in {seconds:.1f} s", file=sys.stderr)
 
 
 def convert(
@@ -122,6 +123,8 @@ def _print_tables(found: dict[str, Any]) -> None:
     for name, value in found["config"].items():
         config.add_row(name, str(value), "default" if name in found["defaults"] else "")
     console.print(config)
+    if found["defaults"]:
+        console.print(f"default: left out of config.json, {len(found['defaults'])} of {len(found['config'])} fields")
     if "verified" in found:
         sums = found["verified"]["checksums"]
         against = f"checksums ({sums}) agree" if sums != "none" else "this folder carries no checksums"

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
+from rich.filesize import decimal
 
 from omni_jax.checkpoint import adapter as adapters
 from omni_jax.checkpoint import keys, orbax_io
@@ -62,7 +63,8 @@ def building(dst: str | os.PathLike[str], size: int) -> Iterator[str]:
     """A place to build a folder in, which takes its name only when it is whole and on disk.
 
     What an earlier run left that was killed is cleared away first. At a URL, where nothing can be renamed, the place
-    is the URL itself, and the manifest, which comes last, makes the folder a whole one.
+    is the URL itself, and the manifest, which comes last, makes the folder a whole one; what is left of a run that
+    was killed has to be removed by hand, since nothing tells it from one that is still going on.
 
     Args:
       dst: a folder that must be absent or empty, or a URL with nothing under it.
@@ -74,12 +76,14 @@ def building(dst: str | os.PathLike[str], size: int) -> Iterator[str]:
         with _building_at_url(str(dst)) as place:
             yield place
         return
-    target = pathlib.Path(dst).absolute()
+    target = pathlib.Path(os.path.realpath(dst))  # a link to an empty folder means that folder
     temporary = target.with_name(f".{target.name}.partial")
     lock = None
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise CheckpointError(f"{dst} exists already; give a new folder, or remove it first")
+        if os.path.ismount(target):
+            raise CheckpointError(f"{dst} is a mount point, which cannot be renamed to; give a folder in it")
         temporary.mkdir(parents=True, exist_ok=True)
         lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
@@ -91,9 +95,7 @@ def building(dst: str | os.PathLike[str], size: int) -> Iterator[str]:
         _empty(temporary)
         free = shutil.disk_usage(temporary).free
         if free < size:
-            raise CheckpointError(
-                f"{dst} takes {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left; make room"
-            )
+            raise CheckpointError(f"{dst} takes {decimal(size)}, and its disk has {decimal(free)} left; make room")
         yield str(temporary)
         _sync(temporary)
         os.replace(temporary, target)
@@ -120,8 +122,10 @@ def _building_at_url(url: str) -> Iterator[str]:
 
     try:
         store = ts.KvStore.open(orbax_io.kvstore(url)).result()
-        if store.list().result():
-            raise CheckpointError(f"{url} has files already; give a new place, or remove them first")
+        if found := store.list().result():
+            whole = MANIFEST.encode() in found
+            what = "has files already" if whole else f"has files, but no {MANIFEST}: a conversion may have ended there"
+            raise CheckpointError(f"{url} {what}; give a new place, or remove them first")
     except (ValueError, RuntimeError, OSError, NotImplementedError) as e:
         if isinstance(e, CheckpointError):
             raise
@@ -261,13 +265,16 @@ def convert(
       dtype: of the stored parameters; "bfloat16" leaves Token2Wav in float32.
       parts: which to take, the Thinker among them; by default all there are.
       adapter: folder of a PEFT adapter (LoRA) to merge.
-      keep_adapter: put the adapter beside the weights instead of merging it.
+      keep_adapter: put the adapter beside the weights instead of merging it. One that SRC keeps so goes along, unless
+        it is the one that is merged.
       progress: show a bar on stderr.
     Returns:
       Bytes of the arrays.
     Raises:
       CheckpointError, ConfigError, VoiceError: files that are missing or unsound, a DST that exists, a full disk.
     """
+    if keep_adapter and adapter is None:
+        raise CheckpointError("there is no adapter to keep; give its folder with --adapter")
     with local_files(src) as (files, url):
         cfg = load_config(files)
         have = tuple(p for p in keys.PARTS if getattr(cfg, p) is not None)
@@ -293,7 +300,8 @@ def convert(
         )
         with building(dst, total) as place, progress_bar("converting", total, progress) as advance:
             _put_small_files(files, place, config)
-            if kept.is_dir():
+            # One that is in the weights now must not be merged into them again.
+            if kept.is_dir() and (keep_adapter or adapter is None or not os.path.samefile(kept, adapter)):
                 _put_adapter(kept, place)
             checksums = _write_arrays(within(place, ARRAYS), tensors, leaves, kinds, advance)
             listed = {

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from omni_jax.checkpoint import keys
+from omni_jax.checkpoint import keys, orbax_io
 from omni_jax.checkpoint.adapter import apply_adapter
-from omni_jax.checkpoint.folder import Stored, nbytes, open_checkpoint, progress_bar
+from omni_jax.checkpoint.folder import Stored, nbytes, open_checkpoint, progress_bar, row_blocks
 from omni_jax.checkpoint.safetensors_io import CheckpointError, aligned_empty
 from omni_jax.config import OmniConfig
 
@@ -47,20 +47,48 @@ def _read_leaf(tensors: Sequence[Stored], stacked: bool, dtype: Any, index: tupl
     return out
 
 
+def _read_slices(
+    tensors: Sequence[Stored], stacked: bool, dtype: Any, indices: Sequence[tuple[slice, ...]]
+) -> dict[str, np.ndarray]:
+    """Slices of a leaf, by the text of their index. Those that share rows are cut out of one reading of these.
+
+    In a file the columns of a slice lie scattered: device by device, all of it would be read for each. The chunks of a
+    converted folder are cut for the devices instead.
+    """
+    lead = 1 + stacked
+    groups: dict[str, list[tuple[slice, ...]]] = {}
+    for index in {str(index): index for index in indices}.values():  # devices may hold the same slice
+        groups.setdefault(str(index[:lead]), []).append(index)
+    out: dict[str, np.ndarray] = {}
+    for group in groups.values():
+        if len(group) == 1 or isinstance(tensors[0], orbax_io.Row):
+            out |= {str(index): _read_leaf(tensors, stacked, dtype, index) for index in group}
+            continue
+        shape = (len(tensors), *tensors[0].shape) if stacked else tensors[0].shape
+        sizes = [tuple(len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)) for index in group]
+        slices = [aligned_empty(size, dtype) for size in sizes]
+        layers = range(*group[0][0].indices(len(tensors))) if stacked else range(1)
+        begin, end, _ = group[0][lead - 1].indices(shape[lead - 1])
+        blocks = list(row_blocks((end - begin, *shape[lead:]), np.dtype(dtype).itemsize))
+        buffer = np.empty((blocks[0].stop, *shape[lead:]), dtype)
+        for i, layer in enumerate(layers):
+            for rows in blocks:
+                block = buffer[: rows.stop - rows.start]
+                tensors[layer].read(block, (slice(begin + rows.start, begin + rows.stop),))
+                for part, index in zip(slices, group, strict=True):
+                    (part[i] if stacked else part)[rows] = block[(slice(None), *index[lead:])]
+        out |= {str(index): part for index, part in zip(group, slices, strict=True)}
+    return out
+
+
 def _make_leaf(tensors: Sequence[Stored], stacked: bool, dtype: Any, sharding: Any) -> jax.Array:
     if sharding is None:
         leaf = jax.device_put(_read_leaf(tensors, stacked, dtype, ()))
     else:
         shape = (len(tensors), *tensors[0].shape) if stacked else tensors[0].shape
-        seen: dict[str, np.ndarray] = {}  # devices that hold the same slice share one reading of it
-
-        def read(index: tuple[slice, ...] | None) -> np.ndarray:
-            key = str(index)
-            if key not in seen:
-                seen[key] = _read_leaf(tensors, stacked, dtype, index or ())
-            return seen[key]
-
-        leaf = jax.make_array_from_callback(shape, sharding, read)
+        indices = list(sharding.addressable_devices_indices_map(shape).values())
+        slices = _read_slices(tensors, stacked, dtype, indices)
+        leaf = jax.make_array_from_callback(shape, sharding, lambda index: slices[str(index)])
     # The transfer to an accelerator is asynchronous: without waiting, host buffers would pile up.
     return jax.block_until_ready(leaf)
 
@@ -99,7 +127,7 @@ def load_params(
       cfg: its configuration (`config.load_config`).
       parts: which of `thinker`, `talker`, `token2wav` to load. The keys of the others are checked all the same.
       dtype: of the loaded parameters; Token2Wav is always float32. Tensors convert one by one.
-      unroll: True: a stack of layers is a tuple of per-layer trees (CPU); False: arrays with a leading layers axis.
+      unroll: a stack of layers is a tuple of per-layer trees (CPU, GPU), else arrays with a leading layers axis.
       shardings: None (default device), one `jax.sharding.Sharding` for all, or a tree of them in the form of the
         result, where a sharding (or None) may stand for a whole subtree. Each device reads just its slices.
       progress: show a bar on stderr.

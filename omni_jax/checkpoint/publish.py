@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import pathlib
-import shutil
 from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
 
 from omni_jax.checkpoint import keys, tokenizer_files
+from omni_jax.checkpoint.convert import building
 from omni_jax.checkpoint.folder import progress_bar
 from omni_jax.checkpoint.safetensors_io import BLOCK, CheckpointError, write_checkpoint
 from omni_jax.checkpoint.speakers import SPEAKERS_FILE, write_speakers
@@ -124,11 +123,8 @@ def write_random(
       CheckpointError: the folder holds files already, the disk is full, or another dtype.
       ConfigError: the vocabulary is too small.
     """
-    path = pathlib.Path(path)
     if dtype not in ("bfloat16", "float32"):
         raise CheckpointError(f"dtype {dtype!r} is not supported; use bfloat16 or float32")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"{path} exists already; give a new folder, or remove it first")
     cfg, texts = tokenizer_files.make_files(cfg)
     texts["config.json"] = json.dumps(to_dict(cfg) | {"torch_dtype": dtype}, indent=2) + "\n"
     types = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
@@ -136,26 +132,19 @@ def write_random(
         name: (types["float32" if keys.published_dtype(name) == "float32" else dtype], shape)
         for name, shape in keys.tensor_shapes(cfg).items()
     }
-    temporary = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}.tmp")
     total = sum(math.prod(shape) * t.itemsize for t, shape in tensors.values())
-    try:
-        temporary.mkdir(parents=True)
+    with building(pathlib.Path(path), total) as place, progress_bar("writing", total, progress) as advance:
+        folder = pathlib.Path(place)
         for name, text in texts.items():
-            (temporary / name).write_text(text, "utf-8")
+            (folder / name).write_text(text, "utf-8")
         if cfg.talker is not None and cfg.token2wav is not None:
-            write_speakers(temporary / SPEAKERS_FILE, random_voices(cfg, seed))
-        with progress_bar("writing", total, progress) as advance:
+            write_speakers(folder / SPEAKERS_FILE, random_voices(cfg, seed))
 
-            def blocks(name: str) -> Iterator[np.ndarray]:
-                kind, shape = tensors[name]
-                for block in random_blocks(name, shape, kind, cfg, seed):
-                    yield block
-                    advance(block.nbytes)
+        def blocks(name: str) -> Iterator[np.ndarray]:
+            kind, shape = tensors[name]
+            for block in random_blocks(name, shape, kind, cfg, seed):
+                yield block
+                advance(block.nbytes)
 
-            write_checkpoint(temporary, tensors, blocks, max_shard_bytes)
-        os.replace(temporary, path)
-    except OSError as e:
-        raise CheckpointError(f"{path} cannot be written: {e.strerror or e}; nothing is left of it") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_checkpoint(folder, tensors, blocks, max_shard_bytes)
     return cfg

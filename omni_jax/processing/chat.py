@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from omni_jax.processing.media import MediaError, decode_base64
 
 Kind = Literal["text", "image", "audio", "video"]
 
+MAX_NUMBER = 1e12  # of an option: far beyond any picture or clip, and float32 still holds it
 ROLES = ("system", "user", "assistant")
 # The system message under which the model was trained to speak; speech is only right under exactly this one.
 SPEECH_SYSTEM_MESSAGE = (
@@ -93,7 +93,8 @@ def _check_option(key: str, value: Any, where: str) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if key == "use_audio_in_video" and not isinstance(value, bool):
         raise ConversationError(f"{where}: use_audio_in_video is {value!r}; give true or false")
-    if key != "use_audio_in_video" and not (number and math.isfinite(value)):
+    # Compared, not converted: JSON may hold whole numbers that no float can.
+    if key != "use_audio_in_video" and not (number and abs(value) <= MAX_NUMBER):
         raise ConversationError(f"{where}: {key} is {value!r}; give a number")
 
 

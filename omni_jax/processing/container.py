@@ -32,7 +32,8 @@ def open_container(file: BinaryIO, name: str, what: str, better: str) -> InputCo
       MediaError: not a media file, or not whole; the message says that it is not `what` and to convert it to `better`.
     """
     try:
-        container = av.open(file, "r", options={"protocol_whitelist": "none"})
+        # Titles in Latin-1 are common, and nobody reads them here.
+        container = av.open(file, "r", options={"protocol_whitelist": "none"}, metadata_errors="replace")
     except (av.FFmpegError, OSError, ValueError) as e:
         raise MediaError(f"{name} is not {what} that FFmpeg can read ({reason(e)}); convert it to {better}") from None
     if container.format.name in NOT_MEDIA:
@@ -52,6 +53,9 @@ def _is_whole(file: BinaryIO, form: str) -> bool:
     size = file.seek(0, os.SEEK_END)
     if form == "wav":
         return _wav_is_whole(file, size)
+    if form == "avi":
+        file.seek(4)
+        return 8 + int.from_bytes(file.read(4), "little") <= size
     if form.startswith("matroska"):
         file.seek(0)
         return _matroska_is_whole(file.read(4096), size)

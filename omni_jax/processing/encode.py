@@ -35,10 +35,12 @@ def check_writable(path: str | pathlib.Path) -> None:
     folder = path.absolute().parent
     if path.is_dir():
         raise OutputError(f"{path} is a folder; give the name of a file")
+    if path.exists() and not path.is_file():  # a device or a pipe, in whose place the file would be put
+        raise OutputError(f"{path} is no plain file; give the name of one")
     if not folder.is_dir():
-        raise OutputError(f"{path} cannot be written: there is no folder {folder}")
+        raise OutputError(f"{path} cannot be written: there is no folder {folder}; make it first")
     if not os.access(folder, os.W_OK):
-        raise OutputError(f"{path} cannot be written: the folder {folder} is read-only")
+        raise OutputError(f"{path} cannot be written: the folder {folder} is read-only; choose another")
 
 
 def write_atomically(path: str | pathlib.Path, write: Callable[[Any], None]) -> None:

@@ -88,6 +88,8 @@ def load_image(source: Any, access: Access = ANYTHING) -> Pillow.Image:
     with fetch(source, access) as file:
         try:
             with Pillow.open(file) as image:
+                if image.format == "EPS":  # Pillow would run Ghostscript on it
+                    raise Pillow.UnidentifiedImageError
                 image.load()
                 return to_rgb(ImageOps.exif_transpose(image), name)
         except Pillow.UnidentifiedImageError:
@@ -167,6 +169,7 @@ def image_patches(
     *,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    most_tokens: int | None = None,
     access: Access = ANYTHING,
 ) -> Patches:
     """A picture for the vision tower.
@@ -174,16 +177,24 @@ def image_patches(
     Args:
       source: see `load_image`.
       min_pixels, max_pixels: instead of the config's; where only one is given, the other gives way to it.
+      most_tokens: that it may take; None for any number.
     Raises:
-      MediaError: see `load_image`; limits that contradict each other.
+      MediaError: see `load_image`; limits that contradict each other; too many tokens.
     """
     name = describe(source)
     low, high = pixel_limits(name, min_pixels, max_pixels, config.min_pixels, config.max_pixels)
     image = load_image(source, access)
+    factor = vision.patch_size * vision.spatial_merge_size
     try:
-        size = smart_resize(image.height, image.width, vision.patch_size * vision.spatial_merge_size, low, high)
+        size = smart_resize(image.height, image.width, factor, low, high)
     except MediaError as e:
         raise MediaError(f"{name}: {e}") from None
+    tokens = size[0] * size[1] // factor**2
+    if most_tokens is not None and tokens > most_tokens:
+        raise MediaError(
+            f"{name} would take {tokens} tokens, and the model's context holds {most_tokens}; lower min_pixels or "
+            "max_pixels"
+        )
     return patchify([resize(image, size)], vision, config)
 
 

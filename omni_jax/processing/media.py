@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import http.client
 import io
 import os
 import pathlib
 import tempfile
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -31,26 +33,30 @@ class Access:
       files: local paths and file:// URLs.
       urls: http:// and https:// URLs.
       max_bytes: largest download.
-      timeout: seconds to wait for the other side.
+      timeout: seconds to wait for the other side to send something.
+      patience: seconds that a whole download may take.
     """
 
     files: bool = True
     urls: bool = True
     max_bytes: int = 1 << 30
     timeout: float = 30.0
+    patience: float = 600.0
 
 
 ANYTHING = Access()
 
 
 def describe(source: Any) -> str:
-    """A short name of a source for messages."""
+    """A short name of a source for messages, in one line."""
     if isinstance(source, str | os.PathLike):
         name = os.fspath(source)
         name = name if isinstance(name, str) else os.fsdecode(name)
         if name.startswith("data:"):
-            return f"{name[:32].split(',')[0]}… ({len(name)} characters)"
-        return name if len(name) <= 200 else f"{name[:120]}…{name[-40:]}"
+            short = f"{name[:32].split(',')[0]}… ({len(name)} characters)"
+        else:
+            short = name if len(name) <= 200 else f"{name[:120]}…{name[-40:]}"
+        return "".join([c if c.isprintable() else "?" for c in short])
     if isinstance(source, bytes | bytearray | memoryview):
         return f"<{len(source)} bytes>"
     if isinstance(source, list | tuple):
@@ -85,20 +91,25 @@ def _download(url: str, access: Access) -> BinaryIO:
         request = urllib.request.Request(url, headers={"User-Agent": "omni-jax"})
         with opener.open(request, timeout=access.timeout) as response:
             declared = response.headers.get("Content-Length", "")
-            size = 0
-            while block := response.read(1 << 20):
+            size, ends = 0, time.monotonic() + access.patience
+            too_large = MediaError(f"{describe(url)} is larger than {access.max_bytes} bytes; give a smaller file")
+            if declared.isdigit() and int(declared) > access.max_bytes:
+                raise too_large
+            while block := response.read1(1 << 20):  # what has come, so that drops of it do not add up for ever
                 size += len(block)
                 if size > access.max_bytes:
-                    raise MediaError(f"{describe(url)} is larger than {access.max_bytes} bytes; give a smaller file")
+                    raise too_large
+                if time.monotonic() > ends:
+                    raise OSError(f"only {size} bytes came in {access.patience:.0f} s")
                 spool.write(block)
             if declared.isdigit() and size < int(declared):
                 raise OSError(f"{size} of {declared} bytes came")
     except MediaError:
         spool.close()
         raise
-    except (OSError, ValueError, urllib.error.URLError) as e:
+    except (OSError, ValueError, http.client.HTTPException) as e:  # URLError is an OSError
         spool.close()
-        reason = " ".join(str(getattr(e, "reason", None) or e).split())  # one line
+        reason = " ".join(str(getattr(e, "reason", None) or e).split()) or type(e).__name__  # one line
         raise MediaError(f"{describe(url)} cannot be fetched ({reason}); check the address and the network") from None
     except BaseException:
         spool.close()
@@ -170,7 +181,8 @@ def fetch(source: Any, access: Access = ANYTHING) -> BinaryIO:
     except (OSError, ValueError) as e:
         if isinstance(e, MediaError):
             raise
-        raise MediaError(f"{describe(source)} cannot be opened ({e}); check the path and its permissions") from None
+        why = getattr(e, "strerror", None) or e  # without the whole name once more
+        raise MediaError(f"{describe(source)} cannot be opened ({why}); check the path and its permissions") from None
 
 
 def _not_empty(file: BinaryIO, source: Any) -> BinaryIO:

@@ -12,15 +12,51 @@ from typing import Any
 import numpy as np
 
 from omni_jax import positions as P
-from omni_jax.config import ConfigError, ThinkerConfig
+from omni_jax.config import ConfigError, OmniConfig, ThinkerConfig
 from omni_jax.processing import chat, images, sound
 from omni_jax.processing.images import ImageConfig, Patches, image_config, image_patches
 from omni_jax.processing.media import ANYTHING, Access, MediaError, describe
-from omni_jax.processing.sound import MelConfig, load_sound, log_mel, mel_config
+from omni_jax.processing.sound import MelConfig, Part, load_sound, log_mel, mel_config
 from omni_jax.processing.tokenizer import Tokenizer
 from omni_jax.processing.video import Clip, Sampling, load_clip
 
+MAX_POSITION = 1 << 30  # position ids are int32
 CONTROLS = ("audio", "image", "video", "audio_start", "audio_end", "vision_start", "vision_end")
+
+
+def _read_object(file: pathlib.Path) -> dict[str, Any]:
+    """A JSON object, {} where there is no such file."""
+    try:
+        raw = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as e:
+        raise ConfigError(f"{file} cannot be read as JSON ({e}); fetch it again") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file} must hold a JSON object; fetch it again")
+    return raw
+
+
+def stop_token_ids(path: pathlib.Path, cfg: OmniConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end a reply: of generation_config.json, else of the config, else of the tokenizer.
+
+    Raises:
+      ConfigError: none of them names one.
+    """
+    file = path / "generation_config.json"
+    raw = _read_object(file).get("eos_token_id")
+    if raw is not None:
+        ids = raw if isinstance(raw, list) else [raw]
+        if not ids or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            raise ConfigError(f"{file}: eos_token_id is {raw!r}, no id or list of ids; fetch the file again")
+        return tuple(ids)
+    if cfg.thinker.eos_token_id:
+        return cfg.thinker.eos_token_id
+    token = _read_object(path / "tokenizer_config.json").get("eos_token")
+    name = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(name, str):
+        raise ConfigError(f"{path} names no end of a reply; add eos_token_id to its generation_config.json")
+    return (tokenizer.id(name),)
 
 
 @dataclass(frozen=True)
@@ -75,14 +111,7 @@ class Processor:
         """
         path = pathlib.Path(path)
         file = path / "preprocessor_config.json"
-        raw: Any = {}
-        if file.exists():
-            try:
-                raw = json.loads(file.read_text("utf-8"))
-            except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-                raise ConfigError(f"{file} cannot be read as JSON ({e}); fetch it again") from None
-            if not isinstance(raw, dict):
-                raise ConfigError(f"{file} must hold a JSON object; fetch it again")
+        raw = _read_object(file)
         vision = cfg.vision
         mine = {
             "patch_size": vision.patch_size,
@@ -204,27 +233,41 @@ class Processor:
         if part.kind == "image":
             patches = image_patches(
                 part.source, self.cfg.vision, self.image,
-                min_pixels=options["min_pixels"], max_pixels=options["max_pixels"], access=access,
+                min_pixels=options["min_pixels"], max_pixels=options["max_pixels"],
+                most_tokens=self.cfg.text.max_position_embeddings, access=access,
             )  # fmt: skip
             return _Medium(P.Image(patches.grid), image=patches)
         if part.kind == "audio":
-            start, end = options.get("audio_start"), options.get("audio_end")
-            samples = load_sound(part.source, self.mel.rate, start=start, end=end, access=access)
+            wanted = Part(options.get("audio_start"), options.get("audio_end"), self._most_seconds)
+            samples = load_sound(part.source, self.mel.rate, wanted, access=access)
             mel = log_mel(samples, self.mel, describe(part.source))
             return _Medium(P.Audio(self._tokens(mel, part)), audio=mel)
         names = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels")
         sampling = Sampling(
-            **{n: options[n] for n in names}, start=options.get("video_start"), end=options.get("video_end")
+            **{n: options[n] for n in names},
+            start=options.get("video_start"),
+            end=options.get("video_end"),
+            most_tokens=self.cfg.text.max_position_embeddings,
         )
         clip, track = load_clip(
             part.source, self.cfg.vision, self.image, sampling,
-            with_sound=options["use_audio_in_video"], sound_rate=self.mel.rate, access=access,
+            with_sound=options["use_audio_in_video"], sound_rate=self.mel.rate, most_seconds=self._most_seconds,
+            access=access,
         )  # fmt: skip
+        seconds = clip.seconds_per_grid * clip.grid[0]
+        if seconds * self.cfg.position_id_per_seconds >= MAX_POSITION:
+            name = describe(part.source)
+            raise MediaError(f"{name} lasts {seconds:.3g} s at its fps, beyond all position ids; give a larger fps")
         if track is None:
             return _Medium(P.Video(clip.grid, clip.seconds_per_grid), video=clip)
         mel = log_mel(track, self.mel, f"the sound track of {describe(part.source)}")
         segment = P.AudioVideo(clip.grid, clip.seconds_per_grid, self._tokens(mel, part))
         return _Medium(segment, video=clip, audio=mel)
+
+    @property
+    def _most_seconds(self) -> float:
+        """The longest sound of which the context could hold the tokens: 22 minutes of the published models."""
+        return self.cfg.text.max_position_embeddings / self.cfg.position_id_per_seconds
 
     def _tokens(self, mel: np.ndarray, part: chat.Part) -> int:
         tokens = self.cfg.audio.token_count(len(mel))

@@ -47,25 +47,70 @@ class MelConfig:
 PUBLISHED = MelConfig()
 
 
-def _decode(file: BinaryIO, name: str, missing: str) -> tuple[np.ndarray, int]:
-    """All samples of the first sound track: float32 [samples], mean of the channels, at the file's own rate."""
+@dataclass(frozen=True)
+class Part:
+    """Which part of a sound is wanted.
+
+    Attributes:
+      start, end: seconds; None for the sound's own.
+      most: seconds that the part may last; None for any length.
+    """
+
+    start: float | None = None
+    end: float | None = None
+    most: float | None = None
+
+    def samples(self, rate: float) -> tuple[int, float]:
+        """The first sample and the one after the last."""
+        end = math.inf if self.end is None else max(round(self.end * rate), 0)
+        return round(max(self.start or 0.0, 0.0) * rate), end
+
+    def check(self, name: str, samples: int, rate: float) -> None:
+        """Raises MediaError where the part is longer than it may be."""
+        if self.most is not None and samples > self.most * rate:
+            raise MediaError(
+                f"{name} lasts more than the {self.most:.0f} s that the model's context can hold; give a part of it"
+            )
+
+
+WHOLE = Part()
+
+
+def _decode(file: BinaryIO, name: str, missing: str, part: Part) -> tuple[np.ndarray, int, int]:
+    """The wanted part of the first sound track, or a little more of it.
+
+    What lies before it is not kept and what lies after it is not decoded, so that memory holds for any file.
+
+    Returns:
+      float32 [samples], mean of the channels, at the file's own rate; that rate; how many samples came before.
+    """
     with open_container(file, name, "sound", "WAV or FLAC") as container:
         if not container.streams.audio:
             raise MediaError(f"{name} {missing}")
         stream = container.streams.audio[0]
         blocks: list[np.ndarray] = []
-        rate = 0
+        rate = skipped = total = 0
+        first, last = 0, math.inf
         try:
             for frame in container.decode(stream):
                 if rate and frame.sample_rate != rate:
                     raise MediaError(f"{name} changes its sample rate within; convert it to WAV or FLAC")
                 rate = frame.sample_rate
-                blocks.append(_float(frame.to_ndarray(), frame))
+                first, last = part.samples(rate)
+                if total >= last:
+                    break
+                total += frame.samples
+                if total > first:
+                    blocks.append(_float(frame.to_ndarray(), frame))
+                    part.check(name, int(min(total, last)) - first, rate)
+                else:
+                    skipped = total
         except (av.FFmpegError, OSError) as e:
             raise damaged(name, reason(e)) from None
         samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
-        check_length(name, len(samples) / (rate or 1), declared_seconds(container, stream))
-    return samples, rate
+        if total < last:
+            check_length(name, total / (rate or 1), declared_seconds(container, stream))
+    return samples, rate, skipped
 
 
 def _float(samples: np.ndarray, frame: av.AudioFrame) -> np.ndarray:
@@ -98,9 +143,8 @@ def _from_array(samples: np.ndarray, name: str) -> np.ndarray:
 def load_sound(
     source: Any,
     rate: int = 16000,
+    part: Part = WHOLE,
     *,
-    start: float | None = None,
-    end: float | None = None,
     access: Access = ANYTHING,
     missing: str = MISSING,
 ) -> np.ndarray:
@@ -110,12 +154,13 @@ def load_sound(
       source: a path, bytes or URL (see `media.fetch`) of a sound file or of a clip with sound, or `(samples, rate)`
         with samples [samples] or [samples, channels] of floats or integers.
       rate: samples a second of the result.
-      start, end: seconds; the part in between is taken.
+      part: which part of it.
       missing: what to say of a file without sound.
     Returns:
       float32 [S].
     Raises:
-      MediaError: not sound, no sound track, truncated, zero samples, NaN or infinity, nothing between start and end.
+      MediaError: not sound, no sound track, truncated, zero samples, NaN or infinity, nothing in the wanted part, or
+        more than it may have.
     Source: `librosa.load` as qwen-omni-utils 0.0.9 calls it (mean of the channels, soxr "HQ").
     """
     name = describe(source)
@@ -128,39 +173,30 @@ def load_sound(
         raise MediaError(f"{name} comes without its rate; give (samples, rate)")
     else:
         with fetch(source, access) as file:
-            return read_sound(file, name, rate, start=start, end=end, missing=missing)
-    return prepare(samples, own_rate, rate, name, start, end)
+            return read_sound(file, name, rate, part, missing=missing)
+    return _prepare(samples, own_rate, rate, name, part)
 
 
-def read_sound(
-    file: BinaryIO,
-    name: str,
-    rate: int,
-    *,
-    start: float | None = None,
-    end: float | None = None,
-    missing: str = MISSING,
-) -> np.ndarray:
+def read_sound(file: BinaryIO, name: str, rate: int, part: Part = WHOLE, *, missing: str = MISSING) -> np.ndarray:
     """`load_sound` of an open file."""
-    samples, own_rate = _decode(file, name, missing)
-    return prepare(samples, own_rate, rate, name, start, end)
+    samples, own_rate, skipped = _decode(file, name, missing, part)
+    return _prepare(samples, own_rate, rate, name, part, skipped)
 
 
-def prepare(
-    samples: np.ndarray, own_rate: float, rate: int, name: str, start: float | None = None, end: float | None = None
-) -> np.ndarray:
-    """Checks mono samples, cuts the part from `start` to `end` seconds and resamples it: float32 [S].
+def _prepare(samples: np.ndarray, own_rate: float, rate: int, name: str, part: Part, skipped: int = 0) -> np.ndarray:
+    """Checks mono samples, cuts the wanted part (`skipped` samples came before) and resamples it: float32 [S].
 
     Raises:
       MediaError: see `load_sound`.
     """
-    if not len(samples):
+    first, last = part.samples(own_rate)
+    if not len(samples) and not skipped and last > 0:
         raise MediaError(f"{name} holds no samples; give sound of at least {MIN_FRAMES / 100} s")
-    if start is not None or end is not None:
-        first = round(max(start or 0.0, 0.0) * own_rate)
-        samples = samples[first : None if end is None else max(round(end * own_rate), 0)]
-        if not len(samples):
-            raise MediaError(f"{name} has no sound between {start or 0} s and {end} s; choose times within it")
+    samples = samples[max(first - skipped, 0) : None if math.isinf(last) else max(int(last) - skipped, 0)]
+    if not len(samples):
+        times = f"{part.start or 0} s and {'its end' if part.end is None else f'{part.end} s'}"
+        raise MediaError(f"{name} has no sound between {times}; choose times within it")
+    part.check(name, len(samples), own_rate)
     if not np.isfinite(samples).all():
         raise MediaError(f"{name} has samples that are NaN or infinite; repair the recording")
     if own_rate != rate:

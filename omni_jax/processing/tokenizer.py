@@ -14,7 +14,6 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 # How Qwen2 splits text before merging; `tokenizer.json` carries it, `vocab.json` and `merges.txt` do not.
-from omni_jax.config import ConfigError, OmniConfig
 from omni_jax.errors import InputError
 
 SPLIT = (
@@ -216,34 +215,3 @@ def _from_parts(folder: pathlib.Path) -> tokenizers.Tokenizer:
                 f"{backend.token_to_id(token.content)}; the files do not belong together"
             )
     return backend
-
-
-def _read_object(file: pathlib.Path) -> dict[str, Any]:
-    """A JSON object, {} where there is no such file."""
-    try:
-        raw = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise ConfigError(f"{file} cannot be read as JSON ({e}); fetch it again") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{file} must hold a JSON object; fetch it again")
-    return raw
-
-
-def stop_token_ids(path: pathlib.Path, cfg: OmniConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end a reply: of generation_config.json, else of the config, else of the tokenizer.
-
-    Raises:
-      ConfigError: none of them names one.
-    """
-    raw = _read_object(path / "generation_config.json").get("eos_token_id")
-    if raw is not None:
-        return tuple(raw) if isinstance(raw, list) else (int(raw),)
-    if cfg.thinker.eos_token_id:
-        return cfg.thinker.eos_token_id
-    token = _read_object(path / "tokenizer_config.json").get("eos_token")
-    name = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(name, str):
-        raise ConfigError(f"{path} names no end of a reply; add eos_token_id to its generation_config.json")
-    return (tokenizer.id(name),)

@@ -31,7 +31,7 @@ from omni_jax.processing.images import (
     to_rgb,
 )
 from omni_jax.processing.media import ANYTHING, Access, MediaError, describe, fetch
-from omni_jax.processing.sound import read_sound
+from omni_jax.processing.sound import Part, read_sound
 
 FPS = 2.0
 MIN_FRAMES = 4
@@ -51,6 +51,7 @@ class Sampling:
       min_frames, max_frames: limits of their number (4, 768).
       min_pixels, max_pixels: limits of one frame's size (128·28², 768·28²); the clip's total budget also holds.
       start, end: seconds; the part in between is taken.
+      most_tokens: what a clip may take; None for any number. Known before its frames are kept, so that memory holds.
     """
 
     fps: float | None = None
@@ -60,6 +61,7 @@ class Sampling:
     max_pixels: int | None = None
     start: float | None = None
     end: float | None = None
+    most_tokens: int | None = None
 
 
 DEFAULT = Sampling()
@@ -125,7 +127,11 @@ def frame_range(total: int, native_fps: float, sampling: Sampling, name: str) ->
 def frame_size(
     height: int, width: int, count: int, vision: VisionConfig, sampling: Sampling, name: str = "clip"
 ) -> tuple[int, int]:
-    """(height, width) of `count` resized frames: the frame's limits and the clip's total budget hold."""
+    """(height, width) of `count` resized frames: the frame's limits and the clip's total budget hold.
+
+    Raises:
+      MediaError: limits that contradict each other, or more tokens than `sampling.most_tokens`.
+    """
     factor = vision.patch_size * vision.spatial_merge_size
     unit = factor * factor
     low, high = pixel_limits(
@@ -134,9 +140,16 @@ def frame_size(
     # The budget holds for whatever was asked, but never goes below the least size.
     budget = max(min(FRAME_MAX_TOKENS * unit, TOTAL_TOKENS * unit / count * 2), int(low * 1.05))
     try:
-        return smart_resize(height, width, factor, low, min(high, budget))
+        size = smart_resize(height, width, factor, low, min(high, budget))
     except MediaError as e:
         raise MediaError(f"{name}: {e}") from None
+    tokens = -(-count // vision.temporal_patch_size) * size[0] * size[1] // unit
+    if sampling.most_tokens is not None and tokens > sampling.most_tokens:
+        raise MediaError(
+            f"{name} would take {tokens} tokens, and the model's context holds {sampling.most_tokens}; "
+            "lower fps, max_frames or max_pixels, or give a part of it"
+        )
+    return size
 
 
 def _timeline(container: Any, stream: Any, name: str) -> tuple[list[int], float]:
@@ -155,7 +168,8 @@ def _timeline(container: Any, stream: Any, name: str) -> tuple[list[int], float]
             end = max(end, float((packet.pts + (packet.duration or 0)) * stream.time_base))
     if end:
         check_length(name, end - begin, declared_seconds(container, stream))
-    if len(times) < stream.frames:
+    # AVI also counts the frames that it leaves out; whether it is whole is known from its header.
+    if len(times) < stream.frames and container.format.name != "avi":
         raise damaged(name, f"{len(times)} of {stream.frames} frames are there")
     if not times:
         raise MediaError(f"{name} holds no frames; fetch or save it again")
@@ -221,6 +235,7 @@ def load_clip(
     *,
     with_sound: bool = False,
     sound_rate: int = 16000,
+    most_seconds: float | None = None,
     access: Access = ANYTHING,
 ) -> tuple[Clip, np.ndarray | None]:
     """Reads a clip, keeping only the frames that are sampled, at the size they are used.
@@ -230,6 +245,7 @@ def load_clip(
         `images.load_image`) or an array uint8 [F, H, W, 3], its frames.
       sampling: which frames, of what size.
       with_sound: read its sound track too, cut to the same times.
+      most_seconds: that its sound may last; None for any length.
     Returns:
       The clip, and its sound (float32 [S], at `sound_rate`) or None.
     Raises:
@@ -252,7 +268,8 @@ def load_clip(
                 raise damaged(name, reason(e)) from None
             if with_sound:
                 file.seek(0)
-                sound = read_sound(file, name, sound_rate, start=sampling.start, end=sampling.end, missing=NO_SOUND)
+                part = Part(sampling.start, sampling.end, most_seconds)
+                sound = read_sound(file, name, sound_rate, part, missing=NO_SOUND)
     patches = patchify(frames, vision, config)
     return Clip(patches.pixels, patches.grid, vision.temporal_patch_size / rate), sound
 

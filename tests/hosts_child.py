@@ -1,0 +1,83 @@
+"""Run by test_hosts.py, twice at a time: one of two processes of four virtual devices, which hold one model together.
+Prints one line of JSON.
+
+python -m tests.hosts_child CHECKPOINT FOLDER PORT NUMBER
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+from unittest import mock
+
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+
+import jax
+import numpy as np
+
+from infer import batch
+from omni_jax import PARTS, config, omni
+from omni_jax.checkpoint import load as reading
+from omni_jax.settings import GenerationSettings, SpeechSettings
+from tests import conversations
+
+MESH = "2x4"
+GREEDY = [GenerationSettings(max_new_tokens=n) for n in (9, 6)]
+SPOKEN = [SpeechSettings(temperature=0.0, max_codes=11, watchdog=None), SpeechSettings(seed=3, max_codes=7)]
+
+
+def messages() -> list[Any]:
+    """A picture and a question, and a question alone."""
+    asked = ([conversations._image(56, 84), conversations._text("What is this?")], [conversations._text("Why?")])
+    return [[conversations._user(*content)] for content in asked]
+
+
+def loading(checkpoint: pathlib.Path) -> tuple[omni.Omni, dict[str, Any]]:
+    """The model over the devices of both processes; its slices beside the whole, and the bytes that were read."""
+    read, sizes = reading._read_leaf, []
+
+    def counted(*args: Any) -> Any:
+        sizes.append(read(*args))
+        return sizes[-1]
+
+    with mock.patch.object(reading, "_read_leaf", counted):
+        model = omni.load(checkpoint, parts=PARTS, dtype="float32", mesh=MESH)
+    whole = reading.load_params(checkpoint, config.load_config(checkpoint), parts=PARTS, dtype=np.float32, unroll=False)
+    equal = []
+
+    def compare(mine: jax.Array, full: Any) -> None:
+        full = np.asarray(full)
+        equal.extend(np.array_equal(np.asarray(s.data), full[s.index]) for s in mine.addressable_shards)
+
+    jax.tree.map(compare, model.params, whole)
+    split = [a for a in jax.tree.leaves(model.params) if not a.is_fully_replicated]
+    devices = {d.process_index for a in split for d in a.sharding.device_set}
+    return model, {
+        "equal": all(equal), "shards": len(equal), "hosts": sorted(devices),
+        "read": sum(a.nbytes for a in sizes), "whole": sum(a.nbytes for a in jax.tree.leaves(whole)),
+        "split": sum(a.nbytes for a in split),
+    }  # fmt: skip
+
+
+def main(checkpoint: pathlib.Path, folder: pathlib.Path, port: str, number: str) -> None:
+    """Loads, generates, and runs a batch job, all with the other process."""
+    jax.distributed.initialize(f"localhost:{port}", 2, int(number), initialization_timeout=60)
+    model, loaded = loading(checkpoint)
+    replies = model.generate(messages(), GREEDY, speech=SPOKEN)
+    np.savez(folder / f"waves{number}.npz", *[r.waveform for r in replies])
+    job = batch.Job(
+        checkpoint, folder / "in.jsonl", folder / "two.jsonl", GREEDY[0], SPOKEN[0], dtype="float32", mesh=MESH,
+        media={"use_audio_in_video": False},
+    )  # fmt: skip
+    with mock.patch.object(omni, "load", return_value=model):
+        counts = batch.work(job)
+    out = {"loading": loaded, "ids": [r.token_ids for r in replies], "codes": [r.codes for r in replies]}
+    print(json.dumps(out | {"counts": counts, "devices": [jax.device_count(), jax.local_device_count()]}))
+
+
+if __name__ == "__main__":
+    checkpoint, folder, *rest = sys.argv[1:]
+    main(pathlib.Path(checkpoint), pathlib.Path(folder), *rest)

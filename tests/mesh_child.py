@@ -1,0 +1,229 @@
+"""Run by test_mesh_equal.py in a process of its own: every network and whole generations on eight virtual devices
+beside one. Prints one line of JSON.
+
+python -m tests.mesh_child CHECKPOINT FOLDER
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+
+import jax
+import numpy as np
+
+from infer import batch, bench
+from omni_jax import PARTS, audio, config, generation, load, meshes, omni, speech, talker, token2wav, vision
+from omni_jax.settings import GenerationSettings, SpeechSettings
+from tests import conversations
+
+# Name → (mesh, mesh of speech, LONG_PROMPT or None, whether it speaks).
+LAYOUTS: dict[str, tuple[str, str | None, int | None, bool]] = {
+    "2x2": ("2x2", None, None, False),
+    "2x4": ("2x4", None, None, True),
+    "data, tensor and sequence": ("data=2,tensor=2,sequence=2", None, None, False),
+    "data, fsdp and sequence": ("data=2,fsdp=2,sequence=2", None, None, True),
+    "fsdp and tensor": ("fsdp=2,tensor=4", None, None, False),
+    "long prompts": ("2x4", None, 64, False),
+    "speech apart": ("2x2", "2x2", None, True),
+}
+BENCHED = ("decode", "prefill", "audio", "vision", "talker", "vocoder")
+GREEDY = [GenerationSettings(max_new_tokens=n) for n in (9, 6)]
+SPOKEN = [SpeechSettings(temperature=0.0, max_codes=11, watchdog=None), SpeechSettings(seed=3, max_codes=7)]
+
+
+def prompts(model: omni.Omni) -> list[Any]:
+    """A picture, a clip and a sound in one prompt, and a short text: a batch of unequal lengths."""
+    media = [conversations._image(56, 84), conversations._video(1.2), conversations._audio(2.3)]
+    asked = ([*media, conversations._text("Compare")], [conversations._text("What is a cat?")])
+    return [model.prepare([conversations._user(*content)]) for content in asked]
+
+
+def live(cache: Any, size: int) -> list[np.ndarray]:
+    """Keys and values of the live slots, row by row."""
+    k, v = (np.stack([np.asarray(x) for x in a]) if isinstance(a, tuple) else np.asarray(a) for a in (cache.k, cache.v))
+    start, end = np.asarray(cache.start), int(cache.length)
+    return [a[:, row, :, start[row] : end] for a in (k, v) for row in range(size)]
+
+
+def split(array: Any) -> list[str]:
+    """What each axis is split over; a dash for nothing, and nothing for the last axes that are whole."""
+    names = ["-" if axis is None else str(axis) for axis in array.sharding.spec]
+    return names[: 1 + max((i for i, name in enumerate(names) if name != "-"), default=-1)]
+
+
+@contextlib.contextmanager
+def kept(found: dict[str, list], size: int) -> Iterator[None]:
+    """Keeps what the networks give while a generation runs, and where their arrays lie."""
+
+    def keep(stack: contextlib.ExitStack, module: Any, name: str, what: str, of: Any) -> None:
+        whole = getattr(module, name)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            out = whole(*args, **kwargs)
+            found.setdefault(what, []).extend(of(out, *args))
+            return out
+
+        stack.enter_context(mock.patch.object(module, name, run))
+
+    def read(out: generation.Prefill, *args: Any) -> list:
+        start = np.asarray(out.cache.start)
+        hidden = [np.asarray(a)[row, start[row] :] for a in (out.hidden, out.embeddings) for row in range(size)]
+        if not isinstance(out.cache.k, tuple):
+            found["where"] = [split(out.cache.k), split(out.hidden)]
+        return [*hidden, *live(out.cache, size)]
+
+    def heard(out: talker.TalkerPrefill, *args: Any) -> list:
+        return [*live(out.cache, size), np.asarray(out.last)]
+
+    def drawn(out: jax.Array, params: Any, cfg: Any, codes: Any, lengths: np.ndarray, *args: Any) -> list:
+        """The true frames: what padding holds has no meaning."""
+        return [np.asarray(out)[row, : n * cfg.repeats] for row, n in enumerate(lengths)]
+
+    with contextlib.ExitStack() as stack:
+        keep(stack, vision, "vision_features", "vision", lambda out, *args: [out])
+        keep(stack, audio, "audio_features", "audio", lambda out, *args: [out])
+        keep(stack, generation, "prefill", "thinker prefill", read)
+        keep(stack, generation, "advance", "thinker decode", lambda out, *args: live(out[0].cache, size))
+        keep(stack, talker, "prefill", "talker prefill", heard)
+        keep(stack, talker, "advance", "talker decode", lambda out, *args: live(out[0].cache, size))
+        keep(stack, token2wav, "sample_mel", "dit", drawn)
+        keep(stack, token2wav, "vocode_mel", "bigvgan", lambda out, *args: [np.asarray(out)])
+        yield
+
+
+def error(a: np.ndarray, b: np.ndarray) -> float:
+    """Largest difference, in parts of the largest value."""
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
+
+
+def answer(model: omni.Omni, speaks: bool = True) -> tuple[dict[str, list], list[Any]]:
+    """What the networks gave for the batch, and the replies."""
+    asked = prompts(model)
+    found: dict[str, list] = {}
+    with kept(found, len(asked)):
+        replies = model.answer(asked, GREEDY, SPOKEN if speaks else None)
+    counts = {what: len(arrays) for what, arrays in found.items()}
+    assert all(counts.values()), counts
+    return found, replies
+
+
+def guarded() -> Any:
+    """`talker.reply_vectors` that first looks whether an array of the host may enter a program unasked."""
+    whole, held = talker.reply_vectors, []
+
+    def run(*args: Any) -> Any:
+        try:
+            jax.jit(lambda x: x + 1)(np.ones(3))
+            held.append(False)
+        except jax.errors.JaxRuntimeError as e:
+            held.append("Disallowed host-to-device transfer" in str(e))
+        return whole(*args)
+
+    return mock.patch.object(talker, "reply_vectors", run), held
+
+
+def side_by_side(checkpoint: pathlib.Path, folder: pathlib.Path, model: omni.Omni) -> dict[str, Any]:
+    """A batch job on stages apart: the first batch is not spoken before the second one is being written."""
+    lines = [[conversations._user(conversations._text(t))] for t in ("What is a cat?", "Why?", "Who are you?", "How?")]
+    (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    job = batch.Job(
+        checkpoint, folder / "in.jsonl", folder / "out.jsonl", GREEDY[0], SPOKEN[0], dtype="float32", batch_size=2,
+        media={"use_audio_in_video": False}, mesh="2x2", speech_mesh="2x2",
+    )  # fmt: skip
+    speaking, writing, events = threading.Event(), threading.Event(), []
+    say, advance = speech.Speech.say, generation.advance
+    main = threading.get_ident()
+
+    def slow_say(self: Any, *args: Any) -> Any:
+        events.append("said" if threading.get_ident() == main else "said in a thread")
+        if len(events) == 1:
+            speaking.set()
+            # It goes on when the Thinker writes; were it not to, until then, this would time out.
+            events.append("the Thinker wrote meanwhile" if writing.wait(120) else "nothing was written meanwhile")
+        return say(self, *args)
+
+    def seen_advance(*args: Any) -> Any:
+        if speaking.is_set():
+            writing.set()
+        return advance(*args)
+
+    with (
+        mock.patch.object(speech.Speech, "say", slow_say), mock.patch.object(generation, "advance", seen_advance),
+        mock.patch.object(omni, "load", return_value=model),
+    ):  # fmt: skip
+        counts = batch.work(job)
+    records = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    return {
+        "counts": counts, "events": events, "codes": [r["codec_ids"] for r in records],
+        "ids": [r["token_ids"] for r in records], "files": [pathlib.Path(r["speech"]).exists() for r in records],
+    }  # fmt: skip
+
+
+def benchmark() -> dict[str, Any]:
+    """Ours over eight devices, the reference on one: all stages but the long ones, and where a weight lies."""
+    cfg = config.preset("nano")
+    head = bench.SharedWeights(cfg, "thinker.").tree(meshes.place(cfg, "2x4"))["lm_head"]["weight"]
+    rows = bench.run(BENCHED, preset="nano", pairs=1, layers=2, mesh="2x4", progress=False)
+    return {"stages": [r.stage for r in rows], "seconds": [r.summary()["jax_s"] for r in rows],
+            "head": str(head.sharding.spec), "sum": float(np.asarray(head, np.float64).sum()),
+            "want": float(bench.SharedWeights(cfg, "thinker.lm_head.").arrays["thinker.lm_head.weight"]
+                          .astype(np.float64).sum())}  # fmt: skip
+
+
+def main(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
+    """All comparisons, as JSON."""
+    one = load(checkpoint, parts=PARTS, dtype="float32")
+    want, replies = answer(one)
+    print("one device", time.process_time(), file=sys.stderr)
+    out: dict[str, Any] = {"devices": jax.device_count(), "layouts": {}, "seconds": {}}
+    for name, (mesh, speech_mesh, long, speaks) in LAYOUTS.items():
+        began = time.perf_counter()
+        with mock.patch.object(meshes, "LONG_PROMPT", long or meshes.LONG_PROMPT):
+            meshes._rules.cache_clear()
+            parts = PARTS if speaks else ("thinker",)
+            model = load(checkpoint, parts=parts, dtype="float32", mesh=mesh, speech_mesh=speech_mesh)
+            guard, held = guarded()
+            with guard if speech_mesh is not None else contextlib.nullcontext():
+                got, made = answer(model, speaks)
+        meshes._rules.cache_clear()
+        where = got.pop("where")
+        out["layouts"][name] = {
+            "errors": {what: max(map(error, got[what], want[what])) for what in got},
+            "counts equal": all(len(got[what]) == len(want[what]) for what in got),
+            "ids": [r.token_ids == w.token_ids for r, w in zip(made, replies, strict=True)],
+            "codes": [r.codes == w.codes for r, w in zip(made, replies, strict=True)],
+            "lengths": [len(r.codes or ()) for r in made],
+            "sound": max(error(r.waveform, w.waveform) for r, w in zip(made, replies, strict=True)) if speaks else None,
+            "where": where, "guarded": held,
+            "devices": {part: sorted(d.id for d in jax.tree.leaves(tree)[0].sharding.device_set)
+                        for part, tree in model.params.items()},
+        }  # fmt: skip
+        out["seconds"][name] = time.perf_counter() - began
+        print(name, out["seconds"][name], time.process_time(), file=sys.stderr, flush=True)
+    began = time.perf_counter()
+    out["side by side"] = side_by_side(checkpoint, folder, model)
+    texts = [[conversations._user(conversations._text(t))] for t in ("What is a cat?", "Why?", "Who are you?", "How?")]
+    alone = [r for i in (0, 2) for r in one.generate(texts[i : i + 2], GREEDY[0], speech=SPOKEN[0])]
+    out["on one device"] = {"ids": [r.token_ids for r in alone], "codes": [r.codes for r in alone]}
+    out["seconds"]["side by side"] = time.perf_counter() - began
+    print("side by side", time.process_time(), file=sys.stderr)
+    began = time.perf_counter()
+    out["bench"] = benchmark()
+    out["seconds"]["bench"] = time.perf_counter() - began
+    print(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main(*map(pathlib.Path, sys.argv[1:]))

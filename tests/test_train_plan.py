@@ -1,0 +1,37 @@
+"""A step compiled for a TPU that is not there."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from tests.ahead import needs_compiler
+
+pytestmark = needs_compiler
+
+
+def test_the_command_prints_a_plan(checkpoint, tmp_path, monkeypatch, capsys):
+    from omni_jax import cli
+
+    file = tmp_path / "run.py"
+    file.write_text(
+        "from train.config import *\ndef get_config():\n    return Run('nano', 'o', Data('x.jsonl', sequence=256), "
+        "{'thinker.model': 1e-5}, mesh='fsdp=4')\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["omni-jax", "finetune", "--config", str(file), "--plan", "v5e:2x2"])
+    cli.main()
+    told = json.loads(capsys.readouterr().out)
+    assert told["topology"] == "v5e:2x2"
+    assert 0 < told["arguments_gib"] < told["peak_gib"] < 1
+    assert told["step_gib"] > told["arguments_gib"]
+    assert told["collectives"]["all-gather"] > 0
+    for changes, message in ((["--set", "mesh=None"], "a plan needs a mesh"), (["--set", "model=none"], "none")):
+        monkeypatch.setattr(sys, "argv", ["omni-jax", "finetune", "--config", str(file), "--plan", "v5e:2x2", *changes])
+        with pytest.raises(SystemExit) as e:
+            cli.main()
+        said = capsys.readouterr().err
+        assert e.value.code == 2
+        assert message in said
+        assert said.count("\n") == 1
