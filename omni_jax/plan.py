@@ -78,11 +78,11 @@ CHIPS: Mapping[str, Chip] = {
     "h200": _gpu(143771, 4800e9, 989e12, 67e12),
 }
 
-# What of the working memory lies in the chip's fast memory instead: a v5e and a v6e have 128 MiB of it. (Only a prefill
-# needs more than that and has nothing else to keep there.)
-FAST: Mapping[str, int] = {"prefill": 128 << 20}
+# The fast memory of a v5e or a v6e, where working memory may lie instead; of a prefill as much as fits does.
+FAST_MEMORY = 128 << 20
+FAST: Mapping[str, int] = {"prefill": FAST_MEMORY}
 # Working memory of a program: the sum of coefficient × quantity (see the function of each program), in bytes.
-# `make plan-fit` prints this table.
+# `make plan-fit` prints this table. (The line of BigVGAN is an estimate: its program takes very long to compile.)
 WORKING: Mapping[str, Mapping[str, float]] = {
     "prefill": {"mlp": 2.084, "rows": 0.3168, "summed": 2.213, "gathered": 4.384},
     "decode": {"one": 2.13e06, "logits": 0.4115, "relaid": 0.9975, "gathered": 0},
@@ -196,11 +196,12 @@ def _relaid(rows: int, columns: int, itemsize: int, layers: int = 1) -> int:
 
 def _relaid_decoder(d: DecoderConfig, rules: Rules, sizes: Sizes, table: int, itemsize: int) -> int:
     """What of a decoder is copied so before its layers are scanned for one token: what the next product or look-up
-    reads along features that the mesh splits."""
+    reads along features that the mesh splits. Copies that fit the chip's fast memory together lie there."""
     heads = d.num_attention_heads * d.head_dim // ways(sizes, rules, "act_proj")
     stacks = [d.intermediate_size // ways(sizes, rules, "act_mlp"), heads]
     copied = sum(_relaid(d.hidden_size, columns, itemsize, d.num_hidden_layers) for columns in stacks)
-    return copied + _relaid(d.vocab_size, table // ways(sizes, rules, "table"), itemsize)
+    copied += _relaid(d.vocab_size, table // ways(sizes, rules, "table"), itemsize)
+    return copied if copied > FAST_MEMORY else 0
 
 
 def prefill(
