@@ -65,8 +65,8 @@ def _cases(*rows: Any) -> tuple[Case, ...]:
 # Sizes: prefill batch, tokens, slots; decode batch, slots; vision frames, windows; audio chunks; dit and bigvgan rows,
 # codes.
 FITTED = _cases(
-    ("thinker prefill", "3b", "v5e:1x1", "", (1, 1024, 2048)),
     ("thinker prefill", "3b", "v5e:1x1", "", (8, 1024, 2048)),
+    ("thinker prefill", "7b", "v6e:1x1", "", (2, 2048, 3072)),
     ("thinker prefill", "3b", "v5e:2x4", "", (8, 1024, 2048)),
     ("thinker prefill", "3b", "v5e:2x2", "fsdp=4", (4, 1024, 2048)),
     ("thinker decode", "3b", "v5e:1x1", "", (32, 4096)),
@@ -82,16 +82,16 @@ FITTED = _cases(
 )
 HELD_OUT = _cases(
     ("thinker prefill", "3b", "v5e:1x1", "", (1, 4096, 6144)),
-    ("thinker prefill", "7b", "v6e:1x1", "", (2, 2048, 3072)),
+    ("thinker prefill", "3b", "v5e:1x1", "", (1, 1024, 2048)),
     ("thinker prefill", "3b", "v5e:2x2", "", (4, 2048, 3072)),
-    ("thinker prefill", "7b", "v5e:2x4", "", (4, 2048, 3072)),
-    ("thinker decode", "3b", "v5e:1x1", "", (1, 8192)),
+    ("thinker prefill", "7b", "v6e:2x4", "", (8, 1024, 2048)),
+    ("thinker decode", "3b", "v5e:1x1", "", (4, 8192)),
     ("thinker decode", "7b", "v6e:1x1", "", (8, 8192)),
     ("thinker decode", "3b", "v6e:2x4", "", (64, 4096)),
     ("thinker decode", "7b", "v5e:2x4", "", (8, 16384)),
     ("thinker decode", "3b", "v5e:2x2", "fsdp=4", (8, 4096)),
     ("talker prefill", "3b", "v5e:1x1", "", (4, 1026, 2048)),
-    ("talker decode", "7b", "v5e:2x4", "", (8, 4096)),
+    ("talker decode", "7b", "v5e:2x4", "", (16, 4096)),
     ("talker decode", "3b", "v5e:1x1", "", (1, 2048)),
     ("vision", "3b", "v5e:1x1", "", (2, 24)),
     ("vision", "7b", "v6e:1x1", "", (1, 64)),
@@ -196,7 +196,7 @@ def fit(measured: Mapping[Case, Measured]) -> dict[str, dict[str, float]]:
     by_kind: dict[str, list[tuple[plan.Use, float, float]]] = defaultdict(list)
     for case, found in measured.items():
         _, use, total = built(case)
-        rest = found.total - (total - use.working)
+        rest = found.total - (total - use.working) + plan.FAST.get(case.kind.rpartition(" ")[2], 0)
         by_kind[case.kind.rpartition(" ")[2]].append((use, rest, found.total))
     out = {}
     for kind, rows in by_kind.items():

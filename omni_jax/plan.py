@@ -78,12 +78,15 @@ CHIPS: Mapping[str, Chip] = {
     "h200": _gpu(143771, 4800e9, 989e12, 67e12),
 }
 
+# The fast memory of a v5e or a v6e, where working memory may lie instead; of a prefill as much as fits does.
+FAST_MEMORY = 128 << 20
+FAST: Mapping[str, int] = {"prefill": FAST_MEMORY}
 # Working memory of a program: the sum of coefficient × quantity (see the function of each program), in bytes.
-# `make plan-fit` prints this table.
+# `make plan-fit` prints this table. (The line of BigVGAN is an estimate: its program takes very long to compile.)
 WORKING: Mapping[str, Mapping[str, float]] = {
-    "prefill": {"one": 0, "mlp": 0.8312, "rows": 0.5984, "gathered": 1.798},
-    "decode": {"one": 2.13e06, "logits": 0.4115, "relaid": 1.021, "gathered": 0},
-    "vision": {"one": 0, "mlp": 1.681, "relaid": 0.9995},
+    "prefill": {"mlp": 2.084, "rows": 0.3168, "summed": 2.213, "gathered": 4.384},
+    "decode": {"one": 2.13e06, "logits": 0.4115, "relaid": 0.9975, "gathered": 0},
+    "vision": {"one": 0, "mlp": 1.681, "relaid": 0.9952},
     "audio": {"one": 0, "mlp": 0.001713},
     "dit": {"one": 0, "stream": 11.67},
     "bigvgan": {"one": 0, "samples": 100},
@@ -119,11 +122,12 @@ class Use:
 
 
 def _use(
-    kind: str, name: str, part: str, reads: Sequence[str], cache: float, arrays: float, **quantities: float
-) -> Use:
+    kind: str, name: str, part: str, reads: Sequence[str], cache: float, arrays: float, least: int = 0,
+    **quantities: float,
+) -> Use:  # fmt: skip
     quantities = {"one": 1.0, **quantities}
-    working = sum(factor * quantities[q] for q, factor in WORKING[kind].items())
-    return Use(name, STAGE[part], (part, tuple(reads)), int(cache), int(arrays), quantities, max(0, int(working)))
+    working = sum(factor * quantities[q] for q, factor in WORKING[kind].items()) - FAST.get(kind, 0)
+    return Use(name, STAGE[part], (part, tuple(reads)), int(cache), int(arrays), quantities, max(least, int(working)))
 
 
 def total_bytes(cfg: OmniConfig, sizes: Sizes, use: Use, itemsize: int) -> int:
@@ -181,12 +185,23 @@ def _gathered(rules: Rules, sizes: Sizes, rows: int, columns: int, itemsize: int
     return rows * columns * itemsize // ways(sizes, rules, "act_mlp")
 
 
-def _relaid(layers: int, width: int, hidden: int, split: int, itemsize: int) -> float:
-    """Bytes of the stacks of a gated MLP that a TPU's compiler copies into another layout before it scans them: those
-    whose local hidden features are not whole tiles: lanes in the down projection, sublanes in the other two."""
-    local = hidden // split
-    stacks = (1 if local % LANES else 0) + (2 if local % (SUBLANE_BYTES // itemsize) else 0)
-    return stacks * layers * width * hidden * itemsize / split
+def _relaid(rows: int, columns: int, itemsize: int, layers: int = 1) -> int:
+    """Bytes of the copy that a TPU's compiler makes of local matrices [rows, columns] that are not whole tiles, lanes
+    by sublanes; it is padded to them. 0 where they are."""
+    sublanes = SUBLANE_BYTES // itemsize
+    if columns % LANES == 0 and rows % sublanes == 0:
+        return 0
+    return layers * -(-rows // sublanes) * sublanes * -(-columns // LANES) * LANES * itemsize
+
+
+def _relaid_decoder(d: DecoderConfig, rules: Rules, sizes: Sizes, table: int, itemsize: int) -> int:
+    """What of a decoder is copied so before its layers are scanned for one token: what the next product or look-up
+    reads along features that the mesh splits. Copies that fit the chip's fast memory together lie there."""
+    heads = d.num_attention_heads * d.head_dim // ways(sizes, rules, "act_proj")
+    stacks = [d.intermediate_size // ways(sizes, rules, "act_mlp"), heads]
+    copied = sum(_relaid(d.hidden_size, columns, itemsize, d.num_hidden_layers) for columns in stacks)
+    copied += _relaid(d.vocab_size, table // ways(sizes, rules, "table"), itemsize)
+    return copied if copied > FAST_MEMORY else 0
 
 
 def prefill(
@@ -218,9 +233,13 @@ def prefill(
         reads = ("model", "thinker_to_talker_proj")
         arrays = seen + ids + 2 * tokens * cfg.talker.embedding_size * itemsize
     split = ways(sizes, rules, "act_mlp")
+    # The copy of the Thinker's table is gone when the layers run.
+    copied = _relaid(d.vocab_size, d.hidden_size // ways(sizes, rules, "table"), itemsize) if part == "thinker" else 0
     return _use(
-        "prefill", f"{part} prefill", part, reads, cache, arrays,
+        "prefill", f"{part} prefill", part, reads, cache, arrays, copied,
         mlp=tokens * d.intermediate_size * itemsize / split,
+        # Residual streams in float32, which devices sum up where each has a share of a product.
+        summed=tokens * d.hidden_size * FLOAT if split > 1 else 0,
         # The new keys and values of all layers, before they are padded to the cache.
         rows=2 * d.num_hidden_layers * batch * length * d.num_key_value_heads * d.head_dim
         * (cache_itemsize or itemsize) / ways(sizes, rules, "attend_batch", "act_kv_heads"),
@@ -244,17 +263,17 @@ def decode(
     arrays = batch * d.vocab_size // ways(sizes, rules, "batch", "act_vocab")
     if part == "thinker":
         reads: tuple[str, ...] = ("model",) if d.tie_word_embeddings else ("model", "lm_head")
+        table = d.hidden_size
         arrays += LOOP_STEPS * batch * (d.hidden_size * itemsize + 2 * FLOAT * (1 + MAX_LOGPROBS))
     else:
         assert cfg.talker is not None
         reads = ("model", "thinker_to_talker_proj", "codec_head")
-        arrays += rows * reply * cfg.talker.embedding_size * itemsize
+        table = cfg.talker.embedding_size
+        arrays += rows * reply * table * itemsize
     return _use(
         "decode", f"{part} decode", part, reads, cache, arrays,
         logits=rows * d.vocab_size * FLOAT / ways(sizes, rules, "act_vocab"),
-        relaid=_relaid(
-            d.num_hidden_layers, d.hidden_size, d.intermediate_size, ways(sizes, rules, "act_mlp"), itemsize
-        ),
+        relaid=_relaid_decoder(d, rules, sizes, table, itemsize),
         gathered=_gathered(rules, sizes, d.intermediate_size, d.hidden_size, itemsize),
     )  # fmt: skip
 
@@ -270,7 +289,8 @@ def vision(cfg: OmniConfig, sizes: Sizes, frames: int, windows: int, itemsize: i
     return _use(
         "vision", "vision tower", "thinker", ("visual",), 0, arrays,
         mlp=local * v.intermediate_size * itemsize / split,
-        relaid=_relaid(v.depth, v.hidden_size, v.intermediate_size, split, itemsize),
+        relaid=2 * _relaid(v.intermediate_size // split, v.hidden_size, itemsize, v.depth)
+        + _relaid(v.hidden_size, v.intermediate_size // split, itemsize, v.depth),
     )  # fmt: skip
 
 
