@@ -154,10 +154,11 @@ class Omni:
 
         return run
 
-    def _batch(self, prompts: Sequence[Prompt], width: int) -> generation.PromptBatch:
-        """Left-pads the prompts to `width`, their bucket; spare rows repeat the first."""
+    def _batch(self, prompts: Sequence[Prompt]) -> generation.PromptBatch:
+        """Left-pads the prompts to their bucket; spare rows repeat the first."""
         vectors, index = self.encode_media(prompts)
         size = buckets.bucket(len(prompts), buckets.BATCH)
+        width = _width(prompts)
         ids = np.zeros((size, width), np.int32)
         positions = np.zeros((3, size, width), np.int32)
         start, after = np.zeros(size, np.int32), np.zeros(size, np.int32)
@@ -214,10 +215,10 @@ class Omni:
         clock = time.perf_counter
         begin = clock()
         cfg, params = self.config.thinker, self.params["thinker"]
-        width = buckets.bucket(max(len(p.ids) for p in prompts), buckets.PROMPT)
+        width = _width(prompts)
         capacity = thinker_slots(width, max(s.max_new_tokens for s in settings), self.context)
         self.guard.request(prompts, width, capacity, settings, recorder is not None)
-        batch = self._batch(prompts, width)
+        batch = self._batch(prompts)
         encoded = clock()
         sampling = self._sampling(settings, len(batch.start))
         builders = [
@@ -417,6 +418,11 @@ class Omni:
         if any(each):
             self.speech.check(each)
         return each
+
+
+def _width(prompts: Sequence[Prompt]) -> int:
+    """The bucket of the longest prompt."""
+    return buckets.bucket(max(len(p.ids) for p in prompts), buckets.PROMPT)
 
 
 def _exhaust(loop: Any) -> list[Reply]:
