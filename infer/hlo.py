@@ -378,12 +378,16 @@ class Module:
             kind = i.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
-            key = i.attribute("channel_id") or i.name
+            # Collectives that were written out may share a number with one of another kind.
+            key = kind, i.attribute("channel_id") or i.name
             if key in seen:
                 continue
             seen.add(key)
-            # A start's result also names its operands.
-            arrays = i.arrays[len(i.arrays) // 2 :] if i.opcode.endswith("-start") and len(i.arrays) > 1 else i.arrays
+            arrays = i.arrays
+            if i.opcode.endswith("-start") and len(arrays) > 1:
+                # A start's result also names its operands, and semaphores behind them.
+                arrays = [a for a in arrays if (a.dtype, a.dims) != ("u32", ())]
+                arrays = arrays[len(arrays) // 2 :]
             out.append(Collective(kind, sum(a.bytes for a in arrays), times, depth))
         return out
 
