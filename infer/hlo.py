@@ -386,7 +386,7 @@ class Module:
             arrays = i.arrays
             if i.opcode.endswith("-start") and len(arrays) > 1:
                 # A start's result also names its operands, and semaphores behind them.
-                arrays = [a for a in arrays if (a.dtype, a.dims) != ("u32", ())]
+                arrays = tuple(a for a in arrays if (a.dtype, a.dims) != ("u32", ()))
                 arrays = arrays[len(arrays) // 2 :]
             out.append(Collective(kind, sum(a.bytes for a in arrays), times, depth))
         return out
