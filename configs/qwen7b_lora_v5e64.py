@@ -4,7 +4,8 @@
 
 On every host, with `--coordinator auto`.
 
-What a step needs, compiled without the chips:
+The compiler's peak is 5.92 GiB a chip, 3.01 of them state, weights and batch. A step moves 408 GiB to and from a chip's
+memory and runs 1,040 collectives (953 all-gather, 87 all-reduce). To compile it again without the chips:
 
     omni-jax finetune --config configs/qwen7b_lora_v5e64.py --plan v5e:8x8
 """

@@ -27,7 +27,12 @@ def test_the_command_prints_a_plan(checkpoint, tmp_path, monkeypatch, capsys):
     assert told["arguments_gib"] < told["peak_gib"] < 1
     assert 0 < told["step_gib"] < 1
     assert told["collectives"]["all-gather"] > 0
-    for changes, message in ((["--set", "mesh=None"], "a plan needs a mesh"), (["--set", "model=none"], "none")):
+    large = ["--set", "model=Qwen2.5-Omni-3B", "--set", "data.batch=64", "--set", "remat='none'"]
+    for changes, message in (
+        (["--set", "mesh=None"], "a plan needs a mesh"),
+        (["--set", "model=none"], "none"),
+        (large, "does not fit 4 × TPU v5 lite"),
+    ):
         monkeypatch.setattr(sys, "argv", ["omni-jax", "finetune", "--config", str(file), "--plan", "v5e:2x2", *changes])
         with pytest.raises(SystemExit) as e:
             cli.main()

@@ -46,7 +46,7 @@ def compile_step(run: Run, cfg: OmniConfig, devices: Sequence[Any]) -> Any:
       cfg: the model.
       devices: of a topology.
     Raises:
-      RunError: the run names no mesh, or trains what has no rows of tokens.
+      RunError: the run names no mesh, trains what has no rows of tokens, or needs more memory than the devices have.
     """
     if run.mesh is None or run.task in ("token2wav", "vocoder"):
         raise RunError(f"a plan needs a mesh (it is {run.mesh!r}) and a task on text or codes (it is {run.task!r})")
@@ -57,4 +57,14 @@ def compile_step(run: Run, cfg: OmniConfig, devices: Sequence[Any]) -> Any:
 
     state = at(trainer.state_shapes(), trainer.state_shardings())
     frozen, base = trainer.frozen_shapes(), trainer.base_shapes()
-    return trainer.step.lower(state, frozen, base, batch_shapes(trainer)).compile()
+    lowered = trainer.step.lower(state, frozen, base, batch_shapes(trainer))
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        said = " ".join(str(e).split())
+        if "RESOURCE_EXHAUSTED" not in said:
+            raise
+        raise RunError(
+            f"a step of this run does not fit {len(devices)} × {devices[0].device_kind}: {said[:200]}; "
+            "lay it over a larger fsdp axis, or lower data.batch or data.sequence"
+        ) from None
