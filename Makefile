@@ -87,6 +87,7 @@ plans: $(VENV)/.installed-test
 	for c in configs/*_v5e8.py; do $(BIN)/omni-jax finetune --config $$c --plan v5e:2x4; done
 	for c in configs/*_v6e8.py; do $(BIN)/omni-jax finetune --config $$c --plan v6e:2x4; done
 	for c in configs/*_v5e64.py; do $(BIN)/omni-jax finetune --config $$c --plan v5e:8x8; done
+	$(BIN)/omni-jax finetune --config configs/qwen3b_full_v5e64.py --set mesh=fsdp=16 --set data.batch=16 --plan v5e:4x4
 
 # Of omni-jax plan: the coefficients in omni_jax/plan.py, and the table of docs/plan.md. The TPU compiler must be
 # installed; each takes the better part of an hour and goes on where it was cut off.

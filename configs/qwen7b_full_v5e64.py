@@ -4,7 +4,9 @@
 
 On every host, with `--coordinator auto`.
 
-What a step needs, compiled without the chips:
+The compiler's peak is 10.30 GiB a chip, 5.32 of them state, weights and batch. A step moves 379 GiB to and from a
+chip's memory and runs 770 collectives (483 all-gather, 259 all-reduce, 28 collective-permute). To compile it again
+without the chips:
 
     omni-jax finetune --config configs/qwen7b_full_v5e64.py --plan v5e:8x8
 """
@@ -21,5 +23,5 @@ def get_config() -> Run:
         rates={"thinker.model": 1e-5, "thinker.lm_head": 1e-5},
         optimizer=Optimizer("adamw", warmup=100, weight_decay=0.01),
         steps=1000,
-        mesh="data=8,fsdp=8",
+        mesh="data=4,fsdp=16",
     )
