@@ -22,6 +22,7 @@ import jax
 from infer import programs as P
 from infer import targets
 from infer.copies import Copy, weight_copies
+from infer.depth import cut
 from infer.hlo import Collective, Module
 from omni_jax import buckets, generation, meshes
 from omni_jax import config as C
@@ -241,9 +242,8 @@ def run(
     from rich.progress import Progress
 
     from infer import goals
-    from infer.bench import shallow
 
-    cfg = shallow(C.preset(preset), layers)
+    cfg = cut(C.preset(preset), layers)
     devices = targets.topology(topology)
     placement = meshes.place(cfg, mesh or targets.mesh_name(topology), devices=devices)
     programs = listed(cfg, placement)

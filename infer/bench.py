@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from infer.depth import cut
 from omni_jax import audio, buckets, generation, vision
 from omni_jax import config as C
 from omni_jax.checkpoint import keys
@@ -332,23 +333,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def shallow(cfg: C.OmniConfig, layers: int | None) -> C.OmniConfig:
-    """The configuration with each stack cut to `layers`, widths as they are."""
-    if layers is None:
-        return cfg
-    t = cfg.thinker
-    full = tuple(i for i in t.vision.fullatt_block_indexes if i < layers)
-    return dataclasses.replace(
-        cfg,
-        thinker=dataclasses.replace(
-            t,
-            text=dataclasses.replace(t.text, num_hidden_layers=min(layers, t.text.num_hidden_layers)),
-            audio=dataclasses.replace(t.audio, encoder_layers=min(layers, t.audio.encoder_layers)),
-            vision=dataclasses.replace(t.vision, depth=min(layers, t.vision.depth), fullatt_block_indexes=full),
-        ),
-    )
-
-
 def run(
     stages: Iterable[str] = STAGES, *, preset: str = "3b", pairs: int = 7, layers: int | None = None,
     mesh: str | None = None, progress: bool = True,
@@ -370,7 +354,7 @@ def run(
     from rich.console import Console
     from rich.progress import Progress
 
-    cfg = shallow(C.preset(preset), layers)
+    cfg = cut(C.preset(preset), layers)
     placement = None if mesh is None else place(cfg, mesh)
     stages = [s for s in (*STAGES, *SPEECH_STAGES) if s in stages]
     rows: list[Row] = []

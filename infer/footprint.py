@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from infer.bench import SharedWeights, machine, measured
+from infer.depth import cut
 from omni_jax import buckets, vision
 from omni_jax import config as C
 from omni_jax.cache import init_cache
@@ -85,16 +86,10 @@ def _generation(model: pathlib.Path) -> dict[str, Any]:
 
 def encode_clip(preset: str, seconds: float, layers: int | None) -> None:
     """The vision tower over a clip of random frames at the default sampling; run in a process of its own."""
-    import dataclasses
-
     import ml_dtypes
 
-    cfg = C.preset(preset)
+    cfg = cut(C.preset(preset), layers)
     part = cfg.thinker.vision
-    if layers is not None:
-        full = tuple(i for i in part.fullatt_block_indexes if i < layers)
-        part = dataclasses.replace(part, depth=layers, fullatt_block_indexes=full)
-        cfg = dataclasses.replace(cfg, thinker=dataclasses.replace(cfg.thinker, vision=part))
     params = SharedWeights(cfg, "thinker.visual.").tree()
     side = SIDE // part.patch_size
     grid = (round(seconds * FPS) // part.temporal_patch_size, side, side)

@@ -24,6 +24,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from infer import programs as P
+from infer.depth import cut
 from omni_jax import config as C
 from omni_jax import meshes, plan
 
@@ -102,30 +103,13 @@ HELD_OUT = _cases(
 )
 
 
-def cut(cfg: C.OmniConfig, layers: int) -> C.OmniConfig:
-    """Every stack cut to so many layers, the last of them with the widest view; 0 leaves all as it is."""
-    if not layers:
-        return cfg
-    t, k, w = cfg.thinker, cfg.talker, cfg.token2wav
-    assert k is not None
-    assert w is not None
-    thinker = dataclasses.replace(
-        t, text=dataclasses.replace(t.text, num_hidden_layers=layers),
-        vision=dataclasses.replace(t.vision, depth=layers, fullatt_block_indexes=(layers - 1,)),
-        audio=dataclasses.replace(t.audio, encoder_layers=layers),
-    )  # fmt: skip
-    talker = dataclasses.replace(k, decoder=dataclasses.replace(k.decoder, num_hidden_layers=layers))
-    dit = dataclasses.replace(w.dit, num_hidden_layers=layers, look_ahead_layers=(0,), look_backward_layers=(0,))
-    return C.OmniConfig(thinker, talker, dataclasses.replace(w, dit=dit))
-
-
 def built(case: Case, cfg: C.OmniConfig | None = None) -> tuple[P.Program, plan.Use, int]:
     """The program to compile, what the plan says of it, and the bytes that it says it needs on one device.
 
     Args:
       cfg: instead of the preset.
     """
-    cfg = cfg or cut(C.preset(case.model), case.layers)
+    cfg = cfg or cut(C.preset(case.model), case.layers or None)
     place = meshes.place(cfg, case.mesh or case.topology.partition(":")[2], devices=P.topology(case.topology))
     sizes, part = dict(place.thinker.shape), case.kind.partition(" ")[0]
     program, use = _built(case.kind, part, cfg, place, sizes, case.sizes)

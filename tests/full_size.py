@@ -9,7 +9,6 @@ in a process of its own, which reports its VmHWM. The scratch folder needs room 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import filecmp
 import json
 import os
@@ -67,24 +66,11 @@ def copy(src: pathlib.Path, dst: pathlib.Path) -> float:
 
 def do_init(path: str, preset: str, layers: str = "") -> None:
     """A random checkpoint; `layers` cuts every stack of the model to so many."""
+    from infer.depth import cut
     from omni_jax import config as C
     from omni_jax.checkpoint.publish import write_random
 
-    cfg = C.preset(preset)
-    if layers:
-        n = int(layers)
-        t, k, w = cfg.thinker, cfg.talker, cfg.token2wav
-        assert k is not None
-        assert w is not None
-        thinker = dataclasses.replace(
-            t, text=dataclasses.replace(t.text, num_hidden_layers=n),
-            vision=dataclasses.replace(t.vision, depth=n, fullatt_block_indexes=(n - 1,)),
-            audio=dataclasses.replace(t.audio, encoder_layers=n),
-        )  # fmt: skip
-        talker = dataclasses.replace(k, decoder=dataclasses.replace(k.decoder, num_hidden_layers=n))
-        dit = dataclasses.replace(w.dit, num_hidden_layers=n, look_ahead_layers=(0,), look_backward_layers=(0,))
-        cfg = C.OmniConfig(thinker, talker, dataclasses.replace(w, dit=dit))
-    write_random(path, cfg)
+    write_random(path, cut(C.preset(preset), int(layers) if layers else None))
 
 
 def do_convert(src: str, dst: str) -> int:

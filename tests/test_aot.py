@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from infer import aot, copies, goals, programs, targets
-from infer.bench import shallow
+from infer.depth import cut
 from infer.hlo import Module
 from omni_jax import audio, cli, meshes
 from omni_jax import config as C
@@ -263,7 +263,7 @@ def test_an_h100():
 
 def test_the_loader_and_the_programs_hold_layers_alike():
     """On CPU as on a GPU the layers are apart, whole and in order."""
-    cfg = shallow(C.preset("nano"), 3)
+    cfg = cut(C.preset("nano"), 3)
     placement = meshes.place(cfg, "1", devices=jax.devices()[:1])
     tree = programs.weights(cfg, placement, "thinker", jnp.bfloat16)
     stacked = programs.boxed_shapes(cfg, ("thinker",))["thinker"]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from infer import bench, footprint
+from infer.depth import cut
 from omni_jax import config as C
 from omni_jax.errors import InputError
 from omni_jax.layers import unstack
@@ -60,7 +61,7 @@ def test_measured_commands():
 
 
 def test_cut_stacks_keep_their_widths():
-    cfg = bench.shallow(C.preset("3b"), 8)
+    cfg = cut(C.preset("3b"), 8)
     assert (cfg.thinker.text.num_hidden_layers, cfg.thinker.vision.depth, cfg.thinker.audio.encoder_layers) == (8, 8, 8)
     assert cfg.thinker.vision.fullatt_block_indexes == (7,)
     assert cfg.thinker.text.hidden_size == C.preset("3b").thinker.text.hidden_size
