@@ -195,7 +195,7 @@ def padded(asked: Asked, cfg: C.OmniConfig, media: Sequence[Medium]) -> tuple[in
         raise InputError(f"a picture or frame has too many attention windows ({e}); lower --max-pixels") from None
     out = plan.Request(
         rows, width, plan.thinker_slots(width, min(asked.reply, context - tokens), context),
-        media=_bucket("vectors of all media", n, buckets.PROMPT) if (n := asked.batch * sum(m.tokens for m in media))
+        media=_bucket("vectors of all media", n, buckets.MEDIA) if (n := asked.batch * sum(m.tokens for m in media))
         else 0,
         frames=frames,
         chunks=chunks,

@@ -161,4 +161,4 @@ def media_of(cfg: OmniConfig, prompts: Sequence[Prompt]) -> tuple[int, tuple[tup
     grids = [m.grid for p in prompts for m in p.images] + [m.grid for p in prompts for m in p.videos]
     mels = [len(mel) for p in prompts for mel in p.audios]
     vectors = sum(math.prod(g) for g in grids) // t.vision.spatial_merge_size**2 + sum(map(t.audio.token_count, mels))
-    return (buckets.bucket(vectors, buckets.PROMPT) if vectors else 0, *plan.tower_calls(t, grids, mels))
+    return (buckets.bucket(vectors, buckets.MEDIA) if vectors else 0, *plan.tower_calls(t, grids, mels))

@@ -303,6 +303,15 @@ def test_media_are_in_the_sum(model, monkeypatch):
         model.answer(prompts, [GenerationSettings(max_new_tokens=2)])
 
 
+def test_media_of_a_batch_may_outgrow_one_prompt(model):
+    """A batch holds more vectors than the longest prompt has tokens: the sum takes the bucket that the batch takes."""
+    (prompt,) = [model.prepare([{"role": "user", "content": [{"type": "image", "image": media.picture(56, 56, 0)}]}])]
+    each = math.prod(prompt.images[0].grid) // model.config.thinker.vision.spatial_merge_size**2
+    many = 65536 // each + 1
+    vectors, *_ = memory.media_of(model.config, [prompt] * many)
+    assert vectors >= many * each > 65536
+
+
 def test_speech_is_refused_before_the_text_and_again_before_the_sound(speaker, monkeypatch):
     guard = memory.Guard(speaker.config, speaker.params, None, 4, 4)
     monkeypatch.setattr(speaker, "guard", guard)
