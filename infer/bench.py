@@ -27,14 +27,14 @@ import ml_dtypes
 import numpy as np
 
 from infer.depth import cut
-from omni_jax import audio, buckets, generation, vision
+from omni_jax import audio, generation, vision
 from omni_jax import config as C
 from omni_jax.checkpoint import keys
 from omni_jax.checkpoint.safetensors_io import aligned_empty
 from omni_jax.errors import InputError
 from omni_jax.meshes import Laid, Part, Placement, laid_out, place
+from omni_jax.plan import thinker_slots
 from omni_jax.sampling import Sampling
-from omni_jax.settings import GenerationSettings
 from omni_jax.stages import stage_shardings
 
 STAGES = ("decode", "prefill", "audio", "vision")
@@ -217,7 +217,7 @@ def _text_rows(
         np.zeros((1, 2), np.uint32), np.full((1, 4), -1, np.int32),
     )  # fmt: skip
     # What `Omni.run` gives such a prompt by default.
-    capacity = buckets.bucket(PROMPT_TOKENS + GenerationSettings().max_new_tokens, buckets.CACHE)
+    capacity = thinker_slots(PROMPT_TOKENS, 1, text.max_position_embeddings)
     ours: dict[str, Any] = {}
     theirs: dict[str, Any] = {}
 

@@ -24,8 +24,8 @@ from omni_jax import config as C
 from omni_jax.cache import init_cache
 from omni_jax.checkpoint import keys
 from omni_jax.errors import InputError
+from omni_jax.plan import thinker_slots
 from omni_jax.processing.video import FPS
-from omni_jax.settings import GenerationSettings
 
 IMPORTS = 5  # processes whose median start-up is taken
 NEW_TOKENS = 8
@@ -45,9 +45,9 @@ def weights_and_cache(cfg: C.OmniConfig, prompt_tokens: int) -> tuple[int, int]:
     weights = sum(
         int(np.prod(shape)) * 2 for name, shape in keys.tensor_shapes(cfg).items() if keys.part_of(name) == "thinker"
     )
-    most = GenerationSettings().max_new_tokens
-    capacity = buckets.bucket(buckets.bucket(prompt_tokens, buckets.PROMPT) + most, buckets.CACHE)
-    make = functools.partial(init_cache, cfg.thinker.text, 1, capacity, jnp.float32, unroll=False)
+    text = cfg.thinker.text
+    capacity = thinker_slots(buckets.bucket(prompt_tokens, buckets.PROMPT), NEW_TOKENS, text.max_position_embeddings)
+    make = functools.partial(init_cache, text, 1, capacity, jnp.float32, unroll=False)
     cache = jax.eval_shape(make, jax.ShapeDtypeStruct((1,), jnp.int32))
     return weights, sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in (cache.k, cache.v))
 
