@@ -79,7 +79,8 @@ aot: $(VENV)-aot/.installed
 	{ printf '# What the compilers say\n\nWritten by `make aot`; [pods.md](pods.md) explains it.\n'; \
 	  for run in $(AOT); do \
 	    printf '\n    omni-jax aot --preset %s --topology %s\n\n' $${run%,*} $${run#*,}; \
-	    JAX_PLATFORMS=cpu $(VENV)-aot/bin/omni-jax aot --preset $${run%,*} --topology $${run#*,} || exit 1; \
+	    JAX_PLATFORMS=cpu $(VENV)-aot/bin/omni-jax aot --preset $${run%,*} --topology $${run#*,} \
+	      --keep out/compiled || exit 1; \
 	  done; } > out/pods-tables.md
 	mv out/pods-tables.md docs/pods-tables.md
 
@@ -92,12 +93,10 @@ plans: $(VENV)/.installed-test
 # Of omni-jax plan: the coefficients in omni_jax/plan.py, and the table of docs/plan.md. The TPU compiler must be
 # installed; each takes the better part of an hour and goes on where it was cut off.
 plan-fit: $(VENV)/.installed-test
-	@mkdir -p out
-	$(BIN)/python -m infer.plan_fit fit --measured out/plan.jsonl
+	$(BIN)/python -m infer.plan_fit fit --keep out/compiled
 
 plan-check: $(VENV)/.installed-test
-	@mkdir -p out
-	$(BIN)/python -m infer.plan_fit check --measured out/plan.jsonl
+	$(BIN)/python -m infer.plan_fit check --keep out/compiled
 
 clean:
 	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import pathlib
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ import jax
 
 from infer import programs as P
 from infer import targets
+from infer.compiled import compile_program
 from infer.copies import Copy, weight_copies
 from infer.depth import cut
 from infer.hlo import Collective, Module
@@ -128,26 +129,21 @@ def _read_in_full(weights: Any) -> int:
     return total
 
 
-def facts(program: P.Program, what: str, steps: int = 1) -> Facts:
-    """Compiles a program.
+def facts(program: P.Program, what: str, steps: int = 1, keep: pathlib.Path | None = None) -> Facts:
+    """Compiles a program, and reads what became of it.
 
     Args:
       program: which.
       what: its sizes, in words.
       steps: how often its outermost loop, whose count is data, runs; 1 where there is none.
+      keep: see `compile_program`.
     """
     devices = program.layout.mesh.size
     base = Facts(program.name, what, devices, on_device(program.weights), on_device(program.cache))
-    begin = time.perf_counter()
-    try:
-        compiled = program.lower().compile()
-    except jax.errors.JaxRuntimeError as e:
-        reason = " ".join(str(e).split())
-        if "RESOURCE_EXHAUSTED" not in reason and "memory" not in reason:
-            raise
-        return dataclasses.replace(base, error=reason[:300], seconds=time.perf_counter() - begin)
-    seconds = time.perf_counter() - begin
-    memory, module = compiled.memory_analysis(), Module(compiled.as_text())
+    compiled = compile_program(program, keep)
+    if compiled.error is not None:
+        return dataclasses.replace(base, error=compiled.error, seconds=compiled.seconds)
+    module = Module(compiled.text)
     shards, weights = ([x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(tree)]
                        for tree in (program.cache, program.weights))  # fmt: skip
     # A stacked cache has its layers in front; `k` and `v` of one layer alone are copies of it as well.
@@ -158,9 +154,9 @@ def facts(program: P.Program, what: str, steps: int = 1) -> Facts:
         donated = sum(min(taken.count(s), shards.count(s)) for s in set(shards)) / len(shards)
     return dataclasses.replace(
         base,
-        arguments=memory.argument_size_in_bytes,
-        temp=memory.temp_size_in_bytes,
-        peak=memory.peak_memory_in_bytes,
+        arguments=compiled.arguments,
+        temp=compiled.temp,
+        peak=compiled.peak,
         moved=module.hbm_bytes(steps),
         ideal=steps * (_read_in_full(program.weights) + whole_bytes(program.cache)) / devices,
         copies=tuple(module.copies({*shards, *layers})) if shards else (),
@@ -168,7 +164,7 @@ def facts(program: P.Program, what: str, steps: int = 1) -> Facts:
         replicas=devices * base.cache / whole_bytes(program.cache) if shards else None,
         donated=donated,
         collectives=tuple(module.collectives(steps)),
-        seconds=seconds,
+        seconds=compiled.seconds,
     )
 
 
@@ -187,56 +183,62 @@ def clips(cfg: C.OmniConfig) -> dict[str, dict[str, tuple[int, int]]]:
     return {kind: {f"{names[kind]} {n}": (n, calls) for n, calls in c.items()} for kind, c in sizes.items()}
 
 
-def listed(cfg: C.OmniConfig, placement: meshes.Placement) -> dict[str, Callable[[], Facts]]:
-    """Everything that the table is made of, by name."""
+def listed(
+    cfg: C.OmniConfig, placement: meshes.Placement, keep: pathlib.Path | None = None
+) -> dict[str, Callable[[], Facts]]:
+    """Everything that the table is made of, by name; `keep` as for `compile_program`."""
     loop, context = generation.LOOP_STEPS, CONTEXT
     run: dict[str, Callable[[], Facts]] = {}
+    said = partial(facts, keep=keep)
     for b in (1, 32):
         where = f"batch {b}, {context} slots"
-        run[f"decode {b}"] = partial(lambda b, w: facts(P.thinker_decode(cfg, placement, b, context), w), b, where)
+        run[f"decode {b}"] = partial(lambda b, w: said(P.thinker_decode(cfg, placement, b, context), w), b, where)
         run[f"loop {b}"] = partial(
-            lambda b, w: facts(P.thinker_decode(cfg, placement, b, context, loop=True), f"{w}, {loop} steps", loop),
+            lambda b, w: said(P.thinker_decode(cfg, placement, b, context, loop=True), f"{w}, {loop} steps", loop),
             b, where,
         )  # fmt: skip
-    run["prefill 8k"] = lambda: facts(P.thinker_prefill(cfg, placement, 1, 6144, 8192), "6144 tokens, 8192 slots")
+    run["prefill 8k"] = lambda: said(P.thinker_prefill(cfg, placement, 1, 6144, 8192), "6144 tokens, 8192 slots")
     if placement.thinker.size == 1:
-        run["decode 32k"] = lambda: facts(P.thinker_decode(cfg, placement, 1, LONG), f"batch 1, {LONG} slots")
-        run["prefill 32k"] = lambda: facts(P.thinker_prefill(cfg, placement, 1, LONG, LONG), f"{LONG} tokens")
-    run["vision picture"] = lambda: facts(P.vision_call(cfg, placement, 1, PICTURE_WINDOWS), "1 frame of 448×448")
+        run["decode 32k"] = lambda: said(P.thinker_decode(cfg, placement, 1, LONG), f"batch 1, {LONG} slots")
+        run["prefill 32k"] = lambda: said(P.thinker_prefill(cfg, placement, 1, LONG, LONG), f"{LONG} tokens")
+    run["vision picture"] = lambda: said(P.vision_call(cfg, placement, 1, PICTURE_WINDOWS), "1 frame of 448×448")
     for name, (frames, _) in clips(cfg)["video"].items():
         run[name] = partial(
-            lambda n: facts(P.vision_call(cfg, placement, n, PICTURE_WINDOWS), f"{n} frames of 448×448"), frames
+            lambda n: said(P.vision_call(cfg, placement, n, PICTURE_WINDOWS), f"{n} frames of 448×448"), frames
         )
     for name, (chunks, _) in clips(cfg)["sound"].items():
-        run[name] = partial(lambda n: facts(P.audio_call(cfg, placement, n), f"{n} chunks of 2 s"), chunks)
+        run[name] = partial(lambda n: said(P.audio_call(cfg, placement, n), f"{n} chunks of 2 s"), chunks)
     if cfg.talker is not None:
         for b in (1, 32):
             where = f"batch {b}, {context} slots"
-            run[f"talker {b}"] = partial(lambda b, w: facts(P.talker_decode(cfg, placement, b, context), w), b, where)
+            run[f"talker {b}"] = partial(lambda b, w: said(P.talker_decode(cfg, placement, b, context), w), b, where)
     if cfg.token2wav is not None:
         sound = f"{SPEECH_CODES / 50:g} s"
-        run["dit"] = lambda: facts(
+        run["dit"] = lambda: said(
             P.dit_flow(cfg, placement, 1, SPEECH_CODES), f"{sound}, {Flow().evaluations} evaluations"
         )
-        run["bigvgan"] = lambda: facts(P.bigvgan_call(cfg, placement, 1, SPEECH_CODES), sound)
+        # On a mesh every chip runs one row whole: the program of one chip.
+        one = meshes.place(cfg, "1", devices=list(placement.speech.devices.flat[:1]))
+        run["bigvgan"] = lambda: said(P.bigvgan_call(cfg, one, 1, SPEECH_CODES), sound)
     return run
 
 
 def run(
     preset: str = "3b", topology: str = "v5e:2x4", *, mesh: str | None = None, layers: int | None = None,
-    only: Sequence[str] = (), progress: bool = False,
+    only: Sequence[str] = (), keep: pathlib.Path | None = None, progress: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Compiles the networks and gathers the table.
 
     Args:
       preset: whose shapes.
-      topology: "v5e:2x4" and the like, or "h100".
+      topology: "v5e:2x4" and the like, "h100", or "h100:8".
       mesh: over the topology's chips; all of them by default.
       layers: cut every stack to this many layers (None: all).
       only: names of programs (see `listed`); all by default.
+      keep: folder for what the compilers say; what is there already is not compiled again.
       progress: show what is compiled on stderr.
     Raises:
-      InputError: an unknown preset, topology, mesh or program.
+      InputError: an unknown preset, topology, mesh or program; a folder that cannot be used.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -246,7 +248,7 @@ def run(
     cfg = cut(C.preset(preset), layers)
     devices = targets.topology(topology)
     placement = meshes.place(cfg, mesh or targets.mesh_name(topology), devices=devices)
-    programs = listed(cfg, placement)
+    programs = listed(cfg, placement, keep)
     if unknown := sorted(set(only) - set(programs)):
         raise InputError(f"unknown programs {unknown}; known are {', '.join(programs)}")
     found: dict[str, Facts] = {}
@@ -293,7 +295,10 @@ def tables(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(preset: str, topology: str, mesh: str | None, layers: int | None, only: Sequence[str], as_json: bool) -> None:
+def main(
+    preset: str, topology: str, mesh: str | None, layers: int | None, only: Sequence[str], keep: pathlib.Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """The command behind `omni-jax aot`."""
-    result = run(preset, topology, mesh=mesh, layers=layers, only=only, progress=sys.stderr.isatty())
+    result = run(preset, topology, mesh=mesh, layers=layers, only=only, keep=keep, progress=sys.stderr.isatty())
     print(json.dumps(result) if as_json else tables(result))

@@ -191,6 +191,7 @@ def aot(
     mesh: str | None = None,
     layers: int | None = None,
     only: Strings = (),
+    keep: pathlib.Path | None = None,
     as_json: Json = False,
 ) -> None:
     """Compile every network for chips that need not be there; print memory, HBM traffic and collectives.
@@ -199,15 +200,17 @@ def aot(
 
     Args:
       preset: Whose shapes.
-      topology: Generation and chips: v5e:1x1, v5e:2x4, v6e:2x4, v5p:2x2x1, tpu7x:2x2x1, …; or h100.
+      topology: Generation and chips: v5e:1x1, v5e:2x4, v6e:2x4, v5p:2x2x1, tpu7x:2x2x1, …; h100 or h100:8.
       mesh: How the chips are used, as in `generate --mesh`; by default all of them.
       layers: Cut every stack to this many layers; by default none is cut.
       only: A program by name ("decode 32"); may be given several times.
+      keep: Folder for what the compilers say: what is in it already is not compiled again, so that a run that was cut
+        off goes on.
       as_json: Print one line of JSON and nothing else.
     """
     from infer import aot as ahead
 
-    ahead.main(preset, topology, mesh, layers, only, as_json)
+    ahead.main(preset, topology, mesh, layers, only, keep, as_json)
 
 
 def plan(

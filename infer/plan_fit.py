@@ -5,25 +5,26 @@
 
 The compiler's sum is arguments + results - what they share + temporary memory, all of it HBM. Its own peak, which the
 table shows beside, also counts what lies in the chip's fast memory (up to 128 MiB), and not what was freed by then.
-`--measured FILE` keeps the compiler's figures, so that a run that was cut off goes on.
+`--keep FOLDER` keeps what the compiler said, so that a run that was cut off goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import pathlib
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 from scipy.optimize import nnls
 
 from infer import programs as P
+from infer.compiled import Compiled, compile_program
 from infer.depth import cut
 from omni_jax import config as C
 from omni_jax import meshes, plan
@@ -142,40 +143,15 @@ def _built(
     return P.bigvgan_call(cfg, place, batch, codes), plan.vocoder(cfg, sizes, batch, codes)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The compiler's figures, bytes on one device: `total`, and its `peak`."""
-
-    total: int
-    peak: int
-
-
-def compiled_bytes(program: P.Program) -> Measured:
-    """Compiles, and reads the compiler's account."""
-    m = program.lower().compile().memory_analysis()
-    own = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-    return Measured(own + m.temp_size_in_bytes, m.peak_memory_in_bytes)
-
-
-def measure(cases: Iterable[Case], file: pathlib.Path | None = None) -> dict[Case, Measured]:
-    """The compiler's figures for cases; those in the file are not compiled again."""
-    known: dict[str, Measured] = {}
-    if file is not None and file.exists():
-        rows = map(json.loads, file.read_text("utf-8").splitlines())
-        known = {row["case"]: Measured(row["total"], row["peak"]) for row in rows}
+def measure(cases: Sequence[Case], keep: pathlib.Path | None = None) -> dict[Case, Compiled]:
+    """What the compiler says of cases; see `compile_program` for `keep`."""
     out = {}
-    for case in cases:
-        if str(case) not in known:
-            print(case, file=sys.stderr, flush=True)
-            known[str(case)] = compiled_bytes(built(case)[0])
-            if file is not None:
-                with file.open("a", encoding="utf-8") as f:
-                    f.write(json.dumps({"case": str(case)} | dataclasses.asdict(known[str(case)])) + "\n")
-        out[case] = known[str(case)]
+    for case in track(cases, "compiling", console=Console(stderr=True), disable=not sys.stderr.isatty()):
+        out[case] = compile_program(built(case)[0], keep)
     return out
 
 
-def fit(measured: Mapping[Case, Measured]) -> dict[str, dict[str, float]]:
+def fit(measured: Mapping[Case, Compiled]) -> dict[str, dict[str, float]]:
     """Coefficients that are not negative and miss the totals by the least squares of relative errors."""
     by_kind: dict[str, list[tuple[plan.Use, float, float]]] = defaultdict(list)
     for case, found in measured.items():
@@ -194,7 +170,7 @@ def fit(measured: Mapping[Case, Measured]) -> dict[str, dict[str, float]]:
     return out
 
 
-def errors(measured: Mapping[Case, Measured]) -> str:
+def errors(measured: Mapping[Case, Compiled]) -> str:
     """A Markdown table: the plan's sum, the compiler's, and how far apart they are."""
     lines = ["| program | plan GiB | compiler GiB | error | its peak GiB | error |", "|---|---|---|---|---|---|"]
     for case, found in measured.items():
@@ -211,12 +187,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("fit", "check"))
-    parser.add_argument("--measured", type=pathlib.Path)
+    parser.add_argument("--keep", type=pathlib.Path)
     args = parser.parse_args(arguments)
     if args.what == "check":
-        print(errors(measure(HELD_OUT, args.measured)))
+        print(errors(measure(HELD_OUT, args.keep)))
         return
-    for kind, line in fit(measure(FITTED, args.measured)).items():
+    for kind, line in fit(measure(FITTED, args.keep)).items():
         print(f'    "{kind}": {{{", ".join(f"{chr(34)}{n}{chr(34)}: {v:.4g}" for n, v in line.items())}}},')
 
 

@@ -1,6 +1,7 @@
 """Machines that need not be there: what `omni-jax aot` compiles for.
 
-A TPU topology is named as its compiler names it ("v5e:2x4"); "h100" is one NVIDIA H100. Only the compilers are needed.
+A TPU topology is named as its compiler names it ("v5e:2x4"); "h100" is one NVIDIA H100, "h100:8" a machine of eight.
+Only the compilers are needed.
 """
 
 from __future__ import annotations
@@ -41,20 +42,22 @@ runtime_version { major: 12 minor: 9 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 H100_MEMORY = 85520809984
+MACHINE = 8  # GPUs of one host
 
 
 def topology(name: str) -> list[Any]:
-    """The devices of a target, which need not be there: a TPU topology such as "v5e:2x4", or "h100".
+    """The devices of a target, which need not be there: a TPU topology such as "v5e:2x4", "h100", or "h100:8".
 
     Raises:
       InputError: no compiler for it, or no such target; the message says what to install or which names there are.
     """
-    return _gpu() if name in (GPU, f"{GPU}:1") else _tpu(name)
+    kind, _, count = name.partition(":")
+    return _gpu(name, count or "1") if kind == GPU else _tpu(name)
 
 
 def mesh_name(name: str) -> str:
     """The mesh that takes all chips of a target."""
-    return "1" if name.startswith(GPU) else name.partition(":")[2]
+    return name.partition(":")[2] or "1"
 
 
 def memory(name: str) -> int | None:
@@ -68,7 +71,7 @@ def _tpu(name: str) -> list[Any]:
     chips = [int(n) for n in shape.split("x")] if shape and all(n.isdigit() for n in shape.split("x")) else []
     if not kind or len(chips) not in (2, 3):
         raise InputError(
-            f"topology {name!r} is not of the form v5e:2x4 (v6e alike; v4, v5p and tpu7x: v5p:2x2x1), nor {GPU}"
+            f"topology {name!r} is not of the form v5e:2x4 (v6e alike; v4, v5p and tpu7x: v5p:2x2x1), {GPU} or {GPU}:8"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("compiling for a TPU needs its compiler: pip install 'omni-jax[aot]'")
@@ -87,13 +90,17 @@ def _tpu(name: str) -> list[Any]:
     return list(desc.devices)
 
 
-def _gpu() -> list[Any]:
+def _gpu(name: str, count: str) -> list[Any]:
+    if not count.isdigit() or not 1 <= int(count) <= MACHINE:
+        raise InputError(f"topology {name!r} is not of the form {GPU} or {GPU}:8, the GPUs of one machine")
     if importlib.util.find_spec("jax_cuda12_plugin") is None:
         raise InputError("compiling for a GPU needs its compiler: pip install 'omni-jax[aot-gpu]'")
     from jax.experimental import topologies
 
+    # Slices, hosts of a slice, GPUs of a host.
+    shape = f"1x1x{count}"
     try:
-        desc = topologies.get_topology_desc(platform="cuda", topology_name=GPU, topology="1x1x1", target_config=H100)
+        desc = topologies.get_topology_desc(platform="cuda", topology_name=GPU, topology=shape, target_config=H100)
     except Exception as e:
-        raise InputError(f"topology {GPU!r} cannot be compiled for: {' '.join(str(e).split())[:200]}") from None
+        raise InputError(f"topology {name!r} cannot be compiled for: {' '.join(str(e).split())[:200]}") from None
     return list(desc.devices)

@@ -14,6 +14,7 @@ import pytest
 
 from infer import plan as command
 from infer import plan_fit, programs
+from infer.compiled import Compiled, compile_program
 from omni_jax import audio, load, memory, meshes, plan, vision
 from omni_jax import config as C
 from omni_jax.checkpoint import keys
@@ -63,7 +64,7 @@ def test_the_sum_is_the_compilers(row, config):
     case = plan_fit.Case(*row)
     assert case not in plan_fit.FITTED
     program, _, total = plan_fit.built(case, None if config is None else config())
-    assert total == pytest.approx(plan_fit.compiled_bytes(program).total, rel=0.05)
+    assert total == pytest.approx(compile_program(program).total, rel=0.05)
 
 
 @needs_compiler
@@ -95,9 +96,7 @@ def test_the_fit_finds_the_coefficients_that_made_the_figures(monkeypatch):
     }
     exact = {case: use.own - use.working for case, use in uses.items()}
     monkeypatch.setattr(plan_fit, "built", lambda case: (None, uses[case], exact[case] + uses[case].working))
-    made = {
-        case: plan_fit.Measured(exact[case] + 5000 + int(1.75 * use.quantities["mlp"]), 0) for case, use in uses.items()
-    }
+    made = {case: Compiled("", exact[case] + 5000 + int(1.75 * use.quantities["mlp"])) for case, use in uses.items()}
     found = plan_fit.fit(made)["audio"]
     assert sum(found[n] * uses[next(iter(uses))].quantities[n] for n in found) == pytest.approx(
         5000 + 1.75 * uses[next(iter(uses))].quantities["mlp"], rel=1e-3
