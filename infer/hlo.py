@@ -393,7 +393,7 @@ class Module:
 
     def copies(self, dims: set[tuple[int, ...]]) -> list[str]:
         """Instructions that write a whole array of one of these shapes (in any order of axes) to HBM anew: copies,
-        and fusions that do not update in place."""
+        and fusions that do not update in place. What comes back from fast memory was kept there, and is no copy."""
         wanted = {tuple(sorted(d for d in shape if d > 1)) for shape in dims}
         out = []
         for computation, i, _, _ in self.runs(trips=1):
@@ -402,8 +402,8 @@ class Module:
             for n, array in enumerate(i.arrays):
                 if not array.in_hbm or tuple(sorted(d for d in array.dims if d > 1)) not in wanted:
                     continue
-                if i.opcode == "copy-start" and n:
-                    continue  # its operand
+                if i.opcode == "copy-start" and (n or not i.arrays[1].in_hbm):
+                    continue  # its operand; or back from fast memory
                 if i.opcode == "dynamic-update-slice":
                     continue
                 if (

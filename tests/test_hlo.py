@@ -83,6 +83,29 @@ def test_a_deliberate_copy(one):
     assert m.hbm_bytes() == pytest.approx(2 * 2 * N * N, rel=0.01)
 
 
+# As the compiler writes a loop whose cache fits fast memory, without the loop: there, and back.
+THERE_AND_BACK = """HloModule m, is_scheduled=true, input_output_alias={ {}: (0, {}, may-alias) }
+
+ENTRY %main (cache: bf16[4096,1024]) -> bf16[4096,1024] {
+  %cache = bf16[4096,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  %copy-start = (bf16[4096,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[4096,1024]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%cache)
+  %copy-done = bf16[4096,1024]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start)
+  %copy-start.1 = (bf16[4096,1024]{1,0:T(8,128)(2,1)}, bf16[4096,1024]{1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}) copy-start(%copy-done)
+  ROOT %copy-done.1 = bf16[4096,1024]{1,0:T(8,128)(2,1)} copy-done(%copy-start.1)
+}
+"""  # noqa: E501
+
+
+def test_what_comes_back_from_fast_memory_is_no_copy():
+    m = Module(THERE_AND_BACK)
+    assert m.donated == {0}
+    assert m.copies({(4096, 1024)}) == []
+    assert m.hbm_bytes() == 2 * 2 * 4096 * 1024
+    beside = Module(THERE_AND_BACK.replace("S(1)", ""))
+    assert len(beside.copies({(4096, 1024)})) == 2
+    assert beside.hbm_bytes() == 4 * 2 * 4096 * 1024
+
+
 def test_collectives_are_found_with_their_bytes():
     from infer.programs import topology
 
