@@ -21,7 +21,7 @@ from omni_jax.cache import CACHE_AXES, KVCache
 from omni_jax.config import DecoderConfig, OmniConfig
 from omni_jax.meshes import Placement
 from omni_jax.sampling import Sampling
-from omni_jax.sharding import Layout, param_shardings
+from omni_jax.sharding import Layout, param_formats
 from omni_jax.stages import boxed_shapes, inner_part, layers_apart
 
 # Ids that end a reply: as wide as `Omni` makes the array for up to four.
@@ -72,7 +72,7 @@ def weights(cfg: OmniConfig, placement: Placement, part: str, dtype: Any, names:
     out = {}
     for name in names or tuple(boxed):
         layout = placement.layout(inner_part(part, name))
-        shardings = param_shardings(boxed[name], layout)
+        shardings = param_formats(boxed[name], layout)
         shapes = nn.meta.unbox(boxed[name])
         tree = jax.tree.map(lambda s, h: jax.ShapeDtypeStruct(s.shape, dtype, sharding=h), shapes, shardings)
         out[name] = _per_layer({name: tree}, {name: boxed[name]})[name] if _looped(layout) else tree

@@ -34,6 +34,11 @@ REPLICA_CHIPS = 8
 # bytes than summing the activations does.
 LONG_PROMPT = 8192
 MODEL = ("tensor", "sequence")
+# Of `Rules.lanes`. A decode step multiplies few rows, and wants features that it sums over side by side; so does a
+# look-up of a table. The vision tower multiplies thousands of rows, and wants those of the residual stream.
+Lanes = Mapping[tuple[str | None, str | None], int]
+DECODER_LANES: Lanes = {("embed", "mlp"): 1, ("embed", "heads"): 1, (None, "table"): 1}
+VISION_LANES: Lanes = {("mlp", "embed"): 1, ("embed", "mlp"): 0}
 
 
 def axis_sizes(name: str, cfg: OmniConfig) -> dict[str, int]:
@@ -224,7 +229,7 @@ def rules(part: Part, cfg: OmniConfig, sizes: Sizes, batch: int = 1, length: int
     table |= weights
     if part in ("thinker", "talker"):
         d = cfg.thinker.text if part == "thinker" else _talker(cfg).decoder
-        return Rules(table | _decoder(sizes, d, weights, batch, length))
+        return Rules(table | _decoder(sizes, d, weights, batch, length), DECODER_LANES)
     table["batch"] = table["attend_batch"] = fit(sizes, [batch], ("data", "fsdp"), ("data",), ("fsdp",))
     if part == "bigvgan":
         return Rules(table)  # its convolutions, half a gigabyte, are whole on each chip
@@ -236,7 +241,7 @@ def rules(part: Part, cfg: OmniConfig, sizes: Sizes, batch: int = 1, length: int
         )
     table |= {"act_proj": weights["heads"], "act_mlp": weights["mlp"]}
     table["act_heads"] = table["act_kv_heads"] = fit(sizes, [count], MODEL, ("sequence",), ("tensor",))
-    return Rules(table)
+    return Rules(table, VISION_LANES if part == "vision" else {})
 
 
 def layout(part: Part, cfg: OmniConfig, mesh: Mesh, batch: int = 1, length: int = 1) -> Layout:

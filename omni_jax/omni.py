@@ -40,7 +40,7 @@ from omni_jax.settings import (
 )
 from omni_jax.sharding import MeshError
 from omni_jax.speech import PARTS, Recorder, Speech, SpeechError
-from omni_jax.stages import layers_apart, stage_shardings
+from omni_jax.stages import layers_apart, stage_formats
 from omni_jax.voice import Voice
 
 Message = Mapping[str, Any]
@@ -484,17 +484,16 @@ def _load(
     voices = load_voices(path) if speaks else {}
     processor = Processor.from_folder(path, cfg.thinker)
     unroll = layers_apart(jax.default_backend(), mesh is not None) if unroll is None else unroll
-    placement = shardings = None
+    placement = None
     if mesh is not None:
         if unroll:
             raise ValueError("a mesh needs stacked layers: leave unroll off")
         placement = place(cfg, mesh, speech_mesh)
-        shardings = stage_shardings(placement, parts)
     elif speech_mesh is not None:
         raise MeshError("speech has a mesh of its own, but the Thinker has none; give it one as well, such as 1")
     check_weights(cfg, placement, parts, jnp.dtype(dtype).itemsize, str(path))
     params = load_params(
-        path, cfg, parts=parts, dtype=jnp.dtype(dtype), unroll=unroll, shardings=shardings, progress=progress,
-        adapter=adapter, arrays=arrays,
+        path, cfg, parts=parts, dtype=jnp.dtype(dtype), unroll=unroll, progress=progress, adapter=adapter,
+        shardings=stage_formats(cfg, placement, parts), arrays=arrays,
     )  # fmt: skip
     return Omni(cfg, params, processor, stop_token_ids(path, cfg, processor.tokenizer), dtype, voices, placement)

@@ -32,8 +32,6 @@ from omni_jax.vision import frame_layout
 
 GIB = 1 << 30
 FLOAT = 4
-# A tile of a TPU's memory: values in a row, and bytes in a column.
-LANES, SUBLANE_BYTES = 128, 32
 DEFAULT_REPLY = GenerationSettings().max_new_tokens
 ONE_CHIP: Sizes = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
 Stage = Literal["thinker", "speech"]
@@ -82,14 +80,14 @@ CHIPS: Mapping[str, Chip] = {
 FAST_MEMORY = 128 << 20
 FAST: Mapping[str, int] = {"prefill": FAST_MEMORY}
 # Working memory of a program: the sum of coefficient × quantity (see the function of each program), in bytes.
-# `make plan-fit` prints this table. (The line of BigVGAN is an estimate: its program takes very long to compile.)
+# `make plan-fit` prints this table.
 WORKING: Mapping[str, Mapping[str, float]] = {
-    "prefill": {"mlp": 2.084, "rows": 0.3168, "summed": 2.213, "gathered": 4.384},
-    "decode": {"one": 2.13e06, "logits": 0.4115, "relaid": 0.9975, "gathered": 0},
-    "vision": {"one": 0, "mlp": 1.681, "relaid": 0.9952},
+    "prefill": {"mlp": 2.258, "rows": 0.2116, "summed": 3.504, "gathered": 4.385, "turned": 0.632},
+    "decode": {"one": 2.645e+06, "logits": 0, "gathered": 0},
+    "vision": {"one": 0, "mlp": 1.538},
     "audio": {"one": 0, "mlp": 0.001713},
-    "dit": {"one": 0, "stream": 11.67},
-    "bigvgan": {"one": 0, "samples": 100},
+    "dit": {"one": 0, "stream": 10.4},
+    "bigvgan": {"samples": 445.4},
 }
 
 
@@ -122,12 +120,11 @@ class Use:
 
 
 def _use(
-    kind: str, name: str, part: str, reads: Sequence[str], cache: float, arrays: float, least: int = 0,
-    **quantities: float,
+    kind: str, name: str, part: str, reads: Sequence[str], cache: float, arrays: float, **quantities: float
 ) -> Use:  # fmt: skip
     quantities = {"one": 1.0, **quantities}
     working = sum(factor * quantities[q] for q, factor in WORKING[kind].items()) - FAST.get(kind, 0)
-    return Use(name, STAGE[part], (part, tuple(reads)), int(cache), int(arrays), quantities, max(least, int(working)))
+    return Use(name, STAGE[part], (part, tuple(reads)), int(cache), int(arrays), quantities, max(0, int(working)))
 
 
 def total_bytes(cfg: OmniConfig, sizes: Sizes, use: Use, itemsize: int) -> int:
@@ -142,7 +139,8 @@ def ways(sizes: Sizes, rules: Rules, *names: str | None) -> int:
 
 
 def weight_bytes(cfg: OmniConfig, sizes: Sizes, part: str, itemsize: int, only: Sequence[str] | None = None) -> int:
-    """Bytes of a loaded part (or of its subtrees `only`) on one device; Token2Wav is float32 always.
+    """Bytes of a loaded part (or of its subtrees `only`) on one device, with a TPU's padding where the order in memory
+    is fixed (`Rules.innermost`). Token2Wav is float32 always.
 
     Raises:
       InputError: the model lacks the part.
@@ -155,8 +153,9 @@ def weight_bytes(cfg: OmniConfig, sizes: Sizes, part: str, itemsize: int, only: 
         rules = meshes.rules(inner_part(part, name), cfg, sizes)
         for box in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nn.Partitioned)):
             partitioned = isinstance(box, nn.Partitioned)
-            shape = box.value.shape if partitioned else box.shape
-            total += math.prod(shape) // (ways(sizes, rules, *box.names) if partitioned else 1)
+            names, shape = (box.names, box.value.shape) if partitioned else ((None,) * len(box.shape), box.shape)
+            local = [size // ways(sizes, rules, name) for size, name in zip(shape, names, strict=True)]
+            total += rules.stored_size(names, local)
     return total * (FLOAT if part == "token2wav" else itemsize)
 
 
@@ -185,23 +184,15 @@ def _gathered(rules: Rules, sizes: Sizes, rows: int, columns: int, itemsize: int
     return rows * columns * itemsize // ways(sizes, rules, "act_mlp")
 
 
-def _relaid(rows: int, columns: int, itemsize: int, layers: int = 1) -> int:
-    """Bytes of the copy that a TPU's compiler makes of local matrices [rows, columns] that are not whole tiles, lanes
-    by sublanes; it is padded to them. 0 where they are."""
-    sublanes = SUBLANE_BYTES // itemsize
-    if columns % LANES == 0 and rows % sublanes == 0:
-        return 0
-    return layers * -(-rows // sublanes) * sublanes * -(-columns // LANES) * LANES * itemsize
-
-
-def _relaid_decoder(d: DecoderConfig, rules: Rules, sizes: Sizes, table: int, itemsize: int) -> int:
-    """What of a decoder is copied so before its layers are scanned for one token: what the next product or look-up
-    reads along features that the mesh splits. Copies that fit the chip's fast memory together lie there."""
-    heads = d.num_attention_heads * d.head_dim // ways(sizes, rules, "act_proj")
-    stacks = [d.intermediate_size // ways(sizes, rules, "act_mlp"), heads]
-    copied = sum(_relaid(d.hidden_size, columns, itemsize, d.num_hidden_layers) for columns in stacks)
-    copied += _relaid(d.vocab_size, table // ways(sizes, rules, "table"), itemsize)
-    return copied if copied > FAST_MEMORY else 0
+def _turned(d: DecoderConfig, rules: Rules, sizes: Sizes, itemsize: int) -> int:
+    """Bytes of the stacks whose order in memory is fixed as decoding wants it: the TPU compiler turns them around for
+    products of several rows of tokens."""
+    total = 0
+    for name, columns in (("mlp", d.intermediate_size), ("heads", d.num_attention_heads * d.head_dim)):
+        local = (d.num_hidden_layers, d.hidden_size, columns // ways(sizes, rules, name))
+        if rules.innermost(("layers", "embed", name), local) is not None:
+            total += math.prod(local) * itemsize
+    return total
 
 
 def prefill(
@@ -233,10 +224,9 @@ def prefill(
         reads = ("model", "thinker_to_talker_proj")
         arrays = seen + ids + 2 * tokens * cfg.talker.embedding_size * itemsize
     split = ways(sizes, rules, "act_mlp")
-    # The copy of the Thinker's table is gone when the layers run.
-    copied = _relaid(d.vocab_size, d.hidden_size // ways(sizes, rules, "table"), itemsize) if part == "thinker" else 0
+    several = batch > 1 or bool(rules.table["length"])
     return _use(
-        "prefill", f"{part} prefill", part, reads, cache, arrays, copied,
+        "prefill", f"{part} prefill", part, reads, cache, arrays,
         mlp=tokens * d.intermediate_size * itemsize / split,
         # Residual streams in float32, which devices sum up where each has a share of a product.
         summed=tokens * d.hidden_size * FLOAT if split > 1 else 0,
@@ -244,6 +234,7 @@ def prefill(
         rows=2 * d.num_hidden_layers * batch * length * d.num_key_value_heads * d.head_dim
         * (cache_itemsize or itemsize) / ways(sizes, rules, "attend_batch", "act_kv_heads"),
         gathered=_gathered(rules, sizes, d.intermediate_size, d.hidden_size, itemsize),
+        turned=_turned(d, rules, sizes, itemsize) if several else 0,
     )  # fmt: skip
 
 
@@ -273,7 +264,6 @@ def decode(
     return _use(
         "decode", f"{part} decode", part, reads, cache, arrays,
         logits=rows * d.vocab_size * FLOAT / ways(sizes, rules, "act_vocab"),
-        relaid=_relaid_decoder(d, rules, sizes, table, itemsize),
         gathered=_gathered(rules, sizes, d.intermediate_size, d.hidden_size, itemsize),
     )  # fmt: skip
 
@@ -289,8 +279,6 @@ def vision(cfg: OmniConfig, sizes: Sizes, frames: int, windows: int, itemsize: i
     return _use(
         "vision", "vision tower", "thinker", ("visual",), 0, arrays,
         mlp=local * v.intermediate_size * itemsize / split,
-        relaid=2 * _relaid(v.intermediate_size // split, v.hidden_size, itemsize, v.depth)
-        + _relaid(v.hidden_size, v.intermediate_size // split, itemsize, v.depth),
     )  # fmt: skip
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 from flax import linen as nn
 from jax import lax
+from jax.experimental.layout import Format
+from jax.experimental.layout import Layout as MemoryLayout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from omni_jax.errors import InputError
@@ -48,6 +50,11 @@ AXES: Mapping[str, str] = {
     "cache_length": "slots of the cache",
 }
 
+# Platforms whose memory is tiled, and a tile of it: the innermost axis is padded to whole lanes, the one before it to
+# whole sublanes.
+TILED = ("tpu",)
+LANES, SUBLANES = 128, 8
+
 
 class MeshError(InputError):
     """A mesh that does not fit the machine or the model; the message gives the numbers."""
@@ -60,9 +67,13 @@ class Rules:
     Attributes:
       table: logical axis → mesh axes, () for replicated. Every logical axis must be named: what is replicated is so by
         choice.
+      lanes: of matrices with these two axes, which (0 or 1) lies innermost in a TPU's memory where the local sizes are
+        not whole tiles. The compiler's own choice there saves padding, and each program would first copy the matrix
+        into the order that it multiplies in.
     """
 
     table: Mapping[str, tuple[str, ...]]
+    lanes: Mapping[tuple[str | None, str | None], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises ValueError for unknown or absent names."""
@@ -76,7 +87,7 @@ class Rules:
             raise ValueError(f"rules name unknown mesh axes {sorted(unknown)}; known are {list(MESH_AXES)}")
 
     def _key(self) -> tuple:
-        return tuple(sorted(self.table.items()))
+        return tuple(sorted(self.table.items())), tuple(sorted(self.lanes.items(), key=str))
 
     def __hash__(self) -> int:
         return hash(self._key())
@@ -96,6 +107,26 @@ class Rules:
         if len(used) != len(set(used)):
             raise ValueError(f"axes {tuple(names)} would use a mesh axis twice: {spec}")
         return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in spec))
+
+    def innermost(self, names: Sequence[str | None], local: Sequence[int]) -> int | None:
+        """Which of the last two axes of a weight has its place in a TPU's memory fixed to be the innermost.
+
+        Args:
+          names, local: logical axes and sizes on one device.
+        Returns:
+          0 or 1; None where the compiler's own order is right.
+        """
+        if len(local) < 2 or (local[-1] % LANES == 0 and local[-2] % (2 * SUBLANES) == 0):
+            return None
+        return self.lanes.get((names[-2], names[-1]))
+
+    def stored_size(self, names: Sequence[str | None], local: Sequence[int]) -> int:
+        """Values that a weight takes of a TPU's memory, with the padding of an order that is fixed (`innermost`)."""
+        inner = self.innermost(names, local)
+        if inner is None:
+            return math.prod(local)
+        lanes, sublanes = local[inner - 2], local[-1 - inner]
+        return math.prod(local[:-2]) * -(-lanes // LANES) * LANES * -(-sublanes // SUBLANES) * SUBLANES
 
 
 def check_names(names: Sequence[str | None]) -> None:
@@ -167,6 +198,10 @@ def replicate(tree: Any) -> Any:
     return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), tree)
 
 
+def _is_box(x: Any) -> bool:
+    return isinstance(x, nn.Partitioned)
+
+
 def param_shardings(boxed: Any, layout: Layout) -> Any:
     """Shardings for a tree of parameters.
 
@@ -180,8 +215,25 @@ def param_shardings(boxed: Any, layout: Layout) -> Any:
     """
 
     def one(box: Any) -> NamedSharding:
-        if isinstance(box, nn.Partitioned):
+        if _is_box(box):
             return layout.sharding(box.names, box.value.shape)
         return layout.sharding((None,) * len(box.shape), box.shape)
 
-    return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    return jax.tree.map(one, boxed, is_leaf=_is_box)
+
+
+def param_formats(boxed: Any, layout: Layout) -> Any:
+    """`param_shardings` for inference: on TPUs a `Format` for each matrix whose order in memory the rules fix."""
+
+    def one(box: Any, sharding: NamedSharding) -> NamedSharding | Format:
+        shape = sharding.shard_shape((box.value if _is_box(box) else box).shape)
+        inner = layout.rules.innermost(box.names, shape) if _is_box(box) else None
+        if inner is None:
+            return sharding
+        *before, rows, columns = range(len(shape))
+        return Format(MemoryLayout((*before, *((rows, columns) if inner else (columns, rows)))), sharding)
+
+    shardings = param_shardings(boxed, layout)
+    if layout.mesh.devices.flat[0].platform not in TILED:
+        return shardings
+    return jax.tree.map(one, boxed, shardings, is_leaf=_is_box)

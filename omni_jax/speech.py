@@ -25,7 +25,7 @@ from omni_jax.meshes import Laid, Placement, hand_over, laid_out, on_one_device,
 from omni_jax.sampling import Sampling
 from omni_jax.settings import Reply, SpeechSettings
 from omni_jax.stages import PARTS as PARTS
-from omni_jax.stages import layers_apart, stage_shardings
+from omni_jax.stages import layers_apart, stage_formats
 from omni_jax.voice import Voice
 from omni_jax.watchdog import SpeechBuilder
 
@@ -127,7 +127,7 @@ class Vocoder:
                 raise SpeechError(f"{path} has no Token2Wav: this checkpoint answers in text only")
             unroll = layers_apart(jax.default_backend(), mesh is not None)
             placement = None if mesh is None else place(cfg, mesh)
-            shardings = None if placement is None else stage_shardings(placement, ("token2wav",))
+            shardings = stage_formats(cfg, placement, ("token2wav",))
             params = load_params(
                 files, cfg, parts=("token2wav",), unroll=unroll, shardings=shardings, progress=progress, arrays=arrays
             )

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from omni_jax import talker, thinker, token2wav
+from omni_jax import sharding, talker, thinker, token2wav
 from omni_jax.config import OmniConfig
-from omni_jax.meshes import Part, Placement
-from omni_jax.sharding import param_shardings
+from omni_jax.meshes import Part, Placement, place
+from omni_jax.sharding import param_formats, param_shardings
 
 PARTS = ("thinker", "talker", "token2wav")
 # Subtrees that are parts of their own, with rules of their own.
@@ -46,9 +46,19 @@ def inner_part(part: str, name: str) -> Part:
     return _INNER.get((part, name), part)  # type: ignore[arg-type]
 
 
-def stage_shardings(placement: Placement, parts: Sequence[str] = PARTS) -> Any:
-    """`{part: tree}` of shardings for `checkpoint.load.load_params`, each part on the mesh of its stage."""
+def stage_shardings(placement: Placement, parts: Sequence[str] = PARTS, of: Any = param_shardings) -> Any:
+    """`{part: tree}` of shardings, each part on the mesh of its stage; `of` makes those of a tree on a layout."""
     return {
-        part: {name: param_shardings(tree, placement.layout(inner_part(part, name))) for name, tree in boxed.items()}
+        part: {name: of(tree, placement.layout(inner_part(part, name))) for name, tree in boxed.items()}
         for part, boxed in boxed_shapes(placement.cfg, tuple(parts)).items()
     }
+
+
+def stage_formats(cfg: OmniConfig, placement: Placement | None, parts: Sequence[str] = PARTS) -> Any:
+    """`{part: tree}` of shardings and formats for `checkpoint.load.load_params` (see `param_formats`).
+
+    Without a placement, those of a single TPU; None elsewhere: the default device, and its own order.
+    """
+    if placement is None and jax.default_backend() in sharding.TILED:
+        placement = place(cfg, "1")
+    return None if placement is None else stage_shardings(placement, parts, param_formats)

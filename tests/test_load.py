@@ -15,11 +15,14 @@ import safetensors.numpy
 import torch
 from transformers import Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration
 
+import omni_jax
 from omni_jax import config as C
+from omni_jax import sharding
 from omni_jax.checkpoint import keys
 from omni_jax.checkpoint.convert import convert
 from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.safetensors_io import INDEX, SINGLE, CheckpointError
+from tests import media
 from tests.tiny import tiny_config
 
 PARTS = ("thinker", "talker", "token2wav")
@@ -230,6 +233,19 @@ def test_cpu_arrays_are_the_buffers_that_were_read(oracle, monkeypatch):
     monkeypatch.setattr(load, "aligned_empty", spy)
     params = load_params(folder, C.load_config(folder), unroll=False)
     assert {x.unsafe_buffer_pointer() for x in jax.tree.leaves(params)} == {b.ctypes.data for b in buffers}
+
+
+def test_the_order_in_memory_changes_no_answer(checkpoint, model, monkeypatch):
+    """As on a TPU, loaded with the order of its matrices fixed."""
+    monkeypatch.setattr(sharding, "TILED", ("cpu",))
+    fixed = omni_jax.load(checkpoint, dtype="float32", unroll=False)
+    blocks = fixed.params["thinker"]["visual"]["blocks"]["mlp"]
+    assert blocks["down_proj"]["weight"].format.layout.major_to_minor == (0, 2, 1)
+    monkeypatch.undo()
+    content = [{"type": "image", "image": media.picture(84, 112)}, {"type": "text", "text": "What is it?"}]
+    asked = [{"role": "user", "content": content}]
+    answers = [m.generate(asked, max_new_tokens=8) for m in (model, fixed)]
+    assert answers[0].token_ids == answers[1].token_ids
 
 
 def test_progress_goes_to_stderr(oracle, capfd):

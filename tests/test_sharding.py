@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from omni_jax import sharding as S
+from omni_jax.meshes import make_mesh
 
 WHOLE = dict.fromkeys(S.AXES, ())
 
@@ -98,3 +99,44 @@ def test_parameters_with_and_without_names():
     assert {name: s.spec for name, s in found.items()} == {"w": P("tensor", None), "b": P(None)}
     with pytest.raises(ValueError, match="axis embed of size 6 cannot be split 4 ways"):
         S.param_shardings(boxed, layout({"embed": ("fsdp",)}, fsdp=4))
+
+
+LANES = {("embed", "mlp"): 0, (None, "table"): 1}
+
+
+@pytest.mark.parametrize(
+    ("names", "local", "inner", "stored"),
+    [
+        (("layers", "embed", "mlp"), (3, 128, 100), 0, 3 * 128 * 104),
+        (("layers", "embed", "mlp"), (3, 130, 100), 0, 3 * 256 * 104),
+        (("layers", "embed", "mlp"), (3, 128, 128), None, 3 * 128 * 128),
+        ((None, "table"), (1000, 448), 1, 1000 * 512),
+        ((None, "table"), (1001, 512), 1, 1008 * 512),
+        (("layers", "mlp", "embed"), (3, 100, 100), None, 3 * 100 * 100),
+        (("mlp",), (100,), None, 100),
+    ],
+)
+def test_the_order_of_a_matrix_in_memory(names, local, inner, stored):
+    rules = S.Rules(WHOLE, LANES)
+    assert rules.innermost(names, local) == inner
+    assert rules.stored_size(names, local) == stored
+    assert S.Rules(WHOLE).innermost(names, local) is None
+    assert S.Rules(WHOLE) != rules
+
+
+def test_formats_fix_the_order_on_tiled_platforms_only(monkeypatch):
+    boxed = {
+        "down": nn.Partitioned(jax.ShapeDtypeStruct((2, 256, 400), jnp.float32), ("layers", "embed", "mlp")),
+        "table": nn.Partitioned(jax.ShapeDtypeStruct((1000, 100), jnp.float32), (None, "table")),
+        "up": nn.Partitioned(jax.ShapeDtypeStruct((2, 400, 256), jnp.float32), ("layers", "mlp", "embed")),
+        "b": jax.ShapeDtypeStruct((6,), jnp.float32),
+    }
+    on = S.Layout(make_mesh({}), S.Rules(WHOLE, LANES))
+    plain = S.param_shardings(boxed, on)
+    assert S.param_formats(boxed, on) == plain
+    monkeypatch.setattr(S, "TILED", ("cpu",))
+    found = S.param_formats(boxed, on)
+    assert {name: f.layout.major_to_minor for name, f in found.items() if f != plain[name]} == {
+        "down": (0, 2, 1), "table": (0, 1)
+    }  # fmt: skip
+    assert found["down"].sharding == plain["down"]

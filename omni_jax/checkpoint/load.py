@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format
 
 from omni_jax.checkpoint import keys, orbax_io
 from omni_jax.checkpoint.adapter import apply_adapter
@@ -26,7 +27,7 @@ Params = Any  # a nested dict of arrays
 def _lookup(tree: Any, path: Sequence[Any]) -> Any:
     """The entry of a (possibly partial) tree of shardings; a leaf above covers what is below."""
     for key in path:
-        if tree is None or isinstance(tree, jax.sharding.Sharding):
+        if tree is None or isinstance(tree, jax.sharding.Sharding | Format):
             return tree
         tree = tree.get(key) if isinstance(tree, Mapping) else tree[key]
     return tree
@@ -86,9 +87,12 @@ def _make_leaf(tensors: Sequence[Stored], stacked: bool, dtype: Any, sharding: A
         leaf = jax.device_put(_read_leaf(tensors, stacked, dtype, ()))
     else:
         shape = (len(tensors), *tensors[0].shape) if stacked else tensors[0].shape
+        form, sharding = (sharding, sharding.sharding) if isinstance(sharding, Format) else (None, sharding)
         indices = list(sharding.addressable_devices_indices_map(shape).values())
         slices = _read_slices(tensors, stacked, dtype, indices)
         leaf = jax.make_array_from_callback(shape, sharding, lambda index: slices[str(index)])
+        if form is not None:
+            leaf = jax.device_put(leaf, form, donate=True)
     # The transfer to an accelerator is asynchronous: without waiting, host buffers would pile up.
     return jax.block_until_ready(leaf)
 
@@ -129,7 +133,8 @@ def load_params(
       dtype: of the loaded parameters; Token2Wav is always float32. Tensors convert one by one.
       unroll: a stack of layers is a tuple of per-layer trees (CPU, GPU), else arrays with a leading layers axis.
       shardings: None (default device), one `jax.sharding.Sharding` for all, or a tree of them in the form of the
-        result, where a sharding (or None) may stand for a whole subtree. Each device reads just its slices.
+        result, where a sharding (or None) may stand for a whole subtree. Each device reads just its slices. A `Format`
+        fixes the order in the device's memory as well.
       progress: show a bar on stderr.
       adapter: folder of a PEFT adapter (LoRA) to merge into the weights as they are read.
       arrays: where the arrays of a converted folder lie if not in it: a URL.
