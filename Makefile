@@ -84,10 +84,11 @@ aot: $(VENV)-aot/.installed
 	  done; } > out/pods-tables.md
 	mv out/pods-tables.md docs/pods-tables.md
 
-plans: $(VENV)/.installed-test
+plans: $(VENV)/.installed-test $(VENV)-aot/.installed
 	for c in configs/*_v5e8.py; do $(BIN)/omni-jax finetune --config $$c --plan v5e:2x4; done
 	for c in configs/*_v6e8.py; do $(BIN)/omni-jax finetune --config $$c --plan v6e:2x4; done
 	for c in configs/*_v5e64.py; do $(BIN)/omni-jax finetune --config $$c --plan v5e:8x8; done
+	for c in configs/*_h100x8.py; do JAX_PLATFORMS=cpu $(VENV)-aot/bin/omni-jax finetune --config $$c --plan h100:8; done
 	$(BIN)/omni-jax finetune --config configs/qwen3b_full_v5e64.py --set mesh=fsdp=16 --set data.batch=16 --plan v5e:4x4
 
 # Of omni-jax plan: the coefficients in omni_jax/plan.py, and the table of docs/plan.md. The TPU compiler must be

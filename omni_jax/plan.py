@@ -83,7 +83,7 @@ FAST: Mapping[str, int] = {"prefill": FAST_MEMORY}
 # `make plan-fit` prints this table.
 WORKING: Mapping[str, Mapping[str, float]] = {
     "prefill": {"mlp": 2.258, "rows": 0.2116, "summed": 3.504, "gathered": 4.385, "turned": 0.632},
-    "decode": {"one": 2.645e+06, "logits": 0, "gathered": 0},
+    "decode": {"one": 2.645e06, "logits": 0, "gathered": 0},
     "vision": {"one": 0, "mlp": 1.538},
     "audio": {"one": 0, "mlp": 0.001713},
     "dit": {"one": 0, "stream": 10.4},

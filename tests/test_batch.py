@@ -247,7 +247,7 @@ def test_a_process_that_ends_badly_ends_the_others():
 
 def _two_processes(*args, **env):
     """`omni-jax batch` as a process; each of its own processes has four devices."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    flags = {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     call = [sys.executable, "-m", "omni_jax.cli", "batch", *map(str, args)]
     return subprocess.Popen(call, env=os.environ | flags | env, stderr=subprocess.PIPE, text=True)
 

@@ -213,7 +213,7 @@ q = model.params["thinker"]["model"]["layers"]["self_attn"]["q_proj"]["weight"]
 reply = model.generate([{{"role": "user", "content": "Hello there"}}], max_new_tokens=12)
 print(json.dumps([list(q.sharding.spec), len(jax.devices()), list(reply.token_ids)]))
 """
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(MEDIA.parent.parent)}
+    flags = {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(MEDIA.parent.parent)}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | flags, capture_output=True, text=True
     )

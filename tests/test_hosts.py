@@ -29,7 +29,7 @@ def both(checkpoint, tmp_path_factory):
     picture.write_bytes(lines[0][0]["content"][0].pop("image"))
     lines[0][0]["content"][0]["image"] = str(picture)
     (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.hosts_child", str(checkpoint), str(folder), str(port), str(i)],

@@ -267,7 +267,7 @@ print("equal on", jax.device_count())
 
 
 def test_on_meshes_of_eight_devices():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     run = subprocess.run([sys.executable, "-c", MESH], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "equal on 8\n"

@@ -315,7 +315,7 @@ def test_sharded_over_eight_devices(oracle, tmp_path, kind):
     if kind == "converted":
         folder = tmp_path / "c"
         convert(oracle[0], folder)
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", SHARDED, str(oracle[0]), str(folder)]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

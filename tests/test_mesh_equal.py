@@ -35,7 +35,7 @@ WHERE = {
 @pytest.fixture(scope="module")
 def found(checkpoint, tmp_path_factory):
     """What the child has found."""
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.mesh_child", str(checkpoint), str(tmp_path_factory.mktemp("meshes"))]
     run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]

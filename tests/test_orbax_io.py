@@ -88,7 +88,7 @@ def test_stock_orbax_restores_it(tmp_path):
     published, converted = tmp_path / "published", tmp_path / "converted"
     write_random(published, C.preset("nano"))  # bfloat16, and float32 in Token2Wav
     convert(published, converted)
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", STOCK, str(converted), str(published / "model.safetensors")]
     run = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
