@@ -25,6 +25,9 @@ from omni_jax.errors import InputError
 
 # Packages that hold a compiler, or hand it a program.
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt")
+# Without a GPU to try tiles on, XLA chooses those of its own (Triton) products by rule, and gives up where none fits;
+# cuBLAS is then left to multiply, as it is one of the candidates on a GPU.
+UNTILED = "Couldn't find output tile sizes"
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def compile_program(program: Program, keep: pathlib.Path | None = None) -> Compi
         return _read(file)
     begin = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = _compile(lowered)
     except jax.errors.JaxRuntimeError as e:
         reason = " ".join(str(e).split())
         if "RESOURCE_EXHAUSTED" not in reason and "memory" not in reason:
@@ -85,6 +88,15 @@ def compile_program(program: Program, keep: pathlib.Path | None = None) -> Compi
     if file is not None:
         _write(file, out)
     return out
+
+
+def _compile(lowered: Any) -> Any:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        if UNTILED not in str(e):
+            raise
+        return lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
 
 
 def _key(lowered: Any, mesh: jax.sharding.Mesh) -> str:

@@ -376,7 +376,8 @@ def run(
         use, stage = phase.use, phase.use.stage if at.apart else "thinker"
         rows.append({
             "program": use.name, "stage": stage, "weights": weights[stage], "cache": use.cache,
-            "arrays": use.arrays + phase.kept, "working": use.working, "total": weights[stage] + phase.own,
+            "arrays": use.arrays + phase.kept, "working": use.copied + use.working,
+            "total": weights[stage] + phase.own,
         })  # fmt: skip
     peak = max(row["total"] for row in rows)
     return {

@@ -77,12 +77,13 @@ FITTED = _cases(
     ("thinker decode", "3b", "v5e:2x4", "", (32, 4096)),
     ("thinker decode", "3b", "v5e:2x2", "fsdp=4", (4, 4096)),
     ("talker decode", "3b", "v5e:1x1", "", (32, 4096), 2),
-    ("vision", "3b", "v5e:1x1", "", (1, 16)),
+    ("vision", "3b", "v5e:1x1", "", (8, 16)),
     ("vision", "3b", "v5e:1x1", "", (4, 16)),
     ("audio", "3b", "v5e:1x1", "", (8,), 2),
     ("audio", "3b", "v5e:1x1", "", (32,)),
     ("dit", "3b", "v5e:1x1", "", (1, 100), 2),
     ("dit", "3b", "v5e:1x1", "", (1, 500)),
+    ("bigvgan", "3b", "v5e:1x1", "", (1, 250)),
     ("bigvgan", "3b", "v5e:1x1", "", (1, 500)),
 )
 HELD_OUT = _cases(
@@ -103,7 +104,7 @@ HELD_OUT = _cases(
     ("audio", "3b", "v5e:1x1", "", (8,)),
     ("audio", "7b", "v5e:2x4", "", (32,)),
     ("dit", "7b", "v5e:1x1", "", (1, 250)),
-    ("bigvgan", "3b", "v5e:1x1", "", (1, 250)),
+    ("bigvgan", "3b", "v5e:1x1", "", (2, 100)),
 )
 
 

@@ -76,18 +76,19 @@ CHIPS: Mapping[str, Chip] = {
     "h200": _gpu(143771, 4800e9, 989e12, 67e12),
 }
 
-# The fast memory of a v5e or a v6e, where working memory may lie instead; of a prefill as much as fits does.
+# The fast memory of a v5e or a v6e, where working memory may lie instead; of a prefill as much as fits does, of the
+# vision tower half as much.
 FAST_MEMORY = 128 << 20
-FAST: Mapping[str, int] = {"prefill": FAST_MEMORY}
+FAST: Mapping[str, int] = {"prefill": FAST_MEMORY, "vision": FAST_MEMORY // 2}
 # Working memory of a program: the sum of coefficient × quantity (see the function of each program), in bytes.
 # `make plan-fit` prints this table.
 WORKING: Mapping[str, Mapping[str, float]] = {
-    "prefill": {"mlp": 2.258, "rows": 0.2116, "summed": 3.504, "gathered": 4.385, "turned": 0.632},
-    "decode": {"one": 2.645e06, "logits": 0, "gathered": 0},
-    "vision": {"one": 0, "mlp": 1.538},
+    "prefill": {"mlp": 1.085, "rows": 0.7718, "summed": 1.423, "gathered": 4.502},
+    "decode": {"one": 2.645e06, "logits": 0, "gathered": 13.8},
+    "vision": {"mlp": 4},
     "audio": {"one": 0, "mlp": 0.001713},
     "dit": {"one": 0, "stream": 10.4},
-    "bigvgan": {"samples": 445.4},
+    "bigvgan": {"one": 1.249e08, "samples": 316.3},
 }
 
 
@@ -101,6 +102,7 @@ class Use:
       reads: the loaded part that it reads, and which of its subtrees.
       cache: keys and values, read or made.
       arrays: its other arguments and results.
+      copied: weights that it first copies into another order.
       quantities: what its working memory is a line in.
       working: that memory.
     """
@@ -110,21 +112,24 @@ class Use:
     reads: tuple[str, tuple[str, ...]]
     cache: int
     arrays: int
+    copied: int
     quantities: Mapping[str, float]
     working: int
 
     @property
     def own(self) -> int:
         """Bytes beside the weights."""
-        return self.cache + self.arrays + self.working
+        return self.cache + self.arrays + self.copied + self.working
 
 
 def _use(
-    kind: str, name: str, part: str, reads: Sequence[str], cache: float, arrays: float, **quantities: float
+    kind: str, name: str, part: str, reads: Sequence[str], cache: float, arrays: float, copied: int = 0,
+    **quantities: float,
 ) -> Use:  # fmt: skip
     quantities = {"one": 1.0, **quantities}
     working = sum(factor * quantities[q] for q, factor in WORKING[kind].items()) - FAST.get(kind, 0)
-    return Use(name, STAGE[part], (part, tuple(reads)), int(cache), int(arrays), quantities, max(0, int(working)))
+    sums = int(cache), int(arrays), copied
+    return Use(name, STAGE[part], (part, tuple(reads)), *sums, quantities, max(0, int(working)))
 
 
 def total_bytes(cfg: OmniConfig, sizes: Sizes, use: Use, itemsize: int) -> int:
@@ -227,6 +232,7 @@ def prefill(
     several = batch > 1 or bool(rules.table["length"])
     return _use(
         "prefill", f"{part} prefill", part, reads, cache, arrays,
+        _turned(d, rules, sizes, itemsize) if several else 0,
         mlp=tokens * d.intermediate_size * itemsize / split,
         # Residual streams in float32, which devices sum up where each has a share of a product.
         summed=tokens * d.hidden_size * FLOAT if split > 1 else 0,
@@ -234,7 +240,6 @@ def prefill(
         rows=2 * d.num_hidden_layers * batch * length * d.num_key_value_heads * d.head_dim
         * (cache_itemsize or itemsize) / ways(sizes, rules, "attend_batch", "act_kv_heads"),
         gathered=_gathered(rules, sizes, d.intermediate_size, d.hidden_size, itemsize),
-        turned=_turned(d, rules, sizes, itemsize) if several else 0,
     )  # fmt: skip
 
 
@@ -476,10 +481,10 @@ def check(weights: Mapping[Stage, int], needed: Sequence[Phase], limit: int, apa
     if loaded + worst.own <= limit:
         return
     use = worst.use
-    rest = use.arrays + worst.kept
+    rest, working = use.arrays + worst.kept, use.copied + use.working
     raise MemoryNeedError(
         f"{use.name} needs {gib(loaded + worst.own)} on each device, which has {gib(limit)}: weights {gib(loaded)}, "
-        f"cache {gib(use.cache)}, inputs and results {gib(rest)}, working memory {gib(use.working)}; {remedy}"
+        f"cache {gib(use.cache)}, inputs and results {gib(rest)}, working memory {gib(working)}; {remedy}"
     )
 
 

@@ -97,6 +97,30 @@ def test_a_program_that_does_not_fit_is_kept_as_such(tmp_path, monkeypatch):
     assert json.loads(gzip.decompress(file.read_bytes()))["text"] == ""
 
 
+def test_products_that_no_tile_fits_are_left_to_the_library(monkeypatch):
+    """XLA:GPU's rule for tiles, without a GPU to try them on."""
+    asked, compile_ = [], jax.stages.Lowered.compile
+
+    def once(self, compiler_options=None):
+        asked.append(compiler_options)
+        if compiler_options is None:
+            raise jax.errors.JaxRuntimeError("INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot.7")
+        return compile_(self)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", once)
+    assert compile_program(program()).text
+    assert asked == [None, {"xla_gpu_enable_triton_gemm": False}]
+
+
+def test_another_failure_is_not_hidden(monkeypatch):
+    def broken(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        compile_program(program())
+
+
 def test_a_broken_off_write_leaves_no_record(tmp_path, monkeypatch):
     def broken(*args):
         raise OSError(28, "No space left on device")
