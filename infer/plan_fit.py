@@ -85,6 +85,7 @@ FITTED = _cases(
     ("dit", "3b", "v5e:1x1", "", (1, 500)),
     ("bigvgan", "3b", "v5e:1x1", "", (1, 250)),
     ("bigvgan", "3b", "v5e:1x1", "", (1, 500)),
+    ("bigvgan", "3b", "v5e:1x1", "", (2, 100)),
 )
 HELD_OUT = _cases(
     ("thinker prefill", "3b", "v5e:1x1", "", (1, 4096, 6144)),
@@ -104,7 +105,7 @@ HELD_OUT = _cases(
     ("audio", "3b", "v5e:1x1", "", (8,)),
     ("audio", "7b", "v5e:2x4", "", (32,)),
     ("dit", "7b", "v5e:1x1", "", (1, 250)),
-    ("bigvgan", "3b", "v5e:1x1", "", (2, 100)),
+    ("bigvgan", "3b", "v5e:1x1", "", (4, 100)),
 )
 
 

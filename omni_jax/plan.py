@@ -328,6 +328,8 @@ def vocoder(cfg: OmniConfig, sizes: Sizes, batch: int, codes: int) -> Use:
     return _use(
         "bigvgan", "BigVGAN", "token2wav", ("code2wav_bigvgan_model",), 0, arrays,
         samples=rows * samples * FLOAT,
+        # The compiler pads several rows more than one.
+        several=rows * samples * FLOAT if rows > 1 else 0,
     )  # fmt: skip
 
 

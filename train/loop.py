@@ -115,13 +115,13 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
     feed = Feed(lines, reader(lines), run.data, run.seed, trainer.mesh, position, sizes=run.row_sizes)
     batches = iter(feed)
     pace = Pace(trainer, feed.hosts)
-    # The step that the device may still be computing: number, data, metrics, seconds that it waited for data.
-    running: tuple[int, Loaded, Any, float] | None = None
+    # The step that the device may still be computing: number, data, metrics.
+    running: tuple[int, Loaded, Any] | None = None
     saved = step
 
-    def settle(pending: tuple[int, Loaded, Any, float]) -> None:
+    def settle(pending: tuple[int, Loaded, Any]) -> None:
         """Waits for a step and writes its metrics. Raises RunError where they are no numbers."""
-        number, loaded, on_device, waited = pending
+        number, loaded, on_device = pending
         values = {k: float(v) for k, v in jax.device_get(on_device).items()}
         if not all(math.isfinite(values[k]) for k in ("loss", "grad_norm")):
             names = ", ".join(dict.fromkeys(loaded.names))
@@ -132,7 +132,7 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
                 f"step {number}: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}; its samples are "
                 f"{names[:500]}; {last}; look at these samples, or lower the rates"
             )
-        pace.add(loaded.tokens, waited)
+        pace.add(loaded.tokens)
         if number % run.log_every == 0 or number == run.steps:
             writer.write(number, values | pace.take() | {"padding": 1 - loaded.tokens / loaded.places})
 
@@ -142,13 +142,14 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
             loaded = next(batches)
             # Data was late if the device has run out of work meanwhile.
             idle = running is None or running[2]["loss"].is_ready()
-            waited = time.perf_counter() - asked if idle else 0.0
+            if idle:
+                pace.wait(time.perf_counter() - asked)
             state, values = trainer.step(state, frozen, base, loaded.batch)
             step, position = step + 1, loaded.position
             # The step before is looked at while this one runs. An evaluation, a checkpoint and the end wait for this.
             if running is not None:
                 settle(running)
-            running = (step, loaded, values, waited)
+            running = (step, loaded, values)
             due = step % run.save_every == 0 or step == run.steps
             judged = held_out is not None and run.evaluate_every and step % run.evaluate_every == 0
             if due or judged:

@@ -87,14 +87,18 @@ class Pace:
     def begin(self) -> None:
         """Counts from now on."""
         self._began = self._settled = time.perf_counter()
-        self._tokens, self._waited = 0, 0.0
+        self._tokens, self._waited, self._waiting = 0, 0.0, 0.0
 
-    def add(self, tokens: int, waited: float) -> None:
-        """Counts a step: its tokens, and the seconds that the loop waited for its data."""
-        self._tokens, self._waited = self._tokens + tokens, self._waited + waited
+    def wait(self, seconds: float) -> None:
+        """Counts seconds for which the device had nothing to do but wait for data."""
+        self._waiting += seconds
+
+    def add(self, tokens: int) -> None:
+        """Counts a step that is done: its tokens, and the time and the waiting since the one before."""
         now = time.perf_counter()
-        self._steady.append((now - self._settled, waited))
-        self._settled = now
+        self._steady.append((now - self._settled, self._waiting))
+        self._tokens, self._waited = self._tokens + tokens, self._waited + self._waiting
+        self._settled, self._waiting = now, 0.0
 
     def summary(self) -> str:
         """How long the run's steps took and waited for data, the first two aside: they compile and fill the queues."""
