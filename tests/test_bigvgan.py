@@ -1,6 +1,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -90,6 +91,30 @@ def test_each_stage_equals_oracle(index):
     rate = CFG.upsample_rates[index]
     np.testing.assert_allclose(got[:, : 19 * rate], want.transpose(1, 2).numpy(), atol=5e-6)
     assert not np.asarray(got)[:, 19 * rate :].any()
+
+
+def _as_on(platform, monkeypatch, run):
+    """What `run` gives where programs take a platform's form; the sine stays the CPU's."""
+    chosen = lambda *args, **forms: forms.get(platform, forms.get("cpu", forms["default"]))(*args)  # noqa: E731
+    with monkeypatch.context() as m:
+        m.setattr(bigvgan.lax, "platform_dependent", chosen)
+        return jax.jit(run)()
+
+
+@pytest.mark.parametrize("index", range(len(CFG.upsample_rates)))
+def test_the_form_for_tpus_is_the_same(index, monkeypatch):
+    """Loops over taps, units scanned: a stage's values and gradients, padding included."""
+    params, lengths = _both()[0], np.array([7, 4])
+    x = np.random.default_rng(index).normal(size=(2, 7, CFG.upsample_initial_channel >> index)).astype(np.float32)
+    x[1, 4:] = 0
+
+    def run():
+        y, pull = jax.vjp(lambda params, x: bigvgan.stage(params, CFG, index, x, lengths), params, x)
+        return y, pull(jnp.cos(y))
+
+    there, here = _as_on("tpu", monkeypatch, run), _as_on("cpu", monkeypatch, run)
+    for a, b in zip(jax.tree.leaves(there), jax.tree.leaves(here), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-6 * max(1.0, float(np.abs(b).max())))
 
 
 def test_waveform_to_the_last_sample():
