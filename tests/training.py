@@ -9,12 +9,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import torch
 from flax import traverse_util
 
 from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.speakers import load_voices
-from tests import conversations, oracle
+from tests import conversations
 from train.batch import Batch, Sample, collate, needed, shapes
 from train.config import Data, Run
 from train.data import Reader
@@ -59,8 +58,12 @@ def flat(tree: Any) -> dict[str, np.ndarray]:
     return {k: np.asarray(v) for k, v in traverse_util.flatten_dict(tree, sep=".").items()}
 
 
-def oracle_gradients(module: torch.nn.Module, stacks: Sequence[str]) -> dict[str, np.ndarray]:
-    """The gradients that `backward` left, under our names; zeros where it left none."""
+def oracle_gradients(module: Any, stacks: Sequence[str]) -> dict[str, np.ndarray]:
+    """The gradients that `backward` left in a torch module, under our names; zeros where it left none."""
+    import torch  # not at the top: processes without the reference train too
+
+    from tests import oracle
+
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()}
     return flat(oracle.params(grads, stacks))
 
