@@ -56,6 +56,7 @@ def test_each_process_loads_its_slices(both):
         assert got["hosts"] == [0, 1]
         # What is cut is read by halves at most: the other process has the rest.
         assert got["split"] > 0
+        assert got["turned"] > 0
         assert got["read"] <= got["whole"] - 0.4 * got["split"]
 
 
