@@ -25,6 +25,7 @@ from jax import lax
 
 from omni_jax.config import BigVGANConfig
 from omni_jax.declare import Declared, conv, weight, zeros
+from omni_jax.kernels.on_mesh import REPLICATED, on_mesh
 from omni_jax.layers import Params
 from omni_jax.sharding import SUBLANES
 
@@ -330,6 +331,24 @@ def vocode(params: Params, cfg: BigVGANConfig, mel: jax.Array, lengths: jax.Arra
     Returns:
       [B, T × hop] float32 samples in [-1, 1], 0 beyond each row's lengths × hop.
     """
+
+    def row_by_row(params: Params, mel: jax.Array, lengths: jax.Array) -> tuple[jax.Array]:
+        """One row has work enough for a TPU, and the compiler pads several rows to several times their size."""
+        return (lax.map(lambda row: _vocode(params, cfg, row[0][None], row[1][None])[0], (mel, lengths)),)
+
+    def on_tpu(params: Params, mel: jax.Array, lengths: jax.Array) -> jax.Array:
+        whole = jax.tree.map(lambda _: REPLICATED, params)
+        return on_mesh(row_by_row, [whole, ("batch", None, None), ("batch",)], [("batch", None)])(params, mel, lengths)[
+            0
+        ]
+
+    def together(params: Params, mel: jax.Array, lengths: jax.Array) -> jax.Array:
+        return _vocode(params, cfg, mel, lengths)
+
+    return lax.platform_dependent(params, mel, lengths, tpu=on_tpu, default=together)
+
+
+def _vocode(params: Params, cfg: BigVGANConfig, mel: jax.Array, lengths: jax.Array) -> jax.Array:
     x = same_conv(params["conv_pre"], silence_padding(normalise_mel(mel), lengths))
     x = silence_padding(x, lengths)
     for i in range(len(cfg.upsample_rates)):

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -6,8 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from omni_jax import bigvgan
+from infer import programs
+from infer.hlo import Module
+from omni_jax import bigvgan, meshes, token2wav
+from omni_jax import config as C
 from tests import tiny_token2wav as tiny
+from tests.ahead import needs_compiler
 
 CFG = tiny.BIGVGAN
 _stage = jax.jit(lambda p, i, x, n: bigvgan.stage(p, CFG, i, x, n), static_argnums=1)
@@ -115,6 +120,26 @@ def test_the_form_for_tpus_is_the_same(index, monkeypatch):
     there, here = _as_on("tpu", monkeypatch, run), _as_on("cpu", monkeypatch, run)
     for a, b in zip(jax.tree.leaves(there), jax.tree.leaves(here), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-6 * max(1.0, float(np.abs(b).max())))
+
+
+def test_rows_one_by_one_are_the_same(monkeypatch):
+    params, lengths = jax.tree.map(jnp.asarray, _both()[0]), np.array([9, 5, 1])
+    mel = _padded([_mel(i, n) for i, n in enumerate(lengths)], 9)
+    run = lambda: bigvgan.vocode(params, CFG, mel, lengths)  # noqa: E731
+    there, here = _as_on("tpu", monkeypatch, run), _as_on("cpu", monkeypatch, run)
+    np.testing.assert_allclose(there, here, atol=2e-6)
+
+
+@needs_compiler
+def test_on_a_mesh_each_chip_has_its_rows():
+    """Four rows on four chips: nothing is said between them but the result."""
+    cfg = C.preset("nano")
+    short = dataclasses.replace(cfg.token2wav.bigvgan, upsample_rates=(5, 3), upsample_kernel_sizes=(11, 7))
+    cfg = dataclasses.replace(cfg, token2wav=dataclasses.replace(cfg.token2wav, bigvgan=short))
+    place = meshes.place(cfg, "data=4", devices=programs.topology("v5e:2x2"))
+    found = Module(programs.bigvgan_call(cfg, place, 4, 20).lower().compile().as_text()).collectives()
+    frames = token2wav.padded_codes(cfg.token2wav.dit, 20) * cfg.token2wav.dit.repeats
+    assert [(c.kind, c.bytes) for c in found] == [("all-gather", 4 * 4 * frames * bigvgan.hop(short))]
 
 
 def test_waveform_to_the_last_sample():
