@@ -139,7 +139,8 @@ def test_on_a_mesh_each_chip_has_its_rows():
     place = meshes.place(cfg, "data=4", devices=programs.topology("v5e:2x2"))
     found = Module(programs.bigvgan_call(cfg, place, 4, 20).lower().compile().as_text()).collectives()
     frames = token2wav.padded_codes(cfg.token2wav.dit, 20) * cfg.token2wav.dit.repeats
-    assert [(c.kind, c.bytes) for c in found] == [("all-gather", 4 * 4 * frames * bigvgan.hop(short))]
+    assert [c.kind for c in found] == ["all-gather"]
+    assert 1 <= found[0].bytes / (4 * 4 * frames * bigvgan.hop(short)) < 1.1  # tiles are padded
 
 
 def test_waveform_to_the_last_sample():
