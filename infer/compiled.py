@@ -23,8 +23,8 @@ import jax
 from infer.programs import Program
 from omni_jax.errors import InputError
 
-# Packages that hold a compiler, or hand it a program.
-COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt")
+# Packages that hold a compiler, or hand it a program, and the platform that they are for.
+COMPILERS = {"jax": "", "jaxlib": "", "libtpu": "tpu", "jax-cuda12-plugin": "gpu", "jax-cuda12-pjrt": "gpu"}
 # Without a GPU to try tiles on, XLA chooses those of its own (Triton) products by rule, and gives up where none fits;
 # cuBLAS is then left to multiply, as it is one of the candidates on a GPU.
 UNTILED = "Couldn't find output tile sizes"
@@ -103,7 +103,7 @@ def _key(lowered: Any, mesh: jax.sharding.Mesh) -> str:
     found = {p.metadata["Name"]: p.version for p in importlib.metadata.distributions() if p.metadata["Name"]}
     devices = mesh.devices.flat
     seen = [
-        {name: found.get(name) for name in COMPILERS},
+        {n: found.get(n) if platform in ("", devices[0].platform) else None for n, platform in COMPILERS.items()},
         {name: os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")},
         [(d.device_kind, getattr(d, "coords", d.id)) for d in devices],
         lowered.as_text(),

@@ -50,9 +50,15 @@ def test_another_program_or_compiler_is_another_record(tmp_path, monkeypatch):
     compile_program(program(n=65), tmp_path)
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_something=true")
     compile_program(program(), tmp_path)
-    monkeypatch.setattr(compiled, "COMPILERS", ("numpy",))
+    monkeypatch.setattr(compiled, "COMPILERS", {"numpy": ""})
     compile_program(program(), tmp_path)
     assert len(list(tmp_path.iterdir())) == 5
+    monkeypatch.setattr(compiled, "COMPILERS", {"numpy": "", "jax": "tpu"})
+    compile_program(program(), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 6
+    monkeypatch.setattr(compiled, "COMPILERS", {"numpy": "", "jax": "gpu"})  # another platform's, at whatever version
+    compile_program(program(), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 @needs_compiler
