@@ -366,7 +366,7 @@ def finetune(
       config: A Python file with get_config(), such as configs/qwen3b_lora_v5e8.py.
       changes: A setting of train/config.py to change, as name=value: --set model=DIR --set data.batch=4.
       coordinator: On several hosts: auto on a TPU pod, else host:port,processes,process.
-      plan: Only compile the step, for a TPU that need not be there, such as v5e:2x4, and print what it needs. A model
+      plan: Only compile the step, for chips that need not be there, v5e:2x4 or h100:8, and print what it needs. A model
         that is not there is taken for the preset that its name ends with (3B, 7B).
     """
     if plan is not None:

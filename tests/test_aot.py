@@ -32,7 +32,8 @@ needs_gpu_compiler = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def chip():
     """What some programs do on one v5e."""
-    return aot.run("3b", "v5e:1x1", layers=LAYERS, only=("decode 1", "decode 32", "loop 32", "talker 1"))
+    only = ("decode 1", "decode 32", "loop 32", "talker 1", "vision picture")
+    return aot.run("3b", "v5e:1x1", layers=LAYERS, only=only)
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +57,12 @@ def test_steps_neither_copy_nor_need_memory(chip, pod):
     for name, f in [x for result in (chip, pod) for x in result["programs"].items()]:
         assert f["error"] is None
         assert f["copies"] == ()
+        # 3420 features are not whole tiles: without an order of their own the tower's stacks would be copied.
         assert f["weight_copies"] == (), name
-        assert f["donated"] == 1
-        assert f["replicas"] == 1
-        assert f["temp"] <= (300 if name.startswith("loop") else 16) * MIB, name
+        assert f["temp"] <= (64 if name.startswith("loop") else 16) * MIB, name
+        if not name.startswith("vision"):
+            assert f["donated"] == 1
+            assert f["replicas"] == 1
 
 
 @needs_compiler
@@ -100,6 +103,8 @@ def test_the_command_prints_json_or_markdown(monkeypatch, capsys):
     ("options", "message"),
     [
         ({"topology": "v5e"}, "topology 'v5e' is not of the form v5e:2x4"),
+        ({"topology": "h100:9"}, "topology 'h100:9' is not of the form h100 or h100:8, the GPUs of one machine"),
+        ({"topology": "h100:two"}, "topology 'h100:two' is not of the form h100 or h100:8"),
         pytest.param({"topology": "v99:2x2"}, "topology 'v99:2x2' is not known to libtpu", marks=needs_compiler),
         pytest.param({"mesh": "4x4"}, "a mesh of 16 chips .* more devices than the 8", marks=needs_compiler),
         pytest.param({"mesh": "wide"}, "mesh 'wide' is neither chips", marks=needs_compiler),
@@ -114,7 +119,7 @@ def test_mistakes_are_one_line(options, message):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize(("topology", "extra"), [("v5e:2x4", "aot"), ("h100", "aot-gpu")])
+@pytest.mark.parametrize(("topology", "extra"), [("v5e:2x4", "aot"), ("h100", "aot-gpu"), ("h100:8", "aot-gpu")])
 def test_a_missing_compiler_is_one_line(monkeypatch, capsys, topology, extra):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["omni-jax", "aot", "--topology", topology])
