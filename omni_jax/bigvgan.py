@@ -211,32 +211,30 @@ def tap_conv(x: jax.Array, kernel: jax.Array, first: Any, dilation: Any, room: t
     return y.swapaxes(0, 1).reshape(rows, pieces * size, -1)[:, :steps]
 
 
-def _biased(params: Params, y: jax.Array) -> jax.Array:
+def same_conv(params: Params, x: jax.Array, dilation: Any = 1, most: int | None = None, *, tpu: bool) -> jax.Array:
+    """A convolution with zeros around.
+
+    Args:
+      params: `weight` [out, in, K], perhaps `bias` [out].
+      x: [B, T, in], silent beyond its true end.
+      dilation: a whole number; for TPUs it may be data, up to `most`.
+      tpu: in the form for TPUs (`tap_conv`).
+    Returns:
+      [B, T, out], not silent beyond the true end.
+    """
+    weight, half = params["weight"], (params["weight"].shape[2] - 1) // 2
+    if tpu:
+        room = half * (dilation if most is None else most)
+        y = tap_conv(x, weight.transpose(2, 1, 0), -half * dilation, dilation, (room, room))
+    else:
+        pad = (half * dilation, half * dilation)
+        y = lax.conv_general_dilated(
+            x, weight, (1,), [pad], rhs_dilation=(dilation,), dimension_numbers=("NWC", "OIW", "NWC")
+        )
     return y + params["bias"] if "bias" in params else y
 
 
-def _same_by_taps(params: Params, x: jax.Array, dilation: Any, most: int) -> jax.Array:
-    """`same_conv` as a loop; `dilation` may be data, up to `most`."""
-    kernel = params["weight"].transpose(2, 1, 0)
-    half = (len(kernel) - 1) // 2
-    return _biased(params, tap_conv(x, kernel, -half * dilation, dilation, (half * most, half * most)))
-
-
-def same_conv(params: Params, x: jax.Array, dilation: int = 1) -> jax.Array:
-    """A convolution with zeros around. x: [B, T, in], silent beyond its true end; result [B, T, out], not silent."""
-    pad = (params["weight"].shape[2] - 1) * dilation // 2
-
-    def whole(params: Params, x: jax.Array) -> jax.Array:
-        y = lax.conv_general_dilated(
-            x, params["weight"], (1,), [(pad, pad)], rhs_dilation=(dilation,), dimension_numbers=("NWC", "OIW", "NWC")
-        )
-        return _biased(params, y)
-
-    by_taps = functools.partial(_same_by_taps, dilation=dilation, most=dilation)
-    return lax.platform_dependent(params, x, tpu=by_taps, default=whole)
-
-
-def upsample(params: Params, x: jax.Array, rate: int) -> jax.Array:
+def upsample(params: Params, x: jax.Array, rate: int, *, tpu: bool) -> jax.Array:
     """A transposed convolution as a plain one: `rate` outputs a step, side by side on the channel axis.
 
     Args:
@@ -257,44 +255,31 @@ def upsample(params: Params, x: jax.Array, rate: int) -> jax.Array:
     kernel = jnp.pad(weight, ((0, 0), (0, 0), (before, rate * steps - width - before)))
     kernel = kernel.reshape(into, out, steps, rate)[:, :, ::-1].transpose(2, 0, 3, 1)
     kernel = kernel.reshape(steps, into, rate * out)
-
-    def whole(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(x, kernel, (1,), [(-low, high)], dimension_numbers=("NWC", "WIO", "NWC"))
-
-    def by_taps(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return tap_conv(x, kernel, low, 1, (-low, high))
-
-    y = lax.platform_dependent(x, kernel, tpu=by_taps, default=whole)
+    if tpu:
+        y = tap_conv(x, kernel, low, 1, (-low, high))
+    else:
+        y = lax.conv_general_dilated(x, kernel, (1,), [(-low, high)], dimension_numbers=("NWC", "WIO", "NWC"))
     return y.reshape(x.shape[0], x.shape[1] * rate, out) + bias
 
 
-def residual_block(params: Params, x: jax.Array, lengths: jax.Array, dilations: tuple[int, ...]) -> jax.Array:
+def residual_block(
+    params: Params, x: jax.Array, lengths: jax.Array, dilations: tuple[int, ...], *, tpu: bool
+) -> jax.Array:  # fmt: skip
     """Activation, dilated convolution, activation, convolution, added to the input; once a dilation. [B, T, C]."""
     acts, first, second = (params[name] for name in ("activations", "convs1", "convs2"))
     units = [(acts[str(2 * j)], first[str(j)], acts[str(2 * j + 1)], second[str(j)]) for j in range(len(dilations))]
 
-    def unit(x: jax.Array, lengths: jax.Array, given: Any, dilated: Any, plain: Any) -> jax.Array:
-        before, conv1, between, conv2 = given
-        y = dilated(conv1, activation(before, x, lengths))
-        return x + plain(conv2, activation(between, y, lengths))
+    def unit(x: jax.Array, given: tuple[Any, Any]) -> tuple[jax.Array, None]:
+        dilation, (before, conv1, between, conv2) = given
+        y = same_conv(conv1, activation(before, x, lengths), dilation, max(dilations), tpu=tpu)
+        return x + same_conv(conv2, activation(between, y, lengths), tpu=tpu), None
 
-    def unrolled(units: Any, x: jax.Array, lengths: jax.Array) -> jax.Array:
-        for given, dilation in zip(units, dilations, strict=True):
-            x = unit(x, lengths, given, functools.partial(same_conv, dilation=dilation), same_conv)
-        return x
-
-    def scanned(units: Any, x: jax.Array, lengths: jax.Array) -> jax.Array:
-        """The units differ in a number only: a TPU's compiler makes one of them, and the weights are copied once."""
-
-        def step(x: jax.Array, given: Any) -> tuple[jax.Array, None]:
-            dilation, tree = given
-            dilated = functools.partial(_same_by_taps, dilation=dilation, most=max(dilations))
-            return unit(x, lengths, tree, dilated, functools.partial(_same_by_taps, dilation=1, most=1)), None
-
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *units)
-        return lax.scan(step, x, (jnp.array(dilations), stacked))[0]
-
-    return lax.platform_dependent(units, x, lengths, tpu=scanned, default=unrolled)
+    if tpu:
+        # The units differ in a number only: the compiler makes one of them, and the weights are copied once.
+        return lax.scan(unit, x, (jnp.array(dilations), jax.tree.map(lambda *leaves: jnp.stack(leaves), *units)))[0]
+    for given in zip(dilations, units, strict=True):
+        x, _ = unit(x, given)
+    return x
 
 
 def normalise_mel(mel: jax.Array) -> jax.Array:
@@ -303,19 +288,22 @@ def normalise_mel(mel: jax.Array) -> jax.Array:
     return jnp.clip(2 * (db - MIN_DB) / -MIN_DB - 1, -1, 1)
 
 
-def stage(params: Params, cfg: BigVGANConfig, index: int, x: jax.Array, lengths: jax.Array) -> jax.Array:
+def stage(
+    params: Params, cfg: BigVGANConfig, index: int, x: jax.Array, lengths: jax.Array, *, tpu: bool = False
+) -> jax.Array:  # fmt: skip
     """One up-sampling and the mean of its residual blocks.
 
     Args:
       params: the whole tree.
       x: [B, T, C], silent beyond `lengths` [B].
+      tpu: in the form for TPUs.
     Returns:
       [B, rate T, C / 2], silent beyond rate × `lengths`.
     """
     rate, kinds = cfg.upsample_rates[index], len(cfg.resblock_kernel_sizes)
-    x, lengths = upsample(params["ups"][str(index)]["0"], x, rate), lengths * rate
+    x, lengths = upsample(params["ups"][str(index)]["0"], x, rate, tpu=tpu), lengths * rate
     blocks = [
-        residual_block(params["resblocks"][str(index * kinds + j)], x, lengths, cfg.resblock_dilation_sizes[j])
+        residual_block(params["resblocks"][str(index * kinds + j)], x, lengths, cfg.resblock_dilation_sizes[j], tpu=tpu)
         for j in range(kinds)
     ]
     return silence_padding(functools.reduce(jnp.add, blocks) / kinds, lengths)
@@ -334,7 +322,7 @@ def vocode(params: Params, cfg: BigVGANConfig, mel: jax.Array, lengths: jax.Arra
 
     def row_by_row(params: Params, mel: jax.Array, lengths: jax.Array) -> tuple[jax.Array]:
         """One row has work enough for a TPU, and the compiler pads several rows to several times their size."""
-        return (lax.map(lambda row: _vocode(params, cfg, row[0][None], row[1][None])[0], (mel, lengths)),)
+        return (lax.map(lambda row: _vocode(params, cfg, row[0][None], row[1][None], tpu=True)[0], (mel, lengths)),)
 
     def on_tpu(params: Params, mel: jax.Array, lengths: jax.Array) -> jax.Array:
         whole = jax.tree.map(lambda _: REPLICATED, params)
@@ -343,16 +331,16 @@ def vocode(params: Params, cfg: BigVGANConfig, mel: jax.Array, lengths: jax.Arra
         ]
 
     def together(params: Params, mel: jax.Array, lengths: jax.Array) -> jax.Array:
-        return _vocode(params, cfg, mel, lengths)
+        return _vocode(params, cfg, mel, lengths, tpu=False)
 
     return lax.platform_dependent(params, mel, lengths, tpu=on_tpu, default=together)
 
 
-def _vocode(params: Params, cfg: BigVGANConfig, mel: jax.Array, lengths: jax.Array) -> jax.Array:
-    x = same_conv(params["conv_pre"], silence_padding(normalise_mel(mel), lengths))
+def _vocode(params: Params, cfg: BigVGANConfig, mel: jax.Array, lengths: jax.Array, *, tpu: bool) -> jax.Array:
+    x = same_conv(params["conv_pre"], silence_padding(normalise_mel(mel), lengths), tpu=tpu)
     x = silence_padding(x, lengths)
     for i in range(len(cfg.upsample_rates)):
-        x = stage(params, cfg, i, x, lengths)
+        x = stage(params, cfg, i, x, lengths, tpu=tpu)
         lengths = lengths * cfg.upsample_rates[i]
     x = activation(params["activation_post"], x, lengths)
-    return silence_padding(jnp.clip(same_conv(params["conv_post"], x), -1, 1), lengths)[..., 0]
+    return silence_padding(jnp.clip(same_conv(params["conv_post"], x, tpu=tpu), -1, 1), lengths)[..., 0]

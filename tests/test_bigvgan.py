@@ -73,11 +73,12 @@ def test_activation_holds_the_true_edges(frames):
         assert not y[len(row) :].any()
 
 
+@pytest.mark.parametrize("tpu", [False, True], ids=["here", "tpu"])
 @pytest.mark.parametrize(("rate", "width"), [(5, 11), (3, 7), (2, 4), (2, 2), (4, 16)])
-def test_upsampling_is_a_transposed_convolution(rate, width):
+def test_upsampling_is_a_transposed_convolution(rate, width, tpu):
     rng = np.random.default_rng(rate)
     x, weight, bias = (rng.normal(size=s).astype(np.float32) for s in ((2, 9, 6), (6, 4, width), (4,)))
-    got = bigvgan.upsample({"weight": weight, "bias": bias}, x, rate)
+    got = jax.jit(functools.partial(bigvgan.upsample, rate=rate, tpu=tpu))({"weight": weight, "bias": bias}, x)
     ncw, kernel, bias = tiny.as_torch(x).transpose(1, 2), tiny.as_torch(weight), tiny.as_torch(bias)
     want = torch.nn.functional.conv_transpose1d(ncw, kernel, bias, rate, (width - rate) // 2)
     np.testing.assert_allclose(got, want.transpose(1, 2).numpy(), atol=1e-5)
@@ -98,26 +99,18 @@ def test_each_stage_equals_oracle(index):
     assert not np.asarray(got)[:, 19 * rate :].any()
 
 
-def _as_on(platform, monkeypatch, run):
-    """What `run` gives where programs take a platform's form; the sine stays the CPU's."""
-    chosen = lambda *args, **forms: forms.get(platform, forms.get("cpu", forms["default"]))(*args)  # noqa: E731
-    with monkeypatch.context() as m:
-        m.setattr(bigvgan.lax, "platform_dependent", chosen)
-        return jax.jit(run)()
-
-
 @pytest.mark.parametrize("index", range(len(CFG.upsample_rates)))
-def test_the_form_for_tpus_is_the_same(index, monkeypatch):
+def test_the_form_for_tpus_is_the_same(index):
     """Loops over taps, units scanned: a stage's values and gradients, padding included."""
     params, lengths = _both()[0], np.array([7, 4])
     x = np.random.default_rng(index).normal(size=(2, 7, CFG.upsample_initial_channel >> index)).astype(np.float32)
     x[1, 4:] = 0
 
-    def run():
-        y, pull = jax.vjp(lambda params, x: bigvgan.stage(params, CFG, index, x, lengths), params, x)
+    def run(params, x, tpu):
+        y, pull = jax.vjp(lambda params, x: bigvgan.stage(params, CFG, index, x, lengths, tpu=tpu), params, x)
         return y, pull(jnp.cos(y))
 
-    there, here = _as_on("tpu", monkeypatch, run), _as_on("cpu", monkeypatch, run)
+    there, here = (jax.jit(run, static_argnums=2)(params, x, tpu) for tpu in (True, False))
     for a, b in zip(jax.tree.leaves(there), jax.tree.leaves(here), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-6 * max(1.0, float(np.abs(b).max())))
 
@@ -125,8 +118,11 @@ def test_the_form_for_tpus_is_the_same(index, monkeypatch):
 def test_rows_one_by_one_are_the_same(monkeypatch):
     params, lengths = jax.tree.map(jnp.asarray, _both()[0]), np.array([9, 5, 1])
     mel = _padded([_mel(i, n) for i, n in enumerate(lengths)], 9)
-    run = lambda: bigvgan.vocode(params, CFG, mel, lengths)  # noqa: E731
-    there, here = _as_on("tpu", monkeypatch, run), _as_on("cpu", monkeypatch, run)
+    here = _vocode(params, mel, lengths)
+    monkeypatch.setattr(
+        bigvgan.lax, "platform_dependent", lambda *args, **forms: forms.get("tpu", forms["default"])(*args)
+    )
+    there = jax.jit(lambda p, mel, n: bigvgan.vocode(p, CFG, mel, n))(params, mel, lengths)
     np.testing.assert_allclose(there, here, atol=2e-6)
 
 
@@ -159,4 +155,4 @@ def test_waveform_to_the_last_sample():
 def test_odd_upsampling_is_refused():
     params = {"weight": np.zeros((4, 2, 6), np.float32), "bias": np.zeros(2, np.float32)}
     with pytest.raises(ValueError, match="width 6"):
-        jax.eval_shape(functools.partial(bigvgan.upsample, rate=3), params, np.zeros((1, 5, 4), np.float32))
+        jax.eval_shape(functools.partial(bigvgan.upsample, rate=3, tpu=False), params, np.zeros((1, 5, 4), np.float32))
