@@ -11,7 +11,7 @@ import pathlib
 import sys
 import time
 
-STEPS = 30  # of the two processes
+STEPS = 16  # of the two processes
 
 
 def _pictures(folder: pathlib.Path) -> str:
