@@ -115,7 +115,14 @@ def test_data_is_decoded_while_the_device_computes(threads, checkpoint, tmp_path
         time.sleep(0.1)
         return read(self, record)
 
+    write = metrics.Writer.write
+
+    def slowly(self, *given, **more):
+        time.sleep(0.05)  # a step of the small model alone would take less than its data does in any number of threads
+        write(self, *given, **more)
+
     monkeypatch.setattr(Reader, "samples", slow)
+    monkeypatch.setattr(metrics.Writer, "write", slowly)
     lines = training.write_lines(tmp_path / "x.jsonl", training.questions(8))
     run = training.run(
         checkpoint, tmp_path, lines, rates={"thinker.lm_head": 1e-3}, steps=8, data={"threads": threads, "pack": False}
