@@ -316,7 +316,7 @@ def test_a_host_that_falls_silent_ends_the_job(checkpoint, tmp_path):
     """Two hosts, each with its own watcher: one vanishes, and the other ends within its patience."""
     lines = [user(f"What is {n}?") for n in range(400)]
     source, out, port = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl", launch.free_port()
-    flags = ("--model", checkpoint, "--dtype", "float32", "--max-new-tokens", 16, "--batch-size", 1, "--patience", 20)
+    flags = ("--model", checkpoint, "--dtype", "float32", "--max-new-tokens", 16, "--batch-size", 1, "--patience", 12)
     hosts = [_two_processes(source, out, *flags, "--join", f"127.0.0.1:{port},{i}/2") for i in range(2)]
     part = tmp_path / "out.jsonl.part-00001"
     while not (part.exists() and part.stat().st_size > 2000):
@@ -326,7 +326,7 @@ def test_a_host_that_falls_silent_ends_the_job(checkpoint, tmp_path):
     os.kill(int(child[0]), signal.SIGKILL)
     killed = time.monotonic()
     errors = [h.communicate(timeout=90)[1] for h in hosts]
-    assert time.monotonic() - killed < 20 + 15
+    assert time.monotonic() - killed < 12 + 15
     assert "process 1 of 2 was ended by SIGKILL" in errors[1]
     assert "process 0 of 2 was ended by SIGABRT" in errors[0]
     assert [h.returncode for h in hosts] == [1, 1]

@@ -53,7 +53,7 @@ CASES = [
     (("talker decode", "3b", "v5e:1x1", "", (1, 2048)), None),
     (("talker decode", "3b", "v5e:1x1", "", (8, 4096)), None),
     (("vision", "3b", "v5e:1x1", "", (2, 24)), None),
-    (("audio", "7b", "v6e:1x1", "", (8,)), None),
+    (("audio", "7b", "v5e:1x1", "", (4,)), None),
 ]
 
 
