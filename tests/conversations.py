@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from typing import Any
 
@@ -37,8 +38,10 @@ def _user(*content: dict[str, Any]) -> dict[str, Any]:
     return {"role": "user", "content": list(content)}
 
 
+@functools.cache
 def all_kinds() -> dict[str, list[dict[str, Any]]]:
-    """Name → messages. Clips have their sound on or off for a whole conversation, as the reference wants it."""
+    """Name → messages, not to be changed. Clips have their sound on or off for a whole conversation, as the reference
+    wants it."""
     system = {"role": "system", "content": "You are a helpful assistant."}
     listen = {"use_audio_in_video": True}
     return {

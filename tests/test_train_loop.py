@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from tests import training
+from tests.compile_counter import count_compiles
 from train import checkpoints as K
 from train import loop, metrics
 from train.config import Data, Lora, Optimizer, Run, RunError
@@ -62,19 +63,35 @@ def _state(state):
 
 @pytest.fixture(scope="module")
 def straight(checkpoint, tmp_path_factory):
-    """Ten steps in one go."""
+    """Ten steps in one go, evaluated and saved in the middle and at the end."""
     folder = tmp_path_factory.mktemp("straight")
     lines = _lines(folder)
     run = training.run(
         checkpoint, folder, lines, save_every=5, optimizer=Optimizer(warmup=2), data={"evaluate": lines},
-        evaluate_every=10, answers=2,
+        evaluate_every=5, answers=2,
     )  # fmt: skip
-    return run, loop.train(run)
+    write, compiled = metrics.Writer.write, {}
+
+    def counted(self, step, values, *, kind="train"):
+        write(self, step, values, kind=kind)
+        compiled[kind, step] = count.value
+
+    with pytest.MonkeyPatch.context() as patched, count_compiles() as count:
+        patched.setattr(metrics.Writer, "write", counted)
+        state = loop.train(run)
+    return run, state, compiled | {"end": count.value}
+
+
+def test_nothing_compiles_after_the_first_round(straight):
+    """Not in a step, not in an evaluation's loss and answers, not in saving."""
+    _, _, compiled = straight
+    assert 0 < compiled["train", 1] == compiled["train", 5] < compiled["evaluate", 5] < compiled["train", 6], compiled
+    assert compiled["train", 6] == compiled["evaluate", 10] == compiled["end"], compiled
 
 
 def test_ten_steps_are_five_and_a_restart_and_five(straight, checkpoint, tmp_path, monkeypatch):
     """Bit by bit: parameters, optimiser, data, keys. And the metrics of the last five steps are the same."""
-    run, want = straight
+    run, want, _ = straight
     again = dataclasses.replace(run, out=str(tmp_path / "out"))
     with monkeypatch.context() as patched:
         _stop_after(patched, 5)
@@ -91,10 +108,10 @@ def test_ten_steps_are_five_and_a_restart_and_five(straight, checkpoint, tmp_pat
 
 
 def test_what_a_run_writes(straight):
-    run, _ = straight
+    run, *_ = straight
     folder = pathlib.Path(run.out)
     record = metrics.read(folder)[3]
-    (judged,) = (r for r in metrics.read(folder) if r["kind"] == "evaluate")
+    _, judged = (r for r in metrics.read(folder) if r["kind"] == "evaluate")
     # The same records, after the last update.
     assert 0 < judged["loss"] < metrics.read(folder)[0]["loss"]
     assert 0 <= judged["exact_match"] <= 1
@@ -113,7 +130,7 @@ def test_what_a_run_writes(straight):
 
 def test_a_damaged_last_checkpoint_falls_back(straight, checkpoint, tmp_path, capsys):
     """A flipped bit in the arrays, or a file that is gone: the one before is taken, with a word about it."""
-    run, want = straight
+    run, want, _ = straight
     again = dataclasses.replace(run, out=str(tmp_path / "out"))
     import shutil
 
@@ -137,7 +154,7 @@ def test_a_damaged_last_checkpoint_falls_back(straight, checkpoint, tmp_path, ca
 
 
 def test_another_configuration_does_not_continue(straight):
-    run, _ = straight
+    run, *_ = straight
     for change, message in (
         ({"steps": 20}, "steps was 10 and is 20"), ({"lora": Lora()}, "lora"), ({"seed": 3}, "seed was 0 and is 3"),
         ({"data": dataclasses.replace(run.data, batch=4)}, "data.batch was 2 and is 4"),

@@ -12,39 +12,49 @@ import sys
 import time
 
 import numpy as np
+import pytest
 
 from tests import train_mesh_child
-from train import metrics
+from train import loop, metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def _start(devices, programs, *arguments):
-    """A child with so many devices; children that run the same programs compile them once."""
-    command = [sys.executable, "-m", "tests.train_mesh_child", *map(str, arguments)]
+@pytest.fixture
+def start(tmp_path):
+    """Starts a child with so many devices; children of one test compile their programs once. None outlives the test."""
     env = os.environ | {
-        "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(programs),
+        "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }  # fmt: skip
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+    children = []
+
+    def begin(devices, *arguments):
+        command = [sys.executable, "-m", "tests.train_mesh_child", *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        own = env | {"JAX_NUM_CPU_DEVICES": str(devices)}
+        children.append(subprocess.Popen(command, cwd=ROOT, env=own, **pipes))
+        return children[-1]
+
+    yield begin
+    for child in children:
+        child.kill()
 
 
 def _ended(children):
-    """What each said on stderr; all must have ended well."""
-    said = [child.communicate(timeout=300)[1] for child in children]
-    assert [child.returncode for child in children] == [0] * len(children), [s[-3000:] for s in said]
+    """What each said on stdout and stderr; all must have ended well."""
+    said = [child.communicate(timeout=300) for child in children]
+    assert [child.returncode for child in children] == [0] * len(children), [err[-3000:] for _, err in said]
     return said
 
 
-def test_fsdp_and_tensor_on_eight_devices_are_one_device(checkpoint, tmp_path):
+def test_fsdp_and_tensor_on_eight_devices_are_one_device(start, checkpoint, tmp_path):
     """Whole weights with fsdp, adapters with every axis; and a checkpoint of one device goes on on a mesh."""
-    child = _start(8, tmp_path / "programs", "devices", checkpoint, tmp_path)
-    out, err = child.communicate()
-    assert child.returncode == 0, err[-3000:]
+    ((out, _),) = _ended([start(8, "devices", checkpoint, tmp_path)])
     assert out.count("equal") == 4
 
 
-def test_two_processes_of_four_are_one_device(checkpoint, tmp_path):
+def test_two_processes_of_four_are_one_device(start, checkpoint, tmp_path):
     """Loader, agreement on shapes, step and checkpoints of both hosts: the losses of the run are those of one.
 
     On the way one host gets SIGTERM: both save and end with exit code 0, and the same command goes on.
@@ -57,21 +67,23 @@ def test_two_processes_of_four_are_one_device(checkpoint, tmp_path):
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         given = "process", checkpoint, tmp_path / "two", port
-        return [_start(4, "", *given, i) for i in range(2)]
+        return [start(4, *given, i) for i in range(2)]
 
-    alone, first = _start(1, "", "process", checkpoint, tmp_path / "one", "none", 0), both()
+    first = both()
     while all(child.poll() is None for child in first):
         if (out / metrics.FILE).exists() and (out / metrics.FILE).read_text().count("\n") >= 2:
             first[1].send_signal(signal.SIGTERM)
             break
         time.sleep(0.02)
-    said = _ended(first)
-    told = re.search(r"SIGTERM: saved at step (\d+)", said[0])
-    assert told, said[0][-3000:]
+    (_, said), _ = _ended(first)
+    told = re.search(r"SIGTERM: saved at step (\d+)", said)
+    assert told, said[-3000:]
     stopped = int(told[1])
     assert 2 <= stopped < train_mesh_child.STEPS
-    assert f"from step {stopped}" in _ended(both())[0].replace("\n", " ")
-    _ended([alone])
+    second = both()
+    loop.train(train_mesh_child.run(checkpoint, tmp_path / "one", None))
+    (_, said), _ = _ended(second)
+    assert f"from step {stopped}" in said
     one, two = (metrics.read(tmp_path / n / "out") for n in ("one", "two"))
     assert [r["step"] for r in one] == [r["step"] for r in two] == list(range(1, train_mesh_child.STEPS + 1))
     losses, theirs = ([r["loss"] for r in records] for records in (two, one))

@@ -29,25 +29,24 @@ def _named(state: State) -> dict[str, Any]:
 
 
 @jax.jit
-def fingerprint(tree: Any) -> list[jax.Array]:
-    """A number for each array that any changed or moved bit changes, the same on every mesh.
+def fingerprint(x: jax.Array) -> jax.Array:
+    """A number, uint32 [], that any changed or moved bit of an array changes, the same on every mesh.
 
-    Sums of integers wrap around and so have no order: however an array is split, its number is exact.
+    Sums of integers wrap around and so have no order: however the array is split, its number is exact. One program for
+    each shape: what the optimiser keeps has the weights' shapes.
     """
-
-    def one(x: jax.Array) -> jax.Array:
-        x = jnp.atleast_1d(x)
-        bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
-        place = jnp.zeros(x.shape, jnp.uint32)
-        for axis, size in enumerate(x.shape):
-            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        return jnp.sum(bits.astype(jnp.uint32) * (place * jnp.uint32(2654435761) | jnp.uint32(1)), dtype=jnp.uint32)
-
-    return [one(x) for x in jax.tree.leaves(tree)]
+    x = jnp.atleast_1d(x)
+    bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits.astype(jnp.uint32) * (place * jnp.uint32(2654435761) | jnp.uint32(1)), dtype=jnp.uint32)
 
 
 def _fingerprints(tree: Mapping[str, Any]) -> dict[str, list[int]]:
-    return {name: [int(n) for n in fingerprint(part)] for name, part in tree.items()}
+    """Of every array, by the tree's first names. One is waited for before the next begins: a CPU that plays many
+    devices has not the threads for many programs at once that all wait for each other."""
+    return {name: [int(fingerprint(x)) for x in jax.tree.leaves(part)] for name, part in tree.items()}
 
 
 def _one_line(error: BaseException) -> str:

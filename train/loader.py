@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -103,6 +104,14 @@ class Loaded:
     places: int
 
 
+@functools.cache
+def _maximum(mesh: Mesh) -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
+    """How a row for each device lies, and the program that takes their maximum: made once, or every step compiles."""
+    flat = Mesh(mesh.devices.reshape(-1), "all")
+    whole = NamedSharding(flat, PartitionSpec())
+    return NamedSharding(flat, PartitionSpec("all")), jax.jit(lambda x: x.max(0), out_shardings=whole)
+
+
 class Feed:
     """Batches for the steps of a run.
 
@@ -157,10 +166,9 @@ class Feed:
         if jax.process_count() == 1:
             return need
         assert self.mesh is not None
-        flat = jax.sharding.Mesh(self.mesh.devices.reshape(-1), "all")
+        spread, maximum = _maximum(self.mesh)
         local = np.tile(need, (jax.local_device_count(), 1)).astype(np.int32)
-        spread = jax.make_array_from_process_local_data(NamedSharding(flat, PartitionSpec("all")), local)
-        return jax.jit(lambda x: x.max(0), out_shardings=NamedSharding(flat, PartitionSpec()))(spread)
+        return maximum(jax.make_array_from_process_local_data(spread, local))
 
     def __iter__(self) -> Iterator[Loaded]:
         self._fetch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
@@ -198,14 +199,15 @@ def _now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
 
 
-def _environment() -> jinja2.Environment:
+@functools.lru_cache(maxsize=8)
+def _compiled(template: str) -> jinja2.Template:
     """Templates come from the network: the sandbox keeps them from Python's internals and from changing arguments."""
     env = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
     )
     env.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
     env.globals |= {"raise_exception": _refuse, "strftime_now": _now}
-    return env
+    return env.from_string(template)
 
 
 def render(
@@ -245,7 +247,7 @@ def render(
         ]
         plain.append({"role": message.role, "content": items[0]["text"] if message.plain else items})
     try:
-        text = _environment().from_string(template).render(messages=plain, add_generation_prompt=add_generation_prompt)
+        text = _compiled(template).render(messages=plain, add_generation_prompt=add_generation_prompt)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as e:
         raise ConversationError(f"the chat template fails ({e}); see whether it fits this conversation") from None
     return text, mark
