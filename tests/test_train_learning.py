@@ -65,7 +65,7 @@ def test_a_tiny_model_learns_what_it_sees_and_hears(model, checkpoint, tmp_path)
     samples = [s for i in range(len(lines)) for s in read.samples(lines[i])]
     # All of them in one batch, four rows of every kind: one shape, which compiles once.
     batch = jax.tree.map(lambda x: x[None], training.batch(model, [samples[i::4] for i in range(4)], (512,)))
-    run = training.run(checkpoint, tmp_path, train, rates={"thinker": 2e-3}, steps=30, optimizer=Optimizer(warmup=3))
+    run = training.run(checkpoint, tmp_path, train, rates={"thinker": 3e-3}, steps=20, optimizer=Optimizer(warmup=3))
     trainer = S.make_trainer(run, model.config)
     params = S.flatten(training.stacked(checkpoint, model))
     state, frozen = trainer.init_state(params), trainer.freeze(params)
