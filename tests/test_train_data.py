@@ -104,7 +104,7 @@ def test_many_bad_lines_are_counted_and_media_can_be_decoded_ahead(model, checkp
     file.write_text("\n".join([json.dumps(good), broken]))
     check_lines(Lines(file), read)  # it is there; that it is no picture shows when it is decoded
     with pytest.raises(DataError, match=r"line 2: .*b.png"):
-        check_lines(Lines(file), read, decode=True)
+        check_lines(Lines(file), read, decode=read.samples, threads=2)
     for empty in ("", "\n\n"):
         file.write_text(empty)
         with pytest.raises(DataError, match="is empty"):

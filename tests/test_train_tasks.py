@@ -153,6 +153,35 @@ def test_a_medium_that_breaks_later_names_its_line(checkpoint, tmp_path):
         assert "\n" not in str(e.value)
 
 
+def test_all_media_can_be_decoded_before_training(short_checkpoint, tmp_path):
+    """Those of every task: a mel that fits no codes, a sound that is none."""
+    records = _records(tmp_path, load_config(short_checkpoint))
+    (tmp_path / "b.wav").write_bytes(b"no sound")
+    for task, bad in (("token2wav", {"codes": [1, 2, 3]}), ("vocoder", {"audio": "b.wav"})):
+        lines = training.write_lines(tmp_path / "x.jsonl", [records[task]] * 3 + [records[task] | bad])
+        run = training.run(
+            short_checkpoint, tmp_path, lines, task=task, rates={TASKS[task]: 1e-3}, data={"decode_all": True, "crop": 150}
+        )  # fmt: skip
+        with pytest.raises(DataError, match=r"^x.jsonl line 4: .*(mel frames|b.wav)"):
+            loop.train(run)
+        assert not pathlib.Path(run.out).exists()
+
+
+def test_a_terminal_sees_how_far_the_run_is(tmp_path, monkeypatch, capsys):
+    """A bar below the lines, which begins where a resumed run does; elsewhere the lines alone."""
+    run = training.run(tmp_path, tmp_path, "x.jsonl")
+    for terminal in ("1", "0"):
+        monkeypatch.setenv("TTY_COMPATIBLE", terminal)
+        writer = metrics.Writer(run)
+        writer.done(4)
+        writer.write(5, {"grad_norm": 2.0, "loss": 0.5, "mfu": None})
+        writer.done(5)
+        writer.close()
+        said = capsys.readouterr().err
+        assert "train 5  loss 0.5  grad_norm 2" in said
+        assert (" 4/10" in said) == (" 5/10" in said) == (terminal == "1")
+
+
 def _tracked(run, monkeypatch):
     """What the packages of curves are given, in their place."""
     said = []

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 from omni_jax.config import OmniConfig, TalkerConfig
 from omni_jax.errors import InputError
@@ -34,6 +38,7 @@ KEYS = {
     "vocoder": ({"mel", "audio"}, set()),
 }
 _SHOWN = 5  # faulty lines that an error names
+_TOGETHER = 256  # lines that are handed to the threads at a time
 
 
 class DataError(InputError):
@@ -285,35 +290,47 @@ def assistant_turns(ids: np.ndarray, processor: Processor) -> list[tuple[int, in
     return turns
 
 
-def problems(lines: Lines, reader: Reader, *, decode: bool = False) -> Iterator[str]:
-    """What is wrong, line by line: "train.jsonl line 512: …"."""
-    for index in range(len(lines)):
-        try:
-            record = lines[index]
-        except DataError as e:
-            yield str(e)
-            continue
-        try:
-            reader.check(record)
-        except InputError as e:
-            yield f"{record['name']}: {e}"
-            continue
-        if decode and reader.conversations(record):
-            try:
-                reader.samples(record)
-            except DataError as e:
-                yield str(e)
+def _problem(lines: Lines, reader: Reader, decode: Callable[[dict[str, Any]], object] | None, index: int) -> str | None:
+    """What is wrong with a line: "train.jsonl line 512: …"."""
+    try:
+        record = lines[index]
+    except DataError as e:
+        return str(e)
+    try:
+        reader.check(record)
+    except InputError as e:
+        return f"{record['name']}: {e}"
+    try:
+        if decode is not None:
+            decode(record)
+    except DataError as e:
+        return str(e)
+    return None
 
 
-def check_lines(lines: Lines, reader: Reader, *, decode: bool = False) -> None:
+def check_lines(
+    lines: Lines, reader: Reader, *, decode: Callable[[dict[str, Any]], object] | None = None, threads: int = 1,
+    show: bool = False,
+) -> None:  # fmt: skip
     """Checks every line before training.
 
     Args:
-      decode: also decode the media, so that none can fail later.
+      decode: what makes the samples of a record, so that none can fail later; called in so many threads.
+      show: a bar on stderr, where that is a terminal.
     Raises:
       DataError: one line that names the first faulty lines and counts the others.
     """
-    found = list(problems(lines, reader, decode=decode))
+    console = Console(stderr=True)
+    found: list[str] = []
+    check = functools.partial(_problem, lines, reader, decode)
+    with ThreadPoolExecutor(threads if decode else 1) as pool:
+        starts = track(
+            range(0, len(lines), _TOGETHER), f"checking {lines.path.name}", console=console, transient=True,
+            disable=not (show and console.is_terminal),
+        )  # fmt: skip
+        for start in starts:
+            told = pool.map(check, range(start, min(start + _TOGETHER, len(lines))))
+            found += [line for line in told if line is not None]
     if found:
         more = f" (and {len(found) - _SHOWN} more lines)" if len(found) > _SHOWN else ""
         raise DataError("; ".join(found[:_SHOWN]) + more)

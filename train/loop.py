@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import pathlib
 import signal
@@ -9,6 +10,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 
 from omni_jax import meshes
 from omni_jax.checkpoint.load import load_params
@@ -21,7 +23,7 @@ from train import evaluate
 from train.checkpoints import Checkpoints, all_positions, own_position
 from train.config import Run, RunError
 from train.data import Lines, Reader, check_lines
-from train.loader import Feed, Loaded
+from train.loader import Feed, Loaded, encode
 from train.metrics import Pace, Writer
 from train.step import State, flatten, make_trainer
 
@@ -82,10 +84,14 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
 
     # Every line is checked before anything is loaded.
     lines = Lines(run.data.train)
-    check_lines(lines, reader(lines), decode=run.data.decode_all)
     held_out = None if run.data.evaluate is None else Lines(run.data.evaluate)
-    if held_out is not None:
-        check_lines(held_out, reader(held_out), decode=run.data.decode_all)
+    for given in (lines, held_out):
+        if given is not None:
+            samples = functools.partial(encode, reader(given), run.data.crop, rng=np.random.default_rng(run.seed))
+            check_lines(
+                given, reader(given), decode=samples if run.data.decode_all else None, threads=run.data.threads,
+                show=jax.process_index() == 0,
+            )  # fmt: skip
 
     # Weights, and the state: fresh, or where the run stopped.
     writer, checkpoints, stopped = Writer(run), Checkpoints(run, lines.digest), Stopped()
@@ -111,6 +117,7 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
     step = int(state.step)
     sizes = ", ".join(f"{sum(math.prod(a.shape) for a in t.values()):,}" for t in (state.params, frozen))
     writer.say(f"{run.task}: parameters trained, frozen: {sizes}; {len(lines):,} records; from step {step}")
+    writer.say("a step that meets new shapes compiles first, which may take minutes")
 
     feed = Feed(lines, reader(lines), run.data, run.seed, trainer.mesh, position, sizes=run.row_sizes)
     batches = iter(feed)
@@ -118,6 +125,7 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
     # The step that the device may still be computing: number, data, metrics.
     running: tuple[int, Loaded, Any] | None = None
     saved = step
+    writer.done(step)
 
     def settle(pending: tuple[int, Loaded, Any]) -> None:
         """Waits for a step and writes its metrics. Raises RunError where they are no numbers."""
@@ -133,6 +141,7 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
                 f"{names[:500]}; {last}; look at these samples, or lower the rates"
             )
         pace.add(loaded.tokens)
+        writer.done(number)
         if number % run.log_every == 0 or number == run.steps:
             writer.write(number, values | pace.take() | {"padding": 1 - loaded.tokens / loaded.places})
 

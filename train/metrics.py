@@ -24,6 +24,7 @@ PEAK = {
     "TPU v6 lite": 918e12, "TPU v6e": 918e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12,
 }  # fmt: skip
 FILE, CURVES = "metrics.jsonl", "curves.png"
+LEADING = ("loss", "accuracy", "grad_norm")  # what a record begins with
 
 
 def peak_flops() -> float | None:
@@ -128,8 +129,12 @@ class Writer:
         if not self.active:
             return
         from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.console = Console(stderr=True, highlight=False)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self._task = self._bar.add_task("steps", total=run.steps, start=False)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # Unbuffered: a line that a full disk refuses is not tried again at the end.
@@ -144,11 +149,21 @@ class Writer:
         if self.active:
             self.console.print(line, style="dim", soft_wrap=True)
 
+    def done(self, step: int) -> None:
+        """Moves the bar on, on a terminal; the first call sets it where the run begins."""
+        if not self.active:
+            return
+        if not self._bar.live.is_started:
+            self._bar.start()
+            self._bar.reset(self._task, completed=step)
+        self._bar.update(self._task, completed=step)
+
     def write(self, step: int, values: Mapping[str, float | None], *, kind: str = "train") -> None:
         """One record: a terminal line and a JSONL line; None is left out."""
         if not self.active:
             return
-        known = {k: v for k, v in values.items() if v is not None}
+        ordered = {k: values[k] for k in (*LEADING, *values) if k in values}
+        known = {k: v for k, v in ordered.items() if v is not None}
         try:
             self._file.write((json.dumps({"step": step, "kind": kind} | known) + "\n").encode())
         except OSError as e:
@@ -161,6 +176,7 @@ class Writer:
     def close(self) -> None:
         """Draws the curves and closes the file."""
         if self.active:
+            self._bar.stop()
             self._file.close()
             for _, end in self._sinks:
                 end()
