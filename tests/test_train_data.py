@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -111,6 +113,22 @@ def test_many_bad_lines_are_counted_and_media_can_be_decoded_ahead(model, checkp
             Lines(file)
     with pytest.raises(DataError, match="cannot be read"):
         Lines(tmp_path / "nothing.jsonl")
+
+
+def test_a_file_is_never_held_in_memory(tmp_path):
+    """16 MB of lines take a line's memory; numbers are those that an editor shows, whatever ends a line."""
+    file = tmp_path / "train.jsonl"
+    with open(file, "wb") as out:
+        for i in range(64):
+            out.write(json.dumps({"messages": f"{i}" * 100_000}).encode() + (b"\n", b"\r\n", b"\n\n")[i % 3])
+    tracemalloc.start()
+    lines = Lines(file)
+    assert [int(lines[i]["messages"][:2][: len(str(i))]) for i in range(64)] == list(range(64))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < file.stat().st_size / 8
+    assert lines.digest == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert lines.numbers[:5].tolist() == [1, 2, 3, 5, 6]
 
 
 def _stream(model, checkpoint, file, data, start=0, host=0, hosts=1):

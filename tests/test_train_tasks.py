@@ -160,7 +160,8 @@ def test_all_media_can_be_decoded_before_training(short_checkpoint, tmp_path):
     for task, bad in (("token2wav", {"codes": [1, 2, 3]}), ("vocoder", {"audio": "b.wav"})):
         lines = training.write_lines(tmp_path / "x.jsonl", [records[task]] * 3 + [records[task] | bad])
         run = training.run(
-            short_checkpoint, tmp_path, lines, task=task, rates={TASKS[task]: 1e-3}, data={"decode_all": True, "crop": 150}
+            short_checkpoint, tmp_path, lines, task=task, rates={TASKS[task]: 1e-3},
+            data={"decode_all": True, "crop": 150},
         )  # fmt: skip
         with pytest.raises(DataError, match=r"^x.jsonl line 4: .*(mel frames|b.wav)"):
             loop.train(run)

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import pathlib
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -56,18 +57,19 @@ class Lines:
 
     def __init__(self, path: str | pathlib.Path):
         self.path = pathlib.Path(path)
+        digest, numbers, places, at = hashlib.sha256(), array("q"), array("q"), 0
         try:
-            data = self.path.read_bytes()
+            with open(self.path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    digest.update(line)
+                    if line.strip():
+                        numbers.append(number)
+                        places.extend((at, len(line)))
+                    at += len(line)
         except OSError as e:
             raise DataError(f"{self.path} cannot be read ({e.strerror}); give a JSONL file") from None
-        self.digest = hashlib.sha256(data).hexdigest()
-        numbers, starts, at = [], [], 0
-        for number, line in enumerate(data.splitlines(keepends=True), 1):
-            if line.strip():
-                numbers.append(number)
-                starts.append((at, len(line)))
-            at += len(line)
-        self.numbers, self._places = np.array(numbers, np.int64), np.array(starts, np.int64).reshape(-1, 2)
+        self.digest = digest.hexdigest()
+        self.numbers, self._places = np.array(numbers, np.int64), np.array(places, np.int64).reshape(-1, 2)
         if not numbers:
             raise DataError(f"{self.path} is empty; give it one JSON object a line")
 
