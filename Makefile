@@ -92,7 +92,7 @@ plans: $(VENV)/.installed-test $(VENV)-aot/.installed
 	$(BIN)/omni-jax finetune --config configs/qwen3b_full_v5e64.py --set mesh=fsdp=16 --set data.batch=16 --plan v5e:4x4
 
 # Of omni-jax plan: the coefficients in omni_jax/plan.py, and the table of docs/plan.md. The TPU compiler must be
-# installed; each takes the better part of an hour and goes on where it was cut off.
+# installed; each compiles some dozens of programs at first, and goes on where it was cut off.
 plan-fit: $(VENV)/.installed-test
 	$(BIN)/python -m infer.plan_fit fit --keep out/compiled
 

@@ -21,5 +21,6 @@ def get_config() -> Run:
         rates={"thinker.model": 1e-5, "thinker.lm_head": 1e-5},
         optimizer=Optimizer("adamw", warmup=100, weight_decay=0.01),
         steps=1000,
+        remat="dots",
         mesh="fsdp=8",
     )

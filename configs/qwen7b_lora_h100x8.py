@@ -22,5 +22,6 @@ def get_config() -> Run:
         lora=Lora(rank=16, alpha=32.0),
         optimizer=Optimizer("adamw", warmup=100),
         steps=1000,
+        remat="dots",
         mesh="fsdp=8",
     )

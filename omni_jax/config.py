@@ -230,6 +230,7 @@ def _lookup(cls: type, name: str, raw: Mapping[str, Any]) -> Any:
 # What is counted to when the tensors are listed: a hostile file must not make that endless.
 _COUNTS = ("num_hidden_layers", "depth", "encoder_layers", "enc_res2net_scale")
 _MAX_COUNT = 10_000
+_ODD = ("resblock_kernel_sizes",)  # their convolutions have a middle
 # Lists that say one thing each of the same layers.
 _TOGETHER: dict[type, tuple[tuple[str, ...], ...]] = {
     DiTConfig: (("enc_channels", "enc_kernel_sizes", "enc_dilations"),),
@@ -257,6 +258,8 @@ def _checked(where: str, name: str, value: Any, default: Any) -> Any:
             raise wrong(kind)
         if name in _COUNTS and v > _MAX_COUNT:
             raise wrong(f"at most {_MAX_COUNT}")
+        if name in _ODD and v % 2 == 0:
+            raise wrong("a list of odd sizes")
         return int(v)
 
     if isinstance(default, str | bool):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from omni_jax.sharding import constrain
 
@@ -118,7 +119,7 @@ def dense(params: Params, x: jax.Array, out_dtype: jnp.dtype | None = None) -> j
     y = linear(x, params["weight"], params.get("bias"), out_dtype)
     if "lora_a" in params:
         y = y + linear(linear(x, params["lora_a"]), params["lora_b"], out_dtype=y.dtype)
-    return y
+    return checkpoint_name(y, PRODUCT)
 
 
 def merged_weight(params: Params) -> jax.Array:
@@ -253,6 +254,7 @@ def stacked_param(module: nn.Module, name: str, layer: nn.Module, length: int, *
 
 
 REMAT = ("none", "dots", "full")
+PRODUCT = "product"  # what the policy `dots` keeps: the results of `dense`
 
 
 def rematerialise(body: Callable, policy: str) -> Callable:
@@ -265,7 +267,8 @@ def rematerialise(body: Callable, policy: str) -> Callable:
         raise ValueError(f"remat policy {policy!r} is unknown; known are {', '.join(REMAT)}")
     if policy == "none":
         return body
-    products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    # Not JAX's own policies of products: an adapter's two and the weight's would each be kept, in place of their sum.
+    products = jax.checkpoint_policies.save_only_these_names(PRODUCT)
     return jax.checkpoint(body, policy=products if policy == "dots" else None)
 
 

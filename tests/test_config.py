@@ -195,6 +195,13 @@ def test_wrong_fields(part, field, value, message):
             C.from_dict(raw)
 
 
+def test_convolutions_of_the_vocoder_have_a_middle():
+    raw = C.to_dict(C.preset("nano"))
+    raw["token2wav_config"]["bigvgan_config"]["resblock_kernel_sizes"] = [3, 8, 11]
+    with pytest.raises(C.ConfigError, match=r"resblock_kernel_sizes is '\[3, 8, 11\]', where a list of odd sizes"):
+        C.from_dict(raw)
+
+
 def test_any_value_of_another_kind_is_an_error_or_ignored():
     """Every field in turn takes values of every JSON kind; only ConfigError may come of it."""
     raw = C.to_dict(C.preset("nano"))

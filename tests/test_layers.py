@@ -49,3 +49,30 @@ def test_forms(monkeypatch):
         assert f"f32[{many - 1},32]" not in traced(many - 1, cpu)
     for cpu in ("fast bf16", "amx"):
         assert f"f32[{many},32]" not in traced(many, cpu)
+
+
+def test_products_are_kept_once_with_their_adapters():
+    """Policy `dots` holds one array for each projection, adapted or not; `full` none, `none` more."""
+    rng = np.random.default_rng(0)
+    shapes = {"up": (24, 8), "down": (8, 24)}
+    plain = {n: {"weight": rng.normal(size=s).astype(np.float32)} for n, s in shapes.items()}
+    adapted = {
+        n: tree | {"lora_a": rng.normal(size=(2, s[1])).astype(np.float32),
+                   "lora_b": rng.normal(size=(s[0], 2)).astype(np.float32)}
+        for (n, tree), s in zip(plain.items(), shapes.values(), strict=True)
+    }  # fmt: skip
+    x = rng.normal(size=(5, 8)).astype(np.float32)
+
+    def body(params, x):
+        y = x + layers.dense(params["down"], jnp.tanh(layers.dense(params["up"], jnp.sin(x))))
+        return jnp.sum(jnp.sin(y))
+
+    def kept(params, policy):
+        """Shapes of what the backward pass is given, but for the parameters and the input themselves."""
+        _, back = jax.eval_shape(lambda p, x: jax.vjp(layers.rematerialise(body, policy), p, x), params, x)
+        return sorted(a.shape for a in jax.tree.leaves(back) if len(a.shape) == 2 and a.shape[0] == 5)
+
+    for params in (plain, adapted):
+        assert kept(params, "full") == [(5, 8)]  # the input
+        assert kept(params, "dots") == [(5, 8), (5, 8), (5, 24)]
+        assert len(kept(params, "none")) > 3

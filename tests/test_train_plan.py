@@ -26,7 +26,9 @@ def test_the_command_prints_a_plan(checkpoint, tmp_path, monkeypatch, capsys):
     assert told["topology"] == "v5e:2x2"
     assert told["arguments_gib"] < told["peak_gib"] < 1
     assert 0 < told["step_gib"] < 1
+    # Weights are gathered whole, not in rings within the products.
     assert told["collectives"]["all-gather"] > 0
+    assert "collective-permute" not in told["collectives"]
     large = ["--set", "data.batch=4096", "--set", "remat='none'"]
     for changes, message in (
         (["--set", "mesh=None"], "a plan needs a mesh"),

@@ -183,6 +183,20 @@ def test_a_terminal_sees_how_far_the_run_is(tmp_path, monkeypatch, capsys):
         assert (" 4/10" in said) == (" 5/10" in said) == (terminal == "1")
 
 
+def test_curves_are_drawn_during_a_run(tmp_path, monkeypatch):
+    run = training.run(tmp_path, tmp_path, "x.jsonl")
+    writer = metrics.Writer(run)
+    writer.write(1, {"loss": 2.0})
+    curves = pathlib.Path(run.out) / metrics.CURVES
+    assert not curves.exists()
+    monkeypatch.setattr(metrics, "REDRAWN", 0.0)
+    writer.write(2, {"loss": 1.0})
+    first = curves.read_bytes()
+    writer.write(3, {"loss": 0.5})
+    assert curves.read_bytes() != first
+    writer.close()
+
+
 def _tracked(run, monkeypatch):
     """What the packages of curves are given, in their place."""
     said = []

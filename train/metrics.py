@@ -25,6 +25,7 @@ PEAK = {
 }  # fmt: skip
 FILE, CURVES = "metrics.jsonl", "curves.png"
 LEADING = ("loss", "accuracy", "grad_norm")  # what a record begins with
+REDRAWN = 300.0  # seconds after which the curves of a run are drawn anew
 
 
 def peak_flops() -> float | None:
@@ -126,6 +127,7 @@ class Writer:
         self.folder = pathlib.Path(run.out)
         self.active = jax.process_index() == 0
         self._sinks: list[Any] = []
+        self._drawn = time.monotonic()
         if not self.active:
             return
         from rich.console import Console
@@ -172,6 +174,8 @@ class Writer:
         self.console.print(f"{kind} {step}  {shown}", soft_wrap=True)
         for log, _ in self._sinks:
             log(step, {f"{kind}/{k}": v for k, v in known.items()})
+        if time.monotonic() - self._drawn > REDRAWN:
+            self._draw()
 
     def close(self) -> None:
         """Draws the curves and closes the file."""
@@ -180,10 +184,14 @@ class Writer:
             self._file.close()
             for _, end in self._sinks:
                 end()
-            try:
-                draw(self.folder)
-            except OutputError as e:
-                self.say(f"no curves: {e}")
+            self._draw()
+
+    def _draw(self) -> None:
+        try:
+            draw(self.folder)
+        except OutputError as e:
+            self.say(f"no curves: {e}")
+        self._drawn = time.monotonic()
 
 
 def _short(value: float) -> str:

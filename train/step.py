@@ -31,6 +31,9 @@ PARTS = {
 }  # fmt: skip
 STACKS = ("layers", "blocks", "transformer_blocks")
 ROWS = ("data", "fsdp")  # the mesh axes that rows are split over
+# By default the TPU compiler gathers a layer's weights in rings, piece by piece within the product, and adds up the
+# product's pieces in memory: two to three times the bytes of a step. Gathered whole, they come while others multiply.
+NO_RINGS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 @struct.dataclass
@@ -333,7 +336,12 @@ class Trainer:
         """`advance`, compiled (`jax.jit`); the state is donated."""
         shardings = self.state_shardings()
         out = None if shardings is None else (shardings, None)
-        return jax.jit(self.advance, donate_argnums=0, out_shardings=out)
+        return jax.jit(self.advance, donate_argnums=0, out_shardings=out, compiler_options=self._options)
+
+    @property
+    def _options(self) -> dict[str, Any] | None:
+        on_tpus = self.mesh is not None and self.mesh.devices.flat[0].platform == "tpu"
+        return dict(NO_RINGS) if on_tpus else None
 
     @functools.cached_property
     def evaluate(self) -> Callable[..., losses.Metrics]:
@@ -349,7 +357,7 @@ class Trainer:
             weight = total if not isinstance(total, dict) else total["codes" if self.run.task == "talker" else "tokens"]
             return {"loss": loss, "weight": weight} | metrics
 
-        return jax.jit(run)
+        return jax.jit(run, compiler_options=self._options)
 
 
 def make_trainer(run: Run, cfg: OmniConfig, placement: meshes.Placement | None = None) -> Trainer:
