@@ -372,9 +372,10 @@ class Module:
         yield from walk(self.entry, 1, 0)
 
     def collectives(self, trips: int | None = None) -> list[Collective]:
-        """All collectives, each channel once."""
+        """All collectives, each channel once. The TPU compiler writes a reduce-scatter as a computation of this name
+        round an all-reduce of which a slice is taken."""
         out, seen = [], set()
-        for _, i, times, depth in self.runs(trips):
+        for computation, i, times, depth in self.runs(trips):
             kind = i.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
@@ -388,6 +389,10 @@ class Module:
                 # A start's result also names its operands, and semaphores behind them.
                 arrays = tuple(a for a in arrays if (a.dtype, a.dims) != ("u32", ()))
                 arrays = arrays[len(arrays) // 2 :]
+            if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
+                kind, arrays = "reduce-scatter", computation.root.arrays
+                if computation.root.opcode == "tuple":
+                    arrays = tuple(a for n in computation.root.operands for a in computation.instructions[n].arrays)
             out.append(Collective(kind, sum(a.bytes for a in arrays), times, depth))
         return out
 

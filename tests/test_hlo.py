@@ -128,6 +128,18 @@ def test_collectives_are_found_with_their_bytes():
     assert m.hbm_bytes() == pytest.approx(5 * 2 * N * N / 8, rel=0.01)
 
 
+def test_a_sum_of_which_each_device_keeps_a_slice_is_a_reduce_scatter():
+    from infer.programs import topology
+    from train.step import NO_RINGS
+
+    mesh = Mesh(np.array(topology("v5e:2x4")).reshape(8), ("x",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("x"))
+    x = jax.ShapeDtypeStruct((1024, N), jnp.float32, sharding=rows)
+    run = jax.jit(lambda x, y: jnp.einsum("bi,bo->io", x, y), out_shardings=rows)
+    m = Module(run.lower(x, x).compile(compiler_options=NO_RINGS).as_text())
+    assert [(c.kind, c.bytes, c.times) for c in m.collectives()] == [("reduce-scatter", N * N * 4 // 8, 1)]
+
+
 def test_sizes_count_the_padding_of_tiles():
     assert Array("bf16", (3, 100), "1,0:T(8,128)(2,1)").bytes == 8 * 128 * 2
     assert Array("bf16", (2, 5, 128), "2,1,0:T(8,128)(2,1)").bytes == 2 * 8 * 128 * 2
