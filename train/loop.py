@@ -103,8 +103,9 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
             cfg,
             parts=trainer.parts,
             dtype=dtype,
-            unroll=False,
+            unroll=trainer.loops,
             shardings=shardings,
+            progress=jax.process_index() == 0,
             arrays=arrays,
         )
     )
@@ -115,7 +116,7 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
     if restored is not None:
         state, position = restored[0], own_position(restored[1])
     step = int(state.step)
-    sizes = ", ".join(f"{sum(math.prod(a.shape) for a in t.values()):,}" for t in (state.params, frozen))
+    sizes = ", ".join(f"{sum(math.prod(a.shape) for a in jax.tree.leaves(t)):,}" for t in (state.params, frozen))
     writer.say(f"{run.task}: parameters trained, frozen: {sizes}; {len(lines):,} records; from step {step}")
     writer.say("a step that meets new shapes compiles first, which may take minutes")
 

@@ -54,8 +54,12 @@ class State:
 
 
 def flatten(tree: Any) -> Flat:
-    """Nested dicts to dotted names."""
-    return traverse_util.flatten_dict(tree, sep=".")
+    """Nested dicts to dotted names. A stack that is loaded as a tuple of layers gives tuples of arrays."""
+    flat = traverse_util.flatten_dict(tree, sep=".")
+    for stack in [n for n, leaf in flat.items() if isinstance(leaf, tuple)]:
+        layers = [flatten(layer) for layer in flat.pop(stack)]
+        flat |= {f"{stack}.{n}": tuple(layer[n] for layer in layers) for n in layers[0]}
+    return flat
 
 
 def nest(flat: Mapping[str, Any]) -> Any:
@@ -73,9 +77,16 @@ def in_loops(tree: Any) -> Any:
 
 
 def _split(layers: Any) -> tuple[Any, ...]:
-    """`layers.unstack`, whose gradient would be a sum over layers of whole stacks; a split's is one concatenation."""
-    leaves, structure = jax.tree.flatten(layers)
-    parts = [[jax.lax.squeeze(a, [0]) for a in jax.lax.split(leaf, [1] * len(leaf))] for leaf in leaves]
+    """`layers.unstack`, whose gradient would be a sum over layers of whole stacks; a split's is one concatenation.
+    Tuples are split already."""
+
+    def split(leaf: Any) -> Any:
+        if isinstance(leaf, tuple):
+            return leaf
+        return [jax.lax.squeeze(a, [0]) for a in jax.lax.split(leaf, [1] * len(leaf))]
+
+    leaves, structure = jax.tree.flatten(layers, is_leaf=lambda x: isinstance(x, tuple))
+    parts = [split(leaf) for leaf in leaves]
     return tuple(jax.tree.unflatten(structure, layer) for layer in zip(*parts, strict=True))
 
 
@@ -208,6 +219,7 @@ class Trainer:
             key = jax.random.key(run.seed)
             if run.lora:
                 given = lora.init(self.trained, key)
+            given = {n: jnp.stack(a) if isinstance(a, tuple) else a for n, a in given.items()}
             # Copies: the state is donated to every step.
             given = {n: jnp.array(a, jnp.float32, copy=True) for n, a in given.items()}
             return State(jnp.zeros((), jnp.int32), given, self.tx.init(given), jax.random.key_data(key))
@@ -217,7 +229,7 @@ class Trainer:
 
     def freeze(self, params: Mapping[str, Any]) -> Flat:
         """The frozen parameters in the computation's dtype."""
-        return {n: params[n].astype(self.dtype) for n in self.frozen}
+        return {n: jax.tree.map(lambda a: a.astype(self.dtype), params[n]) for n in self.frozen}
 
     def base(self, state: State) -> Flat | None:
         """For preferences: a copy of the weights that training begins with; None where adapters leave them be."""
@@ -247,7 +259,13 @@ class Trainer:
             at = {n: s for n, s in self.shardings.items() if n in cast}
             cast |= {n: jax.lax.with_sharding_constraint(cast[n], s) for n, s in at.items()}
         tree = nest({**frozen, **cast})
-        return in_loops(tree) if self.placement is None and jax.default_backend() == "cpu" else tree
+        return in_loops(tree) if self.loops else tree
+
+    @property
+    def loops(self) -> bool:
+        """Whether layers are looped over, which is faster on CPU; what is frozen had better be loaded so, or each step
+        takes the stacks apart."""
+        return self.placement is None and jax.default_backend() == "cpu"
 
     @functools.cached_property
     def assembled(self) -> Any:
