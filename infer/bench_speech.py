@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infer.bench import Row, SharedWeights, reference_config, reference_torch, timed_pairs
+from infer.reference import Row, SharedWeights, reference_config, reference_torch, timed_pairs
 from omni_jax import buckets, dit, speech, talker, token2wav
 from omni_jax import config as C
 from omni_jax.cache import init_cache

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from infer.bench import SharedWeights, machine, measured
+from infer.bench import machine, measured
 from infer.depth import cut
+from infer.reference import SharedWeights
 from omni_jax import buckets, vision
 from omni_jax import config as C
 from omni_jax.cache import init_cache

@@ -9,7 +9,7 @@ import jax
 
 from infer import programs as P
 from infer import targets
-from infer.aot import GIB, MIB, Facts, clips, grouped, on_device
+from infer.facts import GIB, MIB, Facts, clips, grouped, on_device
 from omni_jax import config as C
 from omni_jax import meshes
 

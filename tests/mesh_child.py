@@ -22,7 +22,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 import jax
 import numpy as np
 
-from infer import batch, bench
+from infer import batch, bench, reference
 from omni_jax import PARTS, audio, config, generation, load, meshes, omni, speech, talker, token2wav, vision
 from omni_jax.settings import GenerationSettings, SpeechSettings
 from tests import conversations
@@ -174,11 +174,11 @@ def side_by_side(checkpoint: pathlib.Path, folder: pathlib.Path, model: omni.Omn
 def benchmark() -> dict[str, Any]:
     """Ours over eight devices, the reference on one: all stages but the long ones, and where a weight lies."""
     cfg = config.preset("nano")
-    head = bench.SharedWeights(cfg, "thinker.").tree(meshes.place(cfg, "2x4"))["lm_head"]["weight"]
+    head = reference.SharedWeights(cfg, "thinker.").tree(meshes.place(cfg, "2x4"))["lm_head"]["weight"]
     rows = bench.run(BENCHED, preset="nano", pairs=1, layers=2, mesh="2x4", progress=False)
     return {"stages": [r.stage for r in rows], "seconds": [r.summary()["jax_s"] for r in rows],
             "head": str(head.sharding.spec), "sum": float(np.asarray(head, np.float64).sum()),
-            "want": float(bench.SharedWeights(cfg, "thinker.lm_head.").arrays["thinker.lm_head.weight"]
+            "want": float(reference.SharedWeights(cfg, "thinker.lm_head.").arrays["thinker.lm_head.weight"]
                           .astype(np.float64).sum())}  # fmt: skip
 
 

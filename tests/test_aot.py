@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from infer import aot, copies, goals, programs, targets
+from infer import aot, copies, facts, goals, programs, targets
 from infer.depth import cut
 from infer.hlo import Module
 from omni_jax import audio, cli, meshes
@@ -92,7 +92,7 @@ def test_the_command_prints_json_or_markdown(monkeypatch, capsys):
     assert set(result) == {"preset", "topology", "layers", "mesh", "goals", "programs", "resident"}
     assert set(result["goals"][0]) == {"metric", "value", "goal", "met"}
     (program,) = result["programs"].values()
-    fields = {f.name for f in dataclasses.fields(aot.Facts)}
+    fields = {f.name for f in dataclasses.fields(facts.Facts)}
     assert set(program) == fields | {"ratio"}
     text = aot.tables(result)
     assert f"| talker decode | {program['what']} |" in text
@@ -132,7 +132,7 @@ def test_a_missing_compiler_is_one_line(monkeypatch, capsys, topology, extra):
 
 
 def test_a_clip_is_made_of_the_calls_that_the_tower_gets():
-    found = aot.clips(CFG)
+    found = facts.clips(CFG)
     assert found["video"] == {"vision 4": (4, 15)}
     mel = np.zeros((30000, CFG.thinker.audio.num_mel_bins), np.float32)
     calls = [len(call.inputs[0]) for call in audio.audio_calls(CFG.thinker.audio, [mel])]
@@ -140,7 +140,7 @@ def test_a_clip_is_made_of_the_calls_that_the_tower_gets():
 
 
 def fact(name, **changes):
-    return dataclasses.replace(aot.Facts(name, "", 1, weights=10, cache=0), **changes)
+    return dataclasses.replace(facts.Facts(name, "", 1, weights=10, cache=0), **changes)
 
 
 @pytest.mark.parametrize("preset", ["3b", "7b"])
@@ -279,4 +279,4 @@ def test_the_loader_and_the_programs_hold_layers_alike():
     assert isinstance(tree["visual"]["blocks"], tuple)
     # The Talker's loop, which only a GPU runs in this form, keeps the shapes of what it carries.
     assert programs.talker_decode(cfg, placement, 2, 1024, loop=True).lower()
-    assert aot.whole_bytes(tree) == 2 * sum(x.size for x in jax.tree.leaves(stacked))
+    assert facts.whole_bytes(tree) == 2 * sum(x.size for x in jax.tree.leaves(stacked))

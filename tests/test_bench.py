@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from infer import bench, footprint
+from infer import bench, footprint, reference
 from infer.depth import cut
 from omni_jax import config as C
 from omni_jax.errors import InputError
@@ -19,7 +19,7 @@ from omni_jax.layers import unstack
 def test_both_sides_share_their_weights():
     import torch
 
-    weights = bench.SharedWeights(C.preset("nano"), "thinker.visual.")
+    weights = reference.SharedWeights(C.preset("nano"), "thinker.visual.")
     tree, state = weights.tree(), weights.state_dict(torch)
     assert isinstance(tree["blocks"], tuple)
     ours = tree["blocks"][2]["mlp"]["down_proj"]["weight"]
