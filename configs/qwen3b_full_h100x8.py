@@ -2,9 +2,9 @@
 
     omni-jax finetune --config configs/qwen3b_full_h100x8.py --set model=CHECKPOINT --set data.train=train.jsonl
 
-The compiler's peak is 9.50 GiB a GPU, 4.75 of them state, weights and batch. A step moves 2,264 GiB to and from
-a GPU's memory and runs 548 collectives (399 all-gather, 75 all-reduce, 74 reduce-scatter). That is with attention
-as plain products, since there is no cuDNN where no GPU is. To compile it again without the GPUs:
+The compiler's peak is 24.13 GiB a GPU, 4.75 of them state, weights and batch. A step moves 2,282 GiB to and from a
+GPU's memory and runs 440 collectives (291 all-gather, 75 all-reduce, 74 reduce-scatter). That is with attention as
+plain products, since there is no cuDNN where no GPU is. To compile it again without the GPUs:
 
     omni-jax finetune --config configs/qwen3b_full_h100x8.py --plan h100:8
 """

@@ -5,8 +5,8 @@
 On every host, with `--coordinator auto`.
 
 The compiler's peak is 7.88 GiB a chip, 4.75 of them state, weights and batch. A step moves 167 GiB to and from a chip's
-memory and runs 914 collectives (620 all-gather, 258 all-reduce, 36 collective-permute). To compile it again without the
-chips:
+memory and runs 950 collectives (620 all-gather, 216 reduce-scatter, 78 all-reduce, 36 collective-permute). To compile
+it again without the chips:
 
     omni-jax finetune --config configs/qwen3b_full_v5e64.py --plan v5e:8x8
 """

@@ -2,9 +2,9 @@
 
     omni-jax finetune --config configs/qwen3b_lora_h100x8.py --set model=CHECKPOINT --set data.train=train.jsonl
 
-The compiler's peak is 4.57 GiB a GPU, 1.55 of them state, weights and batch. A step moves 2,399 GiB to and from
-a GPU's memory and runs 471 collectives (397 all-gather, 38 all-reduce, 36 reduce-scatter). That is with attention
-as plain products, since there is no cuDNN where no GPU is. To compile it again without the GPUs:
+The compiler's peak is 19.06 GiB a GPU, 1.55 of them state, weights and batch. A step moves 2,365 GiB to and from a
+GPU's memory and runs 363 collectives (289 all-gather, 38 all-reduce, 36 reduce-scatter). That is with attention as
+plain products, since there is no cuDNN where no GPU is. To compile it again without the GPUs:
 
     omni-jax finetune --config configs/qwen3b_lora_h100x8.py --plan h100:8
 """

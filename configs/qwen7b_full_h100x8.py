@@ -2,9 +2,9 @@
 
     omni-jax finetune --config configs/qwen7b_full_h100x8.py --set model=CHECKPOINT --set data.train=train.jsonl
 
-The compiler's peak is 19.19 GiB a GPU, 10.64 of them state, weights and batch. A step moves 3,007 GiB to and from
-a GPU's memory and runs 596 collectives (423 all-gather, 59 all-reduce, 114 reduce-scatter). That is with attention
-as plain products, since there is no cuDNN where no GPU is. To compile it again without the GPUs:
+The compiler's peak is 38.83 GiB a GPU, 10.64 of them state, weights and batch. A step moves 3,021 GiB to and from a
+GPU's memory and runs 484 collectives (311 all-gather, 114 reduce-scatter, 59 all-reduce). That is with attention as
+plain products, since there is no cuDNN where no GPU is. To compile it again without the GPUs:
 
     omni-jax finetune --config configs/qwen7b_full_h100x8.py --plan h100:8
 """

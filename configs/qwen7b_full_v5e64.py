@@ -5,8 +5,8 @@
 On every host, with `--coordinator auto`.
 
 The compiler's peak is 10.30 GiB a chip, 5.32 of them state, weights and batch. A step moves 379 GiB to and from a
-chip's memory and runs 770 collectives (483 all-gather, 259 all-reduce, 28 collective-permute). To compile it again
-without the chips:
+chip's memory and runs 770 collectives (483 all-gather, 196 reduce-scatter, 63 all-reduce, 28 collective-permute). To
+compile it again without the chips:
 
     omni-jax finetune --config configs/qwen7b_full_v5e64.py --plan v5e:8x8
 """

@@ -4,9 +4,9 @@
 
 Adafactor, since AdamW's two moments of 7B do not fit eight v5e.
 
-The compiler's peak is 10.04 GiB a chip, 3.56 of them state, weights and batch. A step moves 675 GiB to and from a
-chip's memory and runs 4,083 collectives (3,781 collective-permute, 266 all-gather, 36 all-reduce). To compile it again
-without the chips:
+The compiler's peak is 10.06 GiB a chip, 3.56 of them state, weights and batch. A step moves 392 GiB to and from a
+chip's memory and runs 750 collectives (490 all-gather, 198 reduce-scatter, 34 all-reduce, 28 collective-permute). To
+compile it again without the chips:
 
     omni-jax finetune --config configs/qwen7b_full_v5e8.py --plan v5e:2x4
 """

@@ -2,9 +2,9 @@
 
     omni-jax finetune --config configs/qwen7b_full_v6e8.py --set model=CHECKPOINT --set data.train=train.jsonl
 
-The compiler's peak is 18.86 GiB a chip, 10.64 of them state, weights and batch. A step moves 1,276 GiB to and from a
-chip's memory and runs 3,989 collectives (3,780 collective-permute, 175 all-gather, 34 all-reduce). To compile it again
-without the chips:
+The compiler's peak is 18.16 GiB a chip, 10.64 of them state, weights and batch. A step moves 595 GiB to and from a
+chip's memory and runs 629 collectives (399 all-gather, 170 reduce-scatter, 32 all-reduce, 28 collective-permute). To
+compile it again without the chips:
 
     omni-jax finetune --config configs/qwen7b_full_v6e8.py --plan v6e:2x4
 """

@@ -2,9 +2,9 @@
 
     omni-jax finetune --config configs/qwen7b_lora_h100x8.py --set model=CHECKPOINT --set data.train=train.jsonl
 
-The compiler's peak is 8.02 GiB a GPU, 3.00 of them state, weights and batch. A step moves 3,138 GiB to and from
-a GPU's memory and runs 479 collectives (421 all-gather, 30 all-reduce, 28 reduce-scatter). That is with attention
-as plain products, since there is no cuDNN where no GPU is. To compile it again without the GPUs:
+The compiler's peak is 27.42 GiB a GPU, 3.00 of them state, weights and batch. A step moves 3,072 GiB to and from a
+GPU's memory and runs 367 collectives (309 all-gather, 30 all-reduce, 28 reduce-scatter). That is with attention as
+plain products, since there is no cuDNN where no GPU is. To compile it again without the GPUs:
 
     omni-jax finetune --config configs/qwen7b_lora_h100x8.py --plan h100:8
 """
