@@ -54,7 +54,8 @@ def devices(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
         # The towers' backward pass takes long to compile: once is enough.
         run = training.run(
             checkpoint, folder / ("full" if lora is None else "lora"), "x", lora=lora,
-            rates={"thinker": 1e-3} if lora is None else {"thinker.model": 1e-3}, data={"batch": 8}, remat="full",
+            rates={"thinker": 1e-3} if lora is None else {"thinker.model": 1e-3}, data={"batch": 8},
+            remat="full" if lora is None else "dots",
         )  # fmt: skip
         results = {}
         for mesh in (None, "fsdp=4,tensor=2" if lora is None else "data=2,fsdp=4"):
