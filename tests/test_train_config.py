@@ -28,10 +28,11 @@ def test_shipped_runs_fit_their_models(path):
     assert (run.data.batch // run.data.accumulate) % (sizes["data"] * sizes["fsdp"]) == 0
     trainer = S.make_trainer(Run(**{**vars(run), "mesh": None}), model)
     assert (run.lora is not None) == (kind == "lora")
-    layers = model.thinker.text.num_hidden_layers
-    assert len(trainer.trained) == (14 if kind == "lora" else 15)
-    assert trainer.trained[min(trainer.trained)].shape[0] in (layers, model.thinker.text.vocab_size)
-    assert not any("visual" in n or "audio" in n for n in trainer.trained)
+    decoder = model.talker.decoder if kind == "talker" else model.thinker.text
+    assert len(trainer.trained) == {"lora": 14, "full": 15, "talker": 17}[kind]
+    assert trainer.trained[min(trainer.trained)].shape[0] in (decoder.num_hidden_layers, decoder.vocab_size)
+    learns = ("talker.",) if kind == "talker" else ("thinker.model.", "thinker.lm_head.")
+    assert all(n.startswith(learns) for n in trainer.trained)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,7 +1,8 @@
 """One optimiser step as one program: losses of the micro batches, gradients, clipping, update.
 
 Parameters are flat in the state: dotted name → float32 array, the trained ones only. What is frozen is a second flat
-tree in the computation's dtype, and goes through no gradient. M micro batches, B rows.
+tree in the computation's dtype, and goes through no gradient; where layers are looped over, it has a tuple of arrays
+for each stack. M micro batches, B rows.
 """
 
 from __future__ import annotations
