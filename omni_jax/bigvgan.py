@@ -326,9 +326,8 @@ def vocode(params: Params, cfg: BigVGANConfig, mel: jax.Array, lengths: jax.Arra
 
     def on_tpu(params: Params, mel: jax.Array, lengths: jax.Array) -> jax.Array:
         whole = jax.tree.map(lambda _: REPLICATED, params)
-        return on_mesh(row_by_row, [whole, ("batch", None, None), ("batch",)], [("batch", None)])(params, mel, lengths)[
-            0
-        ]
+        laid = on_mesh(row_by_row, [whole, ("batch", None, None), ("batch",)], [("batch", None)])
+        return laid(params, mel, lengths)[0]
 
     def together(params: Params, mel: jax.Array, lengths: jax.Array) -> jax.Array:
         return _vocode(params, cfg, mel, lengths, tpu=False)

@@ -85,13 +85,13 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
     # Every line is checked before anything is loaded.
     lines = Lines(run.data.train)
     held_out = None if run.data.evaluate is None else Lines(run.data.evaluate)
-    for given in (lines, held_out):
-        if given is not None:
-            samples = functools.partial(encode, reader(given), run.data.crop, rng=np.random.default_rng(run.seed))
-            check_lines(
-                given, reader(given), decode=samples if run.data.decode_all else None, threads=run.data.threads,
-                show=jax.process_index() == 0,
-            )  # fmt: skip
+    for given in (lines,) if held_out is None else (lines, held_out):
+        read = reader(given)
+        decode = functools.partial(encode, read, run.data.crop, rng=np.random.default_rng(run.seed))
+        check_lines(
+            given, read, decode=decode if run.data.decode_all else None, threads=run.data.threads,
+            show=jax.process_index() == 0,
+        )  # fmt: skip
 
     # Weights, and the state: fresh, or where the run stopped.
     writer, checkpoints, stopped = Writer(run), Checkpoints(run, lines.digest), Stopped()
