@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Options for pytest, e.g. make test PYTEST="tests/test_keys.py -x"
+# Options for pytest, e.g. make test PYTEST="tests/checkpoint/test_keys.py -x"
 PYTEST ?=
 
 .PHONY: demo test lint bench footprint full-size solvers bench-training aot plans plan-fit plan-check clean
@@ -64,7 +64,7 @@ full-size: $(VENV)/.installed-test out/3b/config.json
 
 # The figures of docs/training.md and of the docstrings in configs/.
 bench-training: $(VENV)/.installed-test
-	$(BIN)/python -m train.bench
+	$(BIN)/python -m omni_jax.train.bench
 
 # docs/pods-tables.md: what the compilers of TPUs and of an H100 say. An environment of its own, since jax looks for a
 # GPU where the latter's compiler is installed.
@@ -91,13 +91,13 @@ plans: $(VENV)/.installed-test $(VENV)-aot/.installed
 	for c in configs/*_h100x8.py; do JAX_PLATFORMS=cpu $(VENV)-aot/bin/omni-jax finetune --config $$c --plan h100:8; done
 	$(BIN)/omni-jax finetune --config configs/qwen3b_full_v5e64.py --set mesh=fsdp=16 --set data.batch=16 --plan v5e:4x4
 
-# Of omni-jax plan: the coefficients in omni_jax/plan.py, and the table of docs/plan.md. The TPU compiler must be
+# Of omni-jax plan: the coefficients in omni_jax/runtime/memory_model.py, and the table of docs/plan.md. The TPU compiler must be
 # installed; each compiles some dozens of programs at first, and goes on where it was cut off.
 plan-fit: $(VENV)/.installed-test
-	$(BIN)/python -m infer.plan_fit fit --keep out/compiled
+	$(BIN)/python -m omni_jax.infer.analysis.plan_fit fit --keep out/compiled
 
 plan-check: $(VENV)/.installed-test
-	$(BIN)/python -m infer.plan_fit check --keep out/compiled
+	$(BIN)/python -m omni_jax.infer.analysis.plan_fit check --keep out/compiled
 
 clean:
 	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -9,7 +9,7 @@ it again without the chips:
     omni-jax finetune --config configs/qwen3b_full_v5e8.py --plan v5e:2x4
 """
 
-from train.config import Data, Optimizer, Run
+from omni_jax.train.config import Data, Optimizer, Run
 
 
 def get_config() -> Run:

@@ -11,7 +11,7 @@ without the chips:
     omni-jax finetune --config configs/qwen3b_lora_v5e64.py --plan v5e:8x8
 """
 
-from train.config import Data, Lora, Optimizer, Run
+from omni_jax.train.config import Data, Lora, Optimizer, Run
 
 
 def get_config() -> Run:

@@ -9,7 +9,7 @@ chips:
     omni-jax finetune --config configs/qwen3b_lora_v6e8.py --plan v6e:2x4
 """
 
-from train.config import Data, Lora, Optimizer, Run
+from omni_jax.train.config import Data, Lora, Optimizer, Run
 
 
 def get_config() -> Run:

@@ -12,7 +12,7 @@ again without the chips:
     omni-jax finetune --config configs/qwen3b_talker_v5e8.py --plan v5e:2x4
 """
 
-from train.config import Data, Optimizer, Run
+from omni_jax.train.config import Data, Optimizer, Run
 
 
 def get_config() -> Run:

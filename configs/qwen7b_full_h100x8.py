@@ -9,7 +9,7 @@ plain products, since there is no cuDNN where no GPU is. To compile it again wit
     omni-jax finetune --config configs/qwen7b_full_h100x8.py --plan h100:8
 """
 
-from train.config import Data, Optimizer, Run
+from omni_jax.train.config import Data, Optimizer, Run
 
 
 def get_config() -> Run:

@@ -9,7 +9,7 @@ compile it again without the chips:
     omni-jax finetune --config configs/qwen7b_full_v6e8.py --plan v6e:2x4
 """
 
-from train.config import Data, Optimizer, Run
+from omni_jax.train.config import Data, Optimizer, Run
 
 
 def get_config() -> Run:

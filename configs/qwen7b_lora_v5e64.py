@@ -10,7 +10,7 @@ memory and runs 1,040 collectives (953 all-gather, 87 all-reduce). To compile it
     omni-jax finetune --config configs/qwen7b_lora_v5e64.py --plan v5e:8x8
 """
 
-from train.config import Data, Lora, Optimizer, Run
+from omni_jax.train.config import Data, Lora, Optimizer, Run
 
 
 def get_config() -> Run:

@@ -8,7 +8,7 @@ memory and runs 983 collectives (953 all-gather, 30 all-reduce). To compile it a
     omni-jax finetune --config configs/qwen7b_lora_v5e8.py --plan v5e:2x4
 """
 
-from train.config import Data, Lora, Optimizer, Run
+from omni_jax.train.config import Data, Lora, Optimizer, Run
 
 
 def get_config() -> Run:

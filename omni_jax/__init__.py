@@ -5,21 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from omni_jax.api import Omni as Omni
+    from omni_jax.api import load as load
     from omni_jax.errors import InputError as InputError
-    from omni_jax.omni import Omni as Omni
-    from omni_jax.omni import load as load
-    from omni_jax.plan import MemoryNeedError as MemoryNeedError
+    from omni_jax.runtime.memory_model import MemoryNeedError as MemoryNeedError
+    from omni_jax.runtime.speech import PARTS as PARTS
     from omni_jax.settings import DoneEvent as DoneEvent
     from omni_jax.settings import GenerationSettings as GenerationSettings
     from omni_jax.settings import Reply as Reply
     from omni_jax.settings import SpeechSettings as SpeechSettings
     from omni_jax.settings import TextEvent as TextEvent
-    from omni_jax.speech import PARTS as PARTS
 
 _HOMES = {
-    "Omni": "omni", "load": "omni", "InputError": "errors", "GenerationSettings": "settings", "Reply": "settings",
-    "SpeechSettings": "settings", "TextEvent": "settings", "DoneEvent": "settings", "PARTS": "speech",
-    "MemoryNeedError": "plan",
+    "Omni": "api", "load": "api", "InputError": "errors", "GenerationSettings": "settings", "Reply": "settings",
+    "SpeechSettings": "settings", "TextEvent": "settings", "DoneEvent": "settings", "PARTS": "model.stages",
+    "MemoryNeedError": "runtime.memory_model",
 }  # fmt: skip
 __all__ = sorted(_HOMES)
 

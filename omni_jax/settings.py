@@ -11,11 +11,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from omni_jax.errors import InputError
-from omni_jax.sampling import MAX_LOGPROBS
 
 FinishReason = Literal["eos", "stop", "length", "context"]
 SpeechFinishReason = Literal["eos", "length", "empty", "watchdog:length", "watchdog:loop", "watchdog:silence"]
 
+# How many alternatives a reply can carry per token; the decode loop always keeps this many, so that asking compiles
+# nothing new.
+MAX_LOGPROBS = 20
 # Codes that the Talker may draw for one reply: 81.9 s.
 MAX_CODES = 4096
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from omni_jax import positions as P
+from omni_jax.processing import positions as P
 from omni_jax.processing.processor import Prompt
 from tests import media
 

@@ -66,9 +66,9 @@ def copy(src: pathlib.Path, dst: pathlib.Path) -> float:
 
 def do_init(path: str, preset: str, layers: str = "") -> None:
     """A random checkpoint; `layers` cuts every stack of the model to so many."""
-    from infer.depth import cut
     from omni_jax import config as C
     from omni_jax.checkpoint.publish import write_random
+    from omni_jax.infer.analysis.depth import cut
 
     write_random(path, cut(C.preset(preset), int(layers) if layers else None))
 

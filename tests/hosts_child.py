@@ -18,9 +18,10 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 import jax
 import numpy as np
 
-from infer import batch
-from omni_jax import PARTS, config, omni, sharding
+from omni_jax import PARTS, api, config
 from omni_jax.checkpoint import load as reading
+from omni_jax.infer.batch import job
+from omni_jax.parallel import sharding
 from omni_jax.settings import GenerationSettings, SpeechSettings
 from tests import conversations
 
@@ -35,7 +36,7 @@ def messages() -> list[Any]:
     return [[conversations._user(*content)] for content in asked]
 
 
-def loading(checkpoint: pathlib.Path) -> tuple[omni.Omni, dict[str, Any]]:
+def loading(checkpoint: pathlib.Path) -> tuple[api.Omni, dict[str, Any]]:
     """The model over the devices of both processes; its slices beside the whole, and the bytes that were read."""
     read, sizes = reading._read_leaf, []
 
@@ -45,7 +46,7 @@ def loading(checkpoint: pathlib.Path) -> tuple[omni.Omni, dict[str, Any]]:
 
     # As on TPUs: where the rules fix an order in memory, the matrices lie so.
     with mock.patch.object(reading, "_read_leaf", counted), mock.patch.object(sharding, "TILED", ("cpu",)):
-        model = omni.load(checkpoint, parts=PARTS, dtype="float32", mesh=MESH)
+        model = api.load(checkpoint, parts=PARTS, dtype="float32", mesh=MESH)
     whole = reading.load_params(checkpoint, config.load_config(checkpoint), parts=PARTS, dtype=np.float32, unroll=False)
     equal = []
 
@@ -70,12 +71,12 @@ def main(checkpoint: pathlib.Path, folder: pathlib.Path, port: str, number: str)
     model, loaded = loading(checkpoint)
     replies = model.generate(messages(), GREEDY, speech=SPOKEN)
     np.savez(folder / f"waves{number}.npz", *[r.waveform for r in replies])
-    job = batch.Job(
+    task = job.Job(
         checkpoint, folder / "in.jsonl", folder / "two.jsonl", GREEDY[0], SPOKEN[0], dtype="float32", mesh=MESH,
         media={"use_audio_in_video": False},
     )  # fmt: skip
-    with mock.patch.object(omni, "load", return_value=model):
-        counts = batch.work(job)
+    with mock.patch.object(api, "load", return_value=model):
+        counts = job.work(task)
     out = {"loading": loaded, "ids": [r.token_ids for r in replies], "codes": [r.codes for r in replies]}
     print(json.dumps(out | {"counts": counts, "devices": [jax.device_count(), jax.local_device_count()]}))
 

@@ -22,8 +22,12 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 import jax
 import numpy as np
 
-from infer import batch, bench, reference
-from omni_jax import PARTS, audio, config, generation, load, meshes, omni, speech, talker, token2wav, vision
+from omni_jax import PARTS, api, config, load
+from omni_jax.infer.batch import job
+from omni_jax.infer.bench import reference, text
+from omni_jax.model import audio, talker, token2wav, vision
+from omni_jax.parallel import meshes
+from omni_jax.runtime import generation, speech
 from omni_jax.settings import GenerationSettings, SpeechSettings
 from tests import conversations
 
@@ -42,7 +46,7 @@ GREEDY = [GenerationSettings(max_new_tokens=n) for n in (9, 6)]
 SPOKEN = [SpeechSettings(temperature=0.0, max_codes=11, watchdog=None), SpeechSettings(seed=3, max_codes=7)]
 
 
-def prompts(model: omni.Omni) -> list[Any]:
+def prompts(model: api.Omni) -> list[Any]:
     """A picture, a clip and a sound in one prompt, and a short text: a batch of unequal lengths."""
     media = [conversations._image(56, 84), conversations._video(1.2), conversations._audio(2.3)]
     asked = ([*media, conversations._text("Compare")], [conversations._text("What is a cat?")])
@@ -108,7 +112,7 @@ def error(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
 
 
-def answer(model: omni.Omni, speaks: bool = True) -> tuple[dict[str, list], list[Any]]:
+def answer(model: api.Omni, speaks: bool = True) -> tuple[dict[str, list], list[Any]]:
     """What the networks gave for the batch, and the replies."""
     asked = prompts(model)
     found: dict[str, list] = {}
@@ -134,11 +138,11 @@ def guarded() -> Any:
     return mock.patch.object(talker, "reply_vectors", run), held
 
 
-def side_by_side(checkpoint: pathlib.Path, folder: pathlib.Path, model: omni.Omni) -> dict[str, Any]:
+def side_by_side(checkpoint: pathlib.Path, folder: pathlib.Path, model: api.Omni) -> dict[str, Any]:
     """A batch job on stages apart: the first batch is not spoken before the second one is being written."""
     lines = [[conversations._user(conversations._text(t))] for t in ("What is a cat?", "Why?", "Who are you?", "How?")]
     (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    job = batch.Job(
+    task = job.Job(
         checkpoint, folder / "in.jsonl", folder / "out.jsonl", GREEDY[0], SPOKEN[0], dtype="float32", batch_size=2,
         media={"use_audio_in_video": False}, mesh="2x2", speech_mesh="2x2",
     )  # fmt: skip
@@ -161,9 +165,9 @@ def side_by_side(checkpoint: pathlib.Path, folder: pathlib.Path, model: omni.Omn
 
     with (
         mock.patch.object(speech.Speech, "say", slow_say), mock.patch.object(generation, "advance", seen_advance),
-        mock.patch.object(omni, "load", return_value=model),
+        mock.patch.object(api, "load", return_value=model),
     ):  # fmt: skip
-        counts = batch.work(job)
+        counts = job.work(task)
     records = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     return {
         "counts": counts, "events": events, "codes": [r["codec_ids"] for r in records],
@@ -175,7 +179,7 @@ def benchmark() -> dict[str, Any]:
     """Ours over eight devices, the reference on one: all stages but the long ones, and where a weight lies."""
     cfg = config.preset("nano")
     head = reference.SharedWeights(cfg, "thinker.").tree(meshes.place(cfg, "2x4"))["lm_head"]["weight"]
-    rows = bench.run(BENCHED, preset="nano", pairs=1, layers=2, mesh="2x4", progress=False)
+    rows = text.run(BENCHED, preset="nano", pairs=1, layers=2, mesh="2x4", progress=False)
     return {"stages": [r.stage for r in rows], "seconds": [r.summary()["jax_s"] for r in rows],
             "head": str(head.sharding.spec), "sum": float(np.asarray(head, np.float64).sum()),
             "want": float(reference.SharedWeights(cfg, "thinker.lm_head.").arrays["thinker.lm_head.weight"]

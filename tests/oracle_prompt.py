@@ -13,7 +13,7 @@ from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5Omni
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
 from omni_jax import config as C
-from omni_jax import positions as P
+from omni_jax.processing import positions as P
 
 
 @functools.lru_cache

@@ -9,31 +9,36 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = sorted(p for top in ("omni_jax", "infer", "train", "configs") for p in (ROOT / top).rglob("*.py"))
+SOURCES = [p for p in SOURCES if not any(folder.is_symlink() for folder in p.parents)]
 MAX_LINES = 500
 
-# The layers of omni_jax: a module imports its own layer and those before it. A new module must be entered here.
-LAYERS = (
-    {"errors", "arguments", "config", "sharding", "meshes", "buckets", "positions", "voice"},
-    {"layers", "attention", "rope", "cache", "sampling", "ode", "declare", "kernels"},
-    {"decoder", "vision", "audio", "speaker", "dit", "bigvgan"},
-    {"thinker", "talker", "token2wav"},
-    {"settings", "generation", "stages", "plan"},
-    {"reply", "watchdog", "speech", "memory", "omni"},
+# What may import what: a part of omni_jax imports its own level's own part and the levels before it.
+LEVELS = (
+    {"errors", "config", "settings", "buckets"},
+    {"parallel", "processing"},
+    {"model"},
+    {"checkpoint"},
+    {"runtime"},
+    {"api"},
+    {"infer", "train"},
     {"cli"},
 )
-RANK = {module: rank for rank, modules in enumerate(LAYERS) for module in modules}
-# These stand beside leaves and parts: they see the first layer only, and the layer of `omni` is the first to see them.
-BESIDE = {"processing", "checkpoint"}
-OMNI = RANK["omni"]
+RANK = {part: rank for rank, parts in enumerate(LEVELS) for part in parts}
+# The networks take arrays: they know neither files nor messages.
+UNSEEN_BY = {"model": {"processing"}}
 # Only the tests and the benchmarks may run the reference.
 REFERENCE = {"torch", "torchvision", "torchaudio", "transformers"}
-BENCHMARKS = {ROOT / f for f in ("infer/bench.py", "infer/bench_speech.py", "infer/reference.py", "train/bench.py")}
+BENCHMARKS = {
+    ROOT / f for f in ("infer/bench/text.py", "infer/bench/speech.py", "infer/bench/reference.py", "train/bench.py")
+}
 # Importing the package, or asking the command for help, must not load these.
 HEAVY = ("jax", "flax", "orbax", "tensorstore", "grain", "av", "soundfile", "PIL", "tokenizers", "huggingface_hub")
 
 
 def name_of(path):
+    """The import name of a file: that of its folder, where `omni_jax/infer` and `omni_jax/train` are links."""
     parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("omni_jax", *parts) if parts[0] in ("infer", "train") else parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -74,39 +79,34 @@ def imports(path):
     return found
 
 
-def violations(importer, imported, top):
+def violations(importer, imported):
     """The rules that one import breaks."""
     mine, theirs = importer.split("."), imported.split(".")
-    tops = {"omni_jax", "infer", "train", "configs"}
-    if mine[0] == "omni_jax" and theirs[0] in ("infer", "train", "configs"):
-        if importer != "omni_jax.cli":
-            yield "omni_jax does not reach up"
-        elif top:
-            yield "the command reaches up inside functions only"
-    if {mine[0], theirs[0]} == {"infer", "train"}:
-        yield "infer and train never import each other"
     if theirs[0] == "tests":
         yield "nothing imports the tests"
-    if mine[0] in tops and theirs[0] == "omni_jax" and mine[0] == "omni_jax" and len(mine) > 1 and len(theirs) > 1:
-        a, b = mine[1], theirs[1]
-        if a in BESIDE:
-            if b != a and RANK.get(b, 99) > 0:
-                yield f"{a} imports the first layer only"
-        elif b in BESIDE:
-            if RANK[a] < OMNI:
-                yield f"{a} does not know {b}"
-        elif b in RANK and RANK[b] > RANK[a]:
-            yield f"{a} is below {b}"
+    if theirs[0] in ("infer", "train"):
+        yield "their import names are omni_jax.infer and omni_jax.train"
+    if mine[0] != "omni_jax" or theirs[0] != "omni_jax" or len(mine) < 2 or len(theirs) < 2:
+        return
+    a, b = mine[1], theirs[1]
+    if b not in RANK or a not in RANK:
+        return
+    if RANK[b] > RANK[a]:
+        yield f"{a} is below {b}"
+    elif RANK[a] == RANK[b] and a != b and RANK[a] > 0:
+        yield f"{a} and {b} stand side by side"
+    elif b in UNSEEN_BY.get(a, ()):
+        yield f"{a} does not know {b}"
 
 
-def test_every_module_has_a_layer():
-    found = {p.relative_to(ROOT / "omni_jax").parts[0].removesuffix(".py") for p in SOURCES if "omni_jax" in p.parts}
-    assert not found - set(RANK) - BESIDE - {"__init__"}, "enter new modules of omni_jax in LAYERS"
+def test_every_part_has_a_level():
+    found = {name_of(p).split(".")[1] for p in SOURCES if name_of(p).startswith("omni_jax.")}
+    assert found == set(RANK), "enter new parts of omni_jax in LEVELS"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_imports_point_one_way(path):
-    broken = [f"{m}: {rule}" for m, top in imports(path) for rule in violations(name_of(path), m, top)]
+    broken = [f"{m}: {rule}" for m, _ in imports(path) for rule in violations(name_of(path), m)]
     assert not broken
 
 
@@ -117,8 +117,8 @@ def test_the_reference_is_not_imported(path):
 
 
 def test_no_cycles():
-    """Not through imports inside functions either, but for the command's: it reaches up to all."""
-    graph = {name_of(p): {m for m, top in imports(p) if top or name_of(p) != "omni_jax.cli"} for p in SOURCES}
+    """Not through imports inside functions either."""
+    graph = {name_of(p): {m for m, _ in imports(p)} for p in SOURCES}
     done, path = set(), []
 
     def visit(module):
@@ -149,23 +149,24 @@ def test_imports_are_lazy(module):
 
 
 @pytest.mark.parametrize(
-    ("importer", "imported", "top", "breaks"),
+    ("importer", "imported", "breaks"),
     [
-        ("omni_jax.layers", "omni_jax.config", True, False),
-        ("omni_jax.layers", "omni_jax.thinker", True, True),
-        ("omni_jax.thinker", "omni_jax.vision", True, False),
-        ("omni_jax.vision", "omni_jax.checkpoint.load", True, True),
-        ("omni_jax.checkpoint.load", "omni_jax.config", True, False),
-        ("omni_jax.checkpoint.load", "omni_jax.processing", False, True),
-        ("omni_jax.processing.images", "omni_jax.layers", True, True),
-        ("omni_jax.omni", "omni_jax.processing.chat", True, False),
-        ("omni_jax.omni", "omni_jax.cli", False, True),
-        ("omni_jax.omni", "infer.server", False, True),
-        ("omni_jax.cli", "infer.server", False, False),
-        ("omni_jax.cli", "infer.server", True, True),
-        ("train.loop", "infer.server", False, True),
-        ("train.loop", "omni_jax.omni", True, False),
+        ("omni_jax.model.layers", "omni_jax.config", False),
+        ("omni_jax.model.layers", "omni_jax.parallel.sharding", False),
+        ("omni_jax.model.layers", "omni_jax.processing.images", True),
+        ("omni_jax.model.layers", "omni_jax.model.thinker", False),
+        ("omni_jax.model.vision", "omni_jax.checkpoint.load", True),
+        ("omni_jax.checkpoint.load", "omni_jax.model.thinker", False),
+        ("omni_jax.processing.images", "omni_jax.parallel.meshes", True),
+        ("omni_jax.runtime.engine", "omni_jax.processing.chat", False),
+        ("omni_jax.runtime.engine", "omni_jax.api", True),
+        ("omni_jax.api", "omni_jax.infer.server", True),
+        ("omni_jax.cli.main", "omni_jax.infer.server", False),
+        ("omni_jax.infer.server", "omni_jax.cli.main", True),
+        ("omni_jax.train.loop", "omni_jax.infer.server", True),
+        ("omni_jax.train.loop", "train.step", True),
+        ("omni_jax.train.loop", "omni_jax.api", False),
     ],
 )
-def test_the_rules_themselves(importer, imported, top, breaks):
-    assert bool(list(violations(importer, imported, top))) == breaks
+def test_the_rules_themselves(importer, imported, breaks):
+    assert bool(list(violations(importer, imported))) == breaks

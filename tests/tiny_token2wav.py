@@ -18,9 +18,9 @@ from transformers.models.qwen2_5_omni import configuration_qwen2_5_omni as oracl
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as oracle
 
 from omni_jax import config as C
-from omni_jax import token2wav as W
-from omni_jax.layers import unstack
-from omni_jax.voice import Voice
+from omni_jax.model import token2wav as W
+from omni_jax.model.layers import unstack
+from omni_jax.model.voice import Voice
 
 # The reference's operations are tiny here; handing them to several threads only costs.
 torch.set_num_threads(1)

@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from train.config import Run
+    from omni_jax.train.config import Run
 
 STEPS = 10  # of the two processes
 
@@ -36,11 +36,11 @@ def devices(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
     import numpy as np
 
     import omni_jax
-    from omni_jax import meshes
+    from omni_jax.parallel import meshes
+    from omni_jax.train import checkpoints as K
+    from omni_jax.train import step as S
+    from omni_jax.train.config import Lora
     from tests import training
-    from train import checkpoints as K
-    from train import step as S
-    from train.config import Lora
 
     model = omni_jax.load(checkpoint, dtype="float32")
     read = training.reader(model, checkpoint)
@@ -103,8 +103,8 @@ def process(checkpoint: pathlib.Path, folder: pathlib.Path, port: str, number: s
     # JAX looks for the signal once a second: the run that gets it must last longer.
     pause = 0.0 if (folder / "out").exists() else 0.2
     jax.distributed.initialize(f"localhost:{port}", 2, int(number), initialization_timeout=60)
+    from omni_jax.train import loop, metrics
     from tests.compile_counter import count_compiles
-    from train import loop, metrics
 
     write, compiled = metrics.Writer.write, []
 

@@ -13,11 +13,11 @@ from flax import traverse_util
 
 from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.speakers import load_voices
+from omni_jax.train.config import Data, Run
+from omni_jax.train.data.batch import Batch, Sample, collate, needed, shapes
+from omni_jax.train.data.jsonl import Reader
+from omni_jax.train.losses import How
 from tests import conversations
-from train.batch import Batch, Sample, collate, needed, shapes
-from train.config import Data, Run
-from train.data import Reader
-from train.losses import How
 
 FLOAT32 = How(jnp.float32, "full")
 ANSWER = "A small cat sits on the mat."

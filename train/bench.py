@@ -1,4 +1,4 @@
-"""Speed of a small full fine-tune against transformers on torch, in turn: `python -m train.bench`.
+"""Speed of a small full fine-tune against transformers on torch, in turn: `python -m omni_jax.train.bench`.
 
 Both sides do the same work: the Thinker's decoder and head in float32, a batch of full rows of text, loss on every
 token, gradients of every weight, clipping of the global norm, AdamW. Needs the `bench` extra.
@@ -20,9 +20,9 @@ import numpy as np
 
 from omni_jax import config as C
 from omni_jax.errors import InputError
-from train import step as S
-from train.batch import Batch, Media, Tokens
-from train.config import Data, Optimizer, Run
+from omni_jax.train import step as S
+from omni_jax.train.config import Data, Optimizer, Run
+from omni_jax.train.data.batch import Batch, Media, Tokens
 
 RATE, CLIP = 1e-4, 1.0
 
@@ -51,7 +51,7 @@ def ours(cfg: C.OmniConfig, ids: np.ndarray) -> Callable[[], float]:
         optimizer=Optimizer(clip=CLIP, final=1.0, weight_decay=0.01, b2=0.999),
     )  # fmt: skip
     trainer = S.make_trainer(run, cfg)
-    from omni_jax import thinker
+    from omni_jax.model import thinker
 
     params = S.flatten({"thinker": jax.jit(lambda k: S.meta.unbox(thinker.init(cfg.thinker, k)))(jax.random.key(0))})
     state, frozen = trainer.init_state(params), trainer.freeze(params)

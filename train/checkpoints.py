@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from train.config import Run, RunError, check_same, from_identity, identity
-from train.step import State
+from omni_jax.train.config import Run, RunError, check_same, from_identity, identity
+from omni_jax.train.step import State
 
 FOLDER = "checkpoints"
 

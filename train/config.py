@@ -256,9 +256,9 @@ def load(path: str | pathlib.Path, changes: Sequence[str] = ()) -> Run:
     except Exception as e:
         raise RunError(f"{path} cannot be run ({type(e).__name__}: {' '.join(str(e).split())}); correct it") from None
     if make is None:
-        raise RunError(f"{path} has no get_config(); it must return a train.config.Run")
+        raise RunError(f"{path} has no get_config(); it must return a omni_jax.train.config.Run")
     if not isinstance(run, Run):
-        raise RunError(f"{path}: get_config() returns {type(run).__name__}; it must return a train.config.Run")
+        raise RunError(f"{path}: get_config() returns {type(run).__name__}; it must return a omni_jax.train.config.Run")
     for change in changes:
         name, equals, text = change.partition("=")
         if not equals:

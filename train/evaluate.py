@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from omni_jax.omni import Omni
-from train.config import Data
-from train.data import Lines, Reader
-from train.loader import Feed
-from train.step import Flat, Trainer
+from omni_jax.api import Omni
+from omni_jax.train.config import Data
+from omni_jax.train.data.jsonl import Lines, Reader
+from omni_jax.train.data.loader import Feed
+from omni_jax.train.step import Flat, Trainer
 
 MAX_NEW_TOKENS = 256
 

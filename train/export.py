@@ -23,9 +23,9 @@ from omni_jax.checkpoint.orbax_io import put_file
 from omni_jax.checkpoint.safetensors_io import CheckpointError, write_checkpoint, write_file
 from omni_jax.checkpoint.sources import is_small_file, local_files
 from omni_jax.config import load_config
-from train.checkpoints import FOLDER, Checkpoints
-from train.config import Run, RunError
-from train.lora import is_stacked
+from omni_jax.train.checkpoints import FOLDER, Checkpoints
+from omni_jax.train.config import Run, RunError
+from omni_jax.train.lora import is_stacked
 
 
 def is_run(folder: str | os.PathLike[str]) -> bool:

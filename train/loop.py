@@ -12,20 +12,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from omni_jax import meshes
 from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.sources import local_files
 from omni_jax.checkpoint.speakers import load_voices
 from omni_jax.config import load_config
+from omni_jax.model.stages import stage_shardings
+from omni_jax.parallel import meshes
 from omni_jax.processing.processor import Processor, stop_token_ids
-from omni_jax.stages import stage_shardings
-from train import evaluate
-from train.checkpoints import Checkpoints, all_positions, own_position
-from train.config import Run, RunError
-from train.data import Lines, Reader, check_lines
-from train.loader import Feed, Loaded, encode
-from train.metrics import Pace, Writer
-from train.step import State, flatten, make_trainer
+from omni_jax.train import evaluate
+from omni_jax.train.checkpoints import Checkpoints, all_positions, own_position
+from omni_jax.train.config import Run, RunError
+from omni_jax.train.data.jsonl import Lines, Reader, check_lines
+from omni_jax.train.data.loader import Feed, Loaded, encode
+from omni_jax.train.metrics import Pace, Writer
+from omni_jax.train.step import State, flatten, make_trainer
 
 
 class Stopped:

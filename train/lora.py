@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from omni_jax.checkpoint import keys
-from train.config import Lora, RunError
+from omni_jax.train.config import Lora, RunError
 
 Flat = dict[str, Any]
 # Tables are gathered from, not multiplied with.

@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from omni_jax import thinker
-from omni_jax.audio import AudioTower
 from omni_jax.config import DecoderConfig, OmniConfig, TalkerConfig, ThinkerConfig
-from omni_jax.decoder import Decoder
-from omni_jax.kernels.on_mesh import ways
-from omni_jax.layers import Params, dense
-from omni_jax.meshes import Laid, on_one_device
-from omni_jax.sharding import constrain
-from omni_jax.vision import VisionTower
-from train.batch import Batch, Media, Speech, Tokens
+from omni_jax.model import thinker
+from omni_jax.model.audio import AudioTower
+from omni_jax.model.decoder import Decoder
+from omni_jax.model.layers import Params, dense
+from omni_jax.model.vision import VisionTower
+from omni_jax.parallel.meshes import Laid, on_one_device
+from omni_jax.parallel.on_mesh import ways
+from omni_jax.parallel.sharding import constrain
+from omni_jax.train.data.batch import Batch, Media, Speech, Tokens
 
 # Logits that exist at one time on a device; beyond this they are taken a block of places at a time, and again in the
 # backward pass.

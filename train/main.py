@@ -1,4 +1,4 @@
-"""`python -m train.main --config configs/x.py`: the same as `omni-jax finetune`."""
+"""What `omni-jax finetune` runs: a configuration, on one host or several."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def finetune(config: pathlib.Path, changes: Sequence[str] = (), coordinator: str
     Raises:
       InputError: see `loop.train`.
     """
-    from train import config as C
+    from omni_jax.train import config as C
 
     run = C.load(config, changes)
     import logging
@@ -33,15 +33,6 @@ def finetune(config: pathlib.Path, changes: Sequence[str] = (), coordinator: str
         if ":" not in address or not (processes.isdecimal() and process.isdecimal()) or int(process) >= int(processes):
             raise C.RunError(f"--coordinator is {coordinator!r}; give auto, or host:port,processes,process (from 0)")
         jax.distributed.initialize(address, int(processes), int(process))
-    from train.loop import train
+    from omni_jax.train.loop import train
 
     train(run)
-
-
-if __name__ == "__main__":
-    import sys
-
-    from omni_jax.cli import main
-
-    sys.argv.insert(1, "finetune")
-    main()

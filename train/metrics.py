@@ -15,8 +15,8 @@ import jax
 
 from omni_jax.config import DecoderConfig
 from omni_jax.processing.encode import OutputError, write_atomically
-from train.config import Run, RunError, identity
-from train.step import Trainer
+from omni_jax.train.config import Run, RunError, identity
+from omni_jax.train.step import Trainer
 
 # bf16 FLOP/s of one chip, from the vendors' data sheets (dense).
 PEAK = {

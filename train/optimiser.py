@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import optax
 
-from train.config import Optimizer, Run, RunError
-from train.lora import is_stacked
+from omni_jax.train.config import Optimizer, Run, RunError
+from omni_jax.train.lora import is_stacked
 
 # Norms, biases and the vocoder's activations do not decay, nor do adapters, which begin at no change.
 _UNDECAYED = re.compile(r"(bias|alpha|beta|lora_[ab]|norm\w*\.weight|ln_\w+\.weight)$")

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from omni_jax import meshes
 from omni_jax.config import OmniConfig
-from train.batch import Batch, Media, Speech, Tokens
-from train.config import Run, RunError
-from train.step import ROWS, Trainer, make_trainer
+from omni_jax.parallel import meshes
+from omni_jax.train.config import Run, RunError
+from omni_jax.train.data.batch import Batch, Media, Speech, Tokens
+from omni_jax.train.step import ROWS, Trainer, make_trainer
 
 
 def batch_shapes(trainer: Trainer) -> Batch:

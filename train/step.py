@@ -20,10 +20,11 @@ from flax import struct, traverse_util
 from flax.linen import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from omni_jax import meshes, stages
 from omni_jax.config import OmniConfig
-from train import lora, losses, optimiser, sound_losses
-from train.config import Run, RunError
+from omni_jax.model import stages
+from omni_jax.parallel import meshes
+from omni_jax.train import audio_losses, lora, losses, optimiser
+from omni_jax.train.config import Run, RunError
 
 Flat = dict[str, Any]
 PARTS = {
@@ -282,7 +283,7 @@ class Trainer:
         """What the sums over all micro batches of a step are divided by."""
         task = self.run.task
         if task == "token2wav":
-            return sound_losses.flow_values(self.token2wav.dit, batch)
+            return audio_losses.flow_values(self.token2wav.dit, batch)
         if task == "vocoder":
             return jnp.maximum(jnp.sum(batch.real), 1).astype(jnp.float32)
         if "dpo" in task:
@@ -303,11 +304,11 @@ class Trainer:
         if run.task == "token2wav":
             with jax.default_matmul_precision("highest"), how.laid("dit", len(batch.codes)):
                 params = tree["token2wav"]["code2wav_dit_model"]
-                return sound_losses.flow_loss(params, self.token2wav.dit, batch, key, total, run.drop), {}
+                return audio_losses.flow_loss(params, self.token2wav.dit, batch, key, total, run.drop), {}
         if run.task == "vocoder":
             with jax.default_matmul_precision("highest"), how.laid("bigvgan", len(batch.mel)):
                 params = tree["token2wav"]["code2wav_bigvgan_model"]
-                return sound_losses.vocoder_loss(params, self.token2wav.bigvgan, batch, total)
+                return audio_losses.vocoder_loss(params, self.token2wav.bigvgan, batch, total)
         if "dpo" in run.task:
             speaks = run.task == "talker_dpo"
             return losses.dpo_loss(cfg, tree, base, batch, total, how, beta=run.beta, codes=speaks)

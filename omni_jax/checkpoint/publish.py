@@ -17,7 +17,7 @@ from omni_jax.checkpoint.folder import progress_bar
 from omni_jax.checkpoint.safetensors_io import BLOCK, CheckpointError, write_checkpoint
 from omni_jax.checkpoint.speakers import SPEAKERS_FILE, write_speakers
 from omni_jax.config import OmniConfig, to_dict
-from omni_jax.voice import Voice
+from omni_jax.model.voice import Voice
 
 REFERENCE_FRAMES = (310, 257)  # of the two voices' reference mels: about three seconds
 HEAD_STD = 3.0  # of the logits: argmax is no tie, and sampling still chooses among several tokens

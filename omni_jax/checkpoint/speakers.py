@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from omni_jax.errors import InputError
-from omni_jax.voice import Voice
+from omni_jax.model.voice import Voice
 
 SPEAKERS_FILE = "spk_dict.pt"
 DEFAULT_VOICE = "Chelsie"

@@ -18,8 +18,8 @@ from PIL import Image as Pillow
 from PIL import ImageOps
 
 from omni_jax.config import VisionConfig
-from omni_jax.positions import Grid
 from omni_jax.processing.media import ANYTHING, Access, MediaError, describe, fetch
+from omni_jax.processing.positions import Grid
 
 MAX_RATIO = 200
 MAX_MIN_PIXELS = 1 << 26  # beyond this a request could fill the memory by enlarging a small picture

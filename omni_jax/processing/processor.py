@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from omni_jax import positions as P
 from omni_jax.config import ConfigError, OmniConfig, ThinkerConfig
-from omni_jax.processing import chat, images, sound
+from omni_jax.processing import audio, chat, images
+from omni_jax.processing import positions as P
+from omni_jax.processing.audio import MelConfig, Part, load_sound, log_mel, mel_config
 from omni_jax.processing.images import ImageConfig, Patches, image_config, image_patches
 from omni_jax.processing.media import ANYTHING, Access, MediaError, describe
-from omni_jax.processing.sound import MelConfig, Part, load_sound, log_mel, mel_config
 from omni_jax.processing.tokenizer import Tokenizer
 from omni_jax.processing.video import Clip, Sampling, load_clip
 
@@ -99,7 +99,7 @@ class Processor:
     tokenizer: Tokenizer
     template: str
     image: ImageConfig = images.PUBLISHED
-    mel: MelConfig = sound.PUBLISHED
+    mel: MelConfig = audio.PUBLISHED
 
     @classmethod
     def from_folder(cls, path: str | pathlib.Path, cfg: ThinkerConfig) -> Processor:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image as Pillow
 
 from omni_jax.config import VisionConfig
-from omni_jax.positions import Grid
+from omni_jax.processing.audio import Part, read_sound
 from omni_jax.processing.container import check_length, damaged, declared_seconds, open_container, reason
 from omni_jax.processing.images import (
     PUBLISHED,
@@ -31,7 +31,7 @@ from omni_jax.processing.images import (
     to_rgb,
 )
 from omni_jax.processing.media import ANYTHING, Access, MediaError, describe, fetch
-from omni_jax.processing.sound import Part, read_sound
+from omni_jax.processing.positions import Grid
 
 FPS = 2.0
 MIN_FRAMES = 4

@@ -1,0 +1,148 @@
+"""`omni-jax aot`: compiles every network for a machine that is not there, and says what the programs do.
+
+The compiler is the real one, so memory, HBM traffic, collectives, copies and donation are facts about what a pod would
+run. They are not times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from omni_jax import config as C
+from omni_jax.errors import InputError
+from omni_jax.infer.analysis import goals, targets
+from omni_jax.infer.analysis import programs as P
+from omni_jax.infer.analysis.depth import cut
+from omni_jax.infer.analysis.facts import GIB, MIB, PICTURE_WINDOWS, Facts, clips, facts
+from omni_jax.model.token2wav import Flow
+from omni_jax.parallel import meshes
+from omni_jax.runtime import generation
+
+CONTEXT = 4096
+LONG = 32768
+SPEECH_CODES = 500  # 10 s
+
+
+def listed(
+    cfg: C.OmniConfig, placement: meshes.Placement, keep: pathlib.Path | None = None
+) -> dict[str, Callable[[], Facts]]:
+    """Everything that the table is made of, by name; `keep` as for `compile_program`."""
+    loop, context = generation.LOOP_STEPS, CONTEXT
+    run: dict[str, Callable[[], Facts]] = {}
+    said = partial(facts, keep=keep)
+    for b in (1, 32):
+        where = f"batch {b}, {context} slots"
+        run[f"decode {b}"] = partial(lambda b, w: said(P.thinker_decode(cfg, placement, b, context), w), b, where)
+        run[f"loop {b}"] = partial(
+            lambda b, w: said(P.thinker_decode(cfg, placement, b, context, loop=True), f"{w}, {loop} steps", loop),
+            b, where,
+        )  # fmt: skip
+    run["prefill 8k"] = lambda: said(P.thinker_prefill(cfg, placement, 1, 6144, 8192), "6144 tokens, 8192 slots")
+    if placement.thinker.size == 1:
+        run["decode 32k"] = lambda: said(P.thinker_decode(cfg, placement, 1, LONG), f"batch 1, {LONG} slots")
+        run["prefill 32k"] = lambda: said(P.thinker_prefill(cfg, placement, 1, LONG, LONG), f"{LONG} tokens")
+    run["vision picture"] = lambda: said(P.vision_call(cfg, placement, 1, PICTURE_WINDOWS), "1 frame of 448×448")
+    for name, (frames, _) in clips(cfg)["video"].items():
+        run[name] = partial(
+            lambda n: said(P.vision_call(cfg, placement, n, PICTURE_WINDOWS), f"{n} frames of 448×448"), frames
+        )
+    for name, (chunks, _) in clips(cfg)["sound"].items():
+        run[name] = partial(lambda n: said(P.audio_call(cfg, placement, n), f"{n} chunks of 2 s"), chunks)
+    if cfg.talker is not None:
+        for b in (1, 32):
+            where = f"batch {b}, {context} slots"
+            run[f"talker {b}"] = partial(lambda b, w: said(P.talker_decode(cfg, placement, b, context), w), b, where)
+    if cfg.token2wav is not None:
+        sound = f"{SPEECH_CODES / 50:g} s"
+        run["dit"] = lambda: said(
+            P.dit_flow(cfg, placement, 1, SPEECH_CODES), f"{sound}, {Flow().evaluations} evaluations"
+        )
+        # On a mesh every chip runs one row whole: the program of one chip.
+        one = meshes.place(cfg, "1", devices=list(placement.speech.devices.flat[:1]))
+        run["bigvgan"] = lambda: said(P.bigvgan_call(cfg, one, 1, SPEECH_CODES), sound)
+    return run
+
+
+def run(
+    preset: str = "3b", topology: str = "v5e:2x4", *, mesh: str | None = None, layers: int | None = None,
+    only: Sequence[str] = (), keep: pathlib.Path | None = None, progress: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Compiles the networks and gathers the table.
+
+    Args:
+      preset: whose shapes.
+      topology: "v5e:2x4" and the like, "h100", or "h100:8".
+      mesh: over the topology's chips; all of them by default.
+      layers: cut every stack to this many layers (None: all).
+      only: names of programs (see `listed`); all by default.
+      keep: folder for what the compilers say; what is there already is not compiled again.
+      progress: show what is compiled on stderr.
+    Raises:
+      InputError: an unknown preset, topology, mesh or program; a folder that cannot be used.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    cfg = cut(C.preset(preset), layers)
+    devices = targets.topology(topology)
+    placement = meshes.place(cfg, mesh or targets.mesh_name(topology), devices=devices)
+    programs = listed(cfg, placement, keep)
+    if unknown := sorted(set(only) - set(programs)):
+        raise InputError(f"unknown programs {unknown}; known are {', '.join(programs)}")
+    found: dict[str, Facts] = {}
+    with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:
+        chosen = [n for n in programs if n in only or not only]
+        task = bar.add_task("compiling", total=len(chosen))
+        for name in chosen:
+            bar.update(task, description=name)
+            found[name] = programs[name]()
+            bar.advance(task)
+    sums = goals.resident(cfg, placement, found)
+    return {
+        "preset": preset, "topology": topology, "layers": layers,
+        "mesh": dict(placement.thinker.shape),
+        "goals": [dataclasses.asdict(g) for g in goals.goals(cfg, preset, topology, found, sums)],
+        "programs": {name: f.to_dict() for name, f in found.items()}, "resident": sums,
+    }  # fmt: skip
+
+
+def tables(result: dict[str, Any]) -> str:
+    """The result as Markdown: goals, programs, collectives."""
+    axes = ", ".join(f"{a} {n}" for a, n in result["mesh"].items() if n > 1) or "one chip"
+    cut = "" if result["layers"] is None else f", {result['layers']} layers a stack"
+    mark = {True: "met", False: "**missed**", None: ""}
+    lines = [
+        f"**{result['preset']}{cut} on {result['topology']}** ({axes})",
+        "",
+        "| metric | figure | goal | |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| {g['metric']} | {g['value']} | {g['goal']} | {mark[g['met']]} |" for g in result["goals"]]
+    lines += ["", "| program | sizes | peak GiB | temp MiB | GB moved | / ideal | weights copied MiB | collectives |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for f in result["programs"].values():
+        if f["error"]:
+            lines.append(f"| {f['name']} | {f['what']} | does not compile: {f['error']} | | | | | |")
+            continue
+        moved = "; ".join(f"{c['where']} {c['count']} {c['kind']} {c['bytes']:,} B" for c in f["collectives"])
+        ratio = f"{f['ratio']:.4f}" if f["ratio"] is not None else ""
+        lines.append(
+            f"| {f['name']} | {f['what']} | {f['peak'] / GIB:.3f} | {f['temp'] / MIB:.1f} | {f['moved'] / 1e9:.3f} | "
+            f"{ratio} | {sum(size for _, size, _ in f['weight_copies']) / MIB:.1f} | {moved} |"
+        )
+    return "\n".join(lines)
+
+
+def main(
+    preset: str, topology: str, mesh: str | None, layers: int | None, only: Sequence[str], keep: pathlib.Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """The command behind `omni-jax aot`."""
+    result = run(preset, topology, mesh=mesh, layers=layers, only=only, keep=keep, progress=sys.stderr.isatty())
+    print(json.dumps(result) if as_json else tables(result))

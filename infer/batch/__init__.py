@@ -1,0 +1,1 @@
+"""Batch jobs: conversations in a file, answers in a file."""

@@ -1,0 +1,1 @@
+"""The `omni-jax` command."""

@@ -1,0 +1,131 @@
+"""The commands about checkpoint folders: `omni-jax convert`, `export`, `inspect`."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+import time
+from typing import Any, Literal
+
+import tyro
+from rich.filesize import decimal
+
+from omni_jax.cli.arguments import Flag, Json
+
+
+def report(verb: str, target: str, size: int, began: float, as_json: bool) -> None:
+    """Says what was made, on stderr, or as one line of JSON on stdout."""
+    seconds = time.perf_counter() - began
+    if as_json:
+        print(json.dumps({"path": target, "bytes": size, "seconds": seconds}))
+    else:
+        print(f"{verb} {decimal(size)} to {target} in {seconds:.1f} s", file=sys.stderr)
+
+
+def convert(
+    src: tyro.conf.Positional[str],
+    dst: tyro.conf.Positional[str],
+    *,
+    dtype: Literal["keep", "bfloat16", "float32"] = "keep",
+    parts: str | None = None,
+    adapter: pathlib.Path | None = None,
+    keep_adapter: Flag = False,
+    as_json: Json = False,
+) -> None:
+    """Make an Orbax checkpoint of a published one, with everything that belongs to it.
+
+    Args:
+      src: Checkpoint folder, or a model on the hub (Qwen/Qwen2.5-Omni-3B).
+      dst: Folder to make, or a URL (gs://bucket/folder).
+      dtype: Of the stored weights; bfloat16 leaves Token2Wav in float32.
+      parts: Which to take, with commas: thinker,talker,token2wav. All there are if not given.
+      adapter: Folder of a PEFT adapter (LoRA) to merge into the weights.
+      keep_adapter: Put the adapter beside the weights instead.
+      as_json: Print one line of JSON and nothing else.
+    """
+    from omni_jax.checkpoint.convert import convert as run
+
+    began = time.perf_counter()
+    wanted = None if parts is None else tuple(parts.split(","))
+    size = run(
+        src, dst, dtype=dtype, parts=wanted, adapter=adapter, keep_adapter=keep_adapter, progress=sys.stderr.isatty()
+    )
+    report("converted", dst, size, began, as_json)
+
+
+def export(
+    src: tyro.conf.Positional[str],
+    dst: tyro.conf.Positional[pathlib.Path],
+    *,
+    max_shard_gb: float | None = None,
+    as_json: Json = False,
+) -> None:
+    """Give a converted checkpoint back in the published layout, for transformers and others.
+
+    Args:
+      src: Folder that `omni-jax convert` made, or its URL.
+      dst: Folder to make.
+      max_shard_gb: Cut new shards of at most so many GB; by default they are those of the original.
+      as_json: Print one line of JSON and nothing else.
+    """
+    from omni_jax.checkpoint.convert import export as run
+    from omni_jax.errors import InputError
+
+    if max_shard_gb is not None and not 0 < max_shard_gb < 1e6:
+        raise InputError(f"--max-shard-gb {max_shard_gb} must be above 0")
+    began = time.perf_counter()
+    shard = None if max_shard_gb is None else max(1, int(max_shard_gb * 1e9))
+    size = run(src, dst, max_shard_bytes=shard, progress=sys.stderr.isatty())
+    report("exported", str(dst), size, began, as_json)
+
+
+def inspect(
+    path: tyro.conf.Positional[str],
+    *,
+    verify: Flag = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a checkpoint holds: parts, sizes, dtypes, voices, and the whole configuration.
+
+    Args:
+      path: Checkpoint folder of either kind, a model on the hub, or the URL of a converted folder.
+      verify: Read every array and check its shape, that it is finite, and its checksum.
+      as_json: Print one line of JSON and nothing else.
+    """
+    from omni_jax.checkpoint.report import inspect as run
+
+    found = run(path, verify=verify, progress=sys.stderr.isatty())
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+    else:
+        _print_tables(found)
+
+
+def _print_tables(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    parts = Table("part", *(("tensors", "parameters", "bytes")), "dtypes", title=f"{found['kind']} checkpoint")
+    for column in parts.columns[1:4]:
+        column.justify = "right"
+    for name, part in found["parts"].items():
+        kinds = ", ".join(f"{dtype} × {count}" for dtype, count in part["dtypes"].items())
+        parts.add_row(name, f"{part['tensors']:,}", f"{part['parameters']:,}", f"{part['bytes']:,}", kinds)
+    tensors = sum(part["tensors"] for part in found["parts"].values())
+    parts.add_row("total", f"{tensors:,}", f"{found['parameters']:,}", f"{found['bytes']:,}", "", style="bold")
+    console.print(parts)
+    console.print(f"voices: {', '.join(found['voices']) or 'none'}")
+    if found["adapter"]:
+        console.print("adapter: beside the weights, not merged")
+    config = Table("field", "value", "", title="configuration")
+    for name, value in found["config"].items():
+        config.add_row(name, str(value), "default" if name in found["defaults"] else "")
+    console.print(config)
+    if found["defaults"]:
+        console.print(f"default: left out of config.json, {len(found['defaults'])} of {len(found['config'])} fields")
+    if "verified" in found:
+        sums = found["verified"]["checksums"]
+        against = f"checksums ({sums}) agree" if sums != "none" else "this folder carries no checksums"
+        console.print(f"verified: {tensors:,} tensors have their shapes and are finite; {against}")

@@ -1,0 +1,188 @@
+"""Attention, and the one place that chooses its form: a kernel on TPU, cuDNN on a GPU that has it, else plain jnp.
+
+The choice falls when a program is lowered, by `jax.lax.platform_dependent`: so it is right as well where one platform
+compiles for another, and `jax.default_backend()` would not be.
+
+B batch, T queries, S keys, C cache slots, L layers, H heads, D head size.
+In the decoders N query heads of size H share K kv heads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from omni_jax.model.kernels import cudnn, decode, plain, prefill
+from omni_jax.model.kernels.plain import SCORE_BYTES
+from omni_jax.parallel.sharding import active_layout
+
+# New tokens from which on their attention to each other is worth a kernel beside that over the cache.
+KERNEL_TOKENS = 128
+# Cells of fewer tokens (windows, chunks) are left to the TPU's compiler, which keeps their scores on the chip.
+KERNEL_CELL = 512
+
+
+class Past(NamedTuple):
+    """What was before the new tokens, in one of the cache's two forms.
+
+    Attributes:
+      k, v: [L, B, K, C, H] of all layers, or [B, K, C, H] of this one.
+      layer: int32 [], which of them; None with the second form.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    layer: jax.Array | None
+
+    def of_layer(self) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of this layer alone, [B, K, C, H]."""
+        if self.layer is None:
+            return self.k, self.v
+        k, v = (lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.k, self.v))
+        return k, v
+
+
+def full_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    key_mask: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    score_bytes: int = SCORE_BYTES,
+) -> jax.Array:
+    """Every query sees every valid key. Softmax in float32, products in the dtype of the inputs.
+
+    Where the scores are large they never exist whole, neither forwards nor backwards.
+
+    Args:
+      q: [..., T, H, D].
+      k, v: [..., S, H, D] with the leading axes of `q`.
+      key_mask: [..., S] bool, true for valid keys; None where all are. A row whose keys are all masked gives finite
+        values without meaning.
+      scale: factor of the scores; default D ** -0.5.
+      score_bytes: see `query_block`.
+    Returns:
+      [..., T, H, D] in the dtype of `q`.
+    """
+    T, D, S = q.shape[-3], q.shape[-1], k.shape[-3]
+    scale = D**-0.5 if scale is None else scale
+    shape = q.shape
+    q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
+    mask = None if key_mask is None else key_mask.reshape(-1, S)
+
+    def by_plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+        return plain.full_attention(q, k, v, mask, scale=scale, score_bytes=score_bytes)
+
+    if max(T, S) < KERNEL_CELL:
+        return by_plain(q, k, v, mask).reshape(shape)
+    if mask is None:
+        mask = jnp.ones(k.shape[:2], bool)
+    return _chosen(functools.partial(prefill.full_attention, scale=scale), by_plain)(q, k, v, mask).reshape(shape)
+
+
+def causal_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    old: Past | None,
+    start: jax.Array,
+    length: jax.Array,
+    segments: jax.Array | None = None,
+) -> jax.Array:
+    """Causal grouped-query attention of new tokens to the cache and to themselves.
+
+    Args:
+      q: [B, T, N, H].
+      k, v: [B, K, T, H], the new rows.
+      old: the cache, or None where nothing came before.
+      start: int32 [B]; slots before it are padding.
+      length: int32 [], live slots of the cache.
+      segments: non-negative int32 [B, T], for training on packed rows: a token sees those of its own segment only.
+    Returns:
+      [B, T, N, H] in the dtype of `q`.
+    """
+    if old is None:
+
+        def by_kernel(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, segments: Any) -> jax.Array:
+            return prefill.causal_attention(q, k, v, start, segments)[0]
+
+        def by_plain(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, segments: Any) -> jax.Array:
+            return plain.causal_attention(q, k, v, None, start, jnp.zeros((), jnp.int32), segments)
+
+        def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, segments: Any) -> jax.Array:
+            return cudnn.causal_attention(q, k, v, start)
+
+        on_gpu = by_cudnn if segments is None and cudnn.supported(k.dtype, q.shape[-1]) else by_plain
+        return _chosen(by_kernel, by_plain, on_gpu)(q, k, v, start, segments)
+
+    def with_plain(q: jax.Array, k: jax.Array, v: jax.Array, old: Past, *at: jax.Array) -> jax.Array:
+        return plain.causal_attention(q, k, v, old.of_layer(), *at)
+
+    inputs = (q, k, v, old, start, length)
+    if segments is not None:
+        raise ValueError("segments are for training, which has no cache")
+    if not decode.supported(old.k.shape[-2]) or old.layer is None:
+        return with_plain(*inputs)
+    return lax.platform_dependent(*inputs, tpu=_with_live_cache, default=with_plain)
+
+
+def _with_live_cache(
+    q: jax.Array, k: jax.Array, v: jax.Array, old: Past, start: jax.Array, length: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """`causal_attention` to a cache by the kernel that reads its live part, merged with that to the new rows."""
+    b, t, n, h = q.shape
+    heads = k.shape[1]
+    rows = q.reshape(b, t, heads, n // heads, h).transpose(0, 2, 3, 1, 4).reshape(b, heads, -1, h)
+    assert old.layer is not None
+    past = decode.live_parts(rows, old.k, old.v, old.layer, start, length, interpret=interpret)
+    # Slots of the new rows begin at `length`; a row may still be in its padding there.
+    begin = jnp.maximum(start - length, 0)
+    if t < KERNEL_TOKENS:
+        place = jnp.arange(t)
+        mask = (place <= place[:, None]) & (place >= begin[:, None, None])
+        new = decode.parts(rows.astype(k.dtype), k, v, jnp.tile(mask, (1, n // heads, 1)))
+    else:
+        out, sums = prefill.causal_attention(q, k, v, begin, residuals=True, interpret=interpret)
+        weighted = out.astype(jnp.float32).reshape(b, t, heads, n // heads, h).transpose(0, 2, 3, 1, 4)
+        new = decode.Parts(weighted.reshape(rows.shape), sums.reshape(b, heads, -1), jnp.ones(rows.shape[:3]))
+    out = decode.merge(past, new).reshape(b, heads, n // heads, t, h)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(q.dtype)
+
+
+def _chosen(on_tpu: Any, elsewhere: Any, on_gpu: Any = None) -> Any:
+    """One function of (q, k, v, …) of several that are equal, by the platform that it is lowered for.
+
+    The backward pass chooses again and computes the forward one again: differentiated through, the choice would keep
+    what each form saves for it, whole scores among them.
+    """
+    forms = {"tpu": on_tpu, "default": elsewhere, "cuda": on_gpu or elsewhere}
+    # The backward pass is traced when the loss has left its layout.
+    layout = active_layout()
+
+    @jax.custom_vjp
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, rest: tuple) -> jax.Array:
+        return lax.platform_dependent(q, k, v, *rest, **forms)
+
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array, rest: tuple) -> tuple[jax.Array, tuple]:
+        return attend(q, k, v, rest), (q, k, v, rest)
+
+    def backward(saved: tuple, given: jax.Array) -> tuple:
+        def pull(form: Any) -> Any:
+            def run(given: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> tuple:
+                return jax.vjp(lambda q, k, v: form(q, k, v, *rest), q, k, v)[1](given)
+
+            return run
+
+        q, k, v, rest = saved
+        backwards = {platform: pull(form) for platform, form in forms.items()}
+        with contextlib.nullcontext() if layout is None else layout.active():
+            return (*lax.platform_dependent(given, q, k, v, *rest, **backwards), None)
+
+    attend.defvjp(forward, backward)
+    return lambda q, k, v, *rest: attend(q, k, v, rest)

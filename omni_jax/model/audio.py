@@ -1,0 +1,264 @@
+"""The audio tower: a Whisper-like encoder over chunks of 200 mel frames.
+
+C chunks, T mel frames of a chunk, B mel bins, S states of a chunk = T / 2, D hidden size, H heads, M tokens of a chunk
+= T / 4, O output size.
+
+Nothing in this tower looks beyond one chunk (2 s), and positions restart in each. So it runs on batches of chunks, the
+chunks of all clips together; memory does not grow with the length of a clip.
+
+Source: `Qwen2_5OmniAudioEncoder` in transformers 4.57.6.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from omni_jax import buckets
+from omni_jax.config import AudioConfig
+from omni_jax.model.attention import full_attention
+from omni_jax.model.layers import (
+    INIT_STDDEV,
+    LayerNorm,
+    Linear,
+    Params,
+    activation,
+    linear,
+    run_layers,
+    sharded_init,
+    stacked_param,
+)
+from omni_jax.parallel.sharding import constrain, replicate
+
+MAX_TIMESCALE = 10000.0
+Run = Callable[..., jax.Array]
+
+
+def sinusoids(length: int, channels: int) -> np.ndarray:
+    """Whisper's positions: float32 [length, channels], sines in the first half and cosines in the second."""
+    step = np.log(MAX_TIMESCALE) / (channels // 2 - 1)
+    scales = np.exp(-step * np.arange(channels // 2)).astype(np.float32)
+    angles = np.arange(length, dtype=np.float32)[:, None] * scales
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def conv1d(x: jax.Array, weight: jax.Array, bias: jax.Array, stride: int = 1) -> jax.Array:
+    """A convolution over time with kernel 3 and one zero at either end, as one product.
+
+    XLA has no fast bf16 convolution on CPU; unfolded, it is a matrix product everywhere.
+
+    Args:
+      x: [C, T, in].
+      weight: [out, in, 3] as published.
+      bias: [out].
+    Returns:
+      [C, ceil(T / stride), out] in the dtype of `x`.
+    """
+    T = x.shape[1]
+    x = jnp.pad(x, ((0, 0), (1, 1), (0, 0)))
+    taps = jnp.concatenate([x[:, i : i + T : stride] for i in range(3)], axis=-1)
+    return linear(taps, weight.swapaxes(1, 2).reshape(weight.shape[0], -1), bias)
+
+
+class Conv1d(nn.Module):
+    """`conv1d` with its `weight` and `bias`; `axes` are the logical names of (out, in)."""
+
+    features: int
+    axes: tuple[str | None, str | None]
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = sharded_init(nn.initializers.normal(INIT_STDDEV), *self.axes, None)
+        weight = self.param("weight", init, (self.features, x.shape[-1], 3))
+        bias = self.param("bias", sharded_init(nn.initializers.zeros, self.axes[0]), (self.features,))
+        return conv1d(x, weight, bias, self.stride)
+
+
+class AudioAttention(nn.Module):
+    """Attention within the chunk; the key projection has no bias."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
+        C, S, D = x.shape
+        H = self.heads
+
+        def heads(name: str, use_bias: bool = True) -> jax.Array:
+            y = Linear(D, ("heads", "embed"), use_bias, name=name)(x).reshape(C, S, H, D // H)
+            return constrain(y, "attend_batch", "attend_length", "act_heads", None)
+
+        q, k, v = heads("q_proj"), heads("k_proj", use_bias=False), heads("v_proj")
+        out = constrain(full_attention(q, k, v, valid).reshape(C, S, D), "batch", "length", "act_proj")
+        return Linear(D, ("embed", "heads"), name="out_proj")(out)
+
+
+class AudioLayer(nn.Module):
+    """One pre-norm layer: attention, MLP. Call with x [C, S, D] and valid [C, S] bool."""
+
+    cfg: AudioConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
+        cfg = self.cfg
+        y = LayerNorm(cfg.layer_norm_eps, name="self_attn_layer_norm")(x)
+        y = AudioAttention(cfg.encoder_attention_heads, name="self_attn")(y, valid)
+        x = constrain(x + y, "batch", "length", "act_embed")
+        y = LayerNorm(cfg.layer_norm_eps, name="final_layer_norm")(x)
+        y = activation(cfg.activation_function)(Linear(cfg.encoder_ffn_dim, ("mlp", "embed"), name="fc1")(y))
+        y = Linear(cfg.d_model, ("embed", "mlp"), name="fc2")(constrain(y, "batch", "length", "act_mlp"))
+        return constrain(x + y, "batch", "length", "act_embed")
+
+
+class _Table(nn.Module):
+    """An embedding table that is only carried."""
+
+    shape: tuple[int, int]
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param("weight", sharded_init(nn.initializers.normal(INIT_STDDEV), None, "embed"), self.shape)
+
+
+class AudioTower(nn.Module):
+    """The tower over a batch of chunks (`audio_calls` makes it).
+
+    Parameters: `conv1`, `conv2`, `layers` (stacked, or a tuple of layers), `ln_post`, `proj`, and
+    `audio_bos_eos_token`, which the checkpoints carry and the reference does not use.
+
+    Attributes:
+      cfg: sizes.
+      remat: recompute each layer in the backward pass.
+    """
+
+    cfg: AudioConfig
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, mel: jax.Array, lengths: jax.Array) -> jax.Array:
+        """Encodes chunks.
+
+        Args:
+          mel: [C, T, B] log-mel; its dtype is the dtype of the computation. What lies beyond a length is ignored.
+          lengths: [C] int, frames of each chunk, 0 for a chunk of padding.
+        Returns:
+          [C, M, O]; of each chunk the first `cfg.token_count(length)` tokens count.
+        Raises:
+          ValueError: chunks not of `cfg.chunk_frames` frames, or such that a pair of states would cross two chunks.
+        """
+        cfg = self.cfg
+        C, T, _ = mel.shape
+        if cfg.chunk_frames != T or T % 4:
+            raise ValueError(f"chunks must have {cfg.chunk_frames} frames, a multiple of 4; these have {T}")
+        S, D = T // 2, cfg.d_model
+        frames = (jnp.arange(T) < lengths[:, None])[..., None]
+        states = jnp.arange(S) < (lengths[:, None] + 1) // 2
+        gelu = activation("gelu")
+
+        # Masked before each convolution: beyond the end there are zeros, as at the end of the reference's tensors.
+        x = gelu(Conv1d(D, ("mlp", None), name="conv1")(jnp.where(frames, mel, 0)))
+        x = gelu(Conv1d(D, ("embed", "mlp"), stride=2, name="conv2")(jnp.where(frames, x, 0)))
+        x = constrain(x + jnp.asarray(sinusoids(S, D), x.dtype), "batch", "length", "act_embed")
+
+        layer = AudioLayer(cfg, parent=None)
+        layers = stacked_param(self, "layers", layer, cfg.encoder_layers, x, states)
+
+        def body(params: Params, x: jax.Array, _: None) -> tuple[Any, None]:
+            return layer.apply({"params": params}, x, states), None
+
+        x, _ = run_layers(jax.checkpoint(body) if self.remat else body, layers, x)
+        x = jnp.mean(x.reshape(C, S // 2, 2, D).astype(jnp.float32), axis=2).astype(x.dtype)
+        x = LayerNorm(cfg.layer_norm_eps, name="ln_post")(x)
+        _Table((2, cfg.output_dim), name="audio_bos_eos_token")()
+        return replicate(Linear(cfg.output_dim, (None, "embed"), name="proj")(x))
+
+
+def audio_shapes(cfg: AudioConfig, chunks: int, dtype: Any = jnp.float32) -> tuple[Any, Any]:
+    """Shapes of the tower's inputs, for `init` under `jax.eval_shape` and for compiling ahead of time."""
+    return (
+        jax.ShapeDtypeStruct((chunks, cfg.chunk_frames, cfg.num_mel_bins), dtype),
+        jax.ShapeDtypeStruct((chunks,), jnp.int32),
+    )
+
+
+@functools.cache
+def audio_program(cfg: AudioConfig) -> Run:
+    """The jitted tower: `run(params, mel, lengths) -> [C, M, O]`; one object for equal configurations."""
+    tower = AudioTower(cfg)
+    return jax.jit(lambda params, *inputs: tower.apply({"params": params}, *inputs))
+
+
+@dataclass(frozen=True)
+class AudioCall:
+    """One call of the tower: its `inputs` (mel, lengths) in padded shapes, and the tokens that each chunk gives."""
+
+    inputs: tuple[np.ndarray, np.ndarray]
+    tokens: tuple[int, ...]
+
+
+def audio_calls(cfg: AudioConfig, mels: Sequence[np.ndarray], dtype: Any = np.float32) -> Iterator[AudioCall]:
+    """Cuts clips into chunks and groups the chunks of all clips, in order, one bounded call at a time.
+
+    Args:
+      mels: [L, B] log-mel of each clip, 100 frames to the second; L may be 0.
+      dtype: dtype of the computation.
+    Raises:
+      ValueError: a clip that is not [L, B].
+    """
+    T = cfg.chunk_frames
+    chunks = []
+    for mel in mels:
+        if mel.ndim != 2 or mel.shape[1] != cfg.num_mel_bins:
+            raise ValueError(f"log-mel must be [frames, {cfg.num_mel_bins}], not {list(mel.shape)}")
+        # One or two frames give no token, in this tower as in `token_count`.
+        chunks += [c for c in (mel[i : i + T] for i in range(0, len(mel), T)) if cfg.token_count(len(c))]
+    start = 0
+    for take, C in buckets.chunk_groups(len(chunks)):
+        group = chunks[start : start + take]
+        start += take
+        mel = np.zeros((C, T, cfg.num_mel_bins), dtype)
+        lengths = np.zeros(C, np.int32)
+        for c, chunk in enumerate(group):
+            mel[c, : len(chunk)] = chunk
+            lengths[c] = len(chunk)
+        yield AudioCall((mel, lengths), tuple(cfg.token_count(len(chunk)) for chunk in group))
+
+
+def audio_features(
+    run: Run, params: Params, cfg: AudioConfig, mels: Sequence[np.ndarray], dtype: Any = np.float32
+) -> np.ndarray:
+    """The tokens of clips, one after another: `cfg.token_count(L)` of each.
+
+    Args:
+      run: the compiled tower (`audio_program(cfg)`).
+      params: parameters of AudioTower.
+      mels: as for `audio_calls`.
+      dtype: dtype of the computation.
+    Returns:
+      [tokens of all clips, O] on the host, where it is cut to its odd length without compiling anything.
+    Raises:
+      ValueError: see `audio_calls`.
+    """
+    rows = [np.zeros((0, cfg.output_dim), dtype)]
+
+    def keep(features: jax.Array, tokens: tuple[int, ...]) -> None:
+        rows.extend(chunk[:n] for chunk, n in zip(np.asarray(features), tokens))
+
+    # One call is laid out while the one before it runs, and no more: so that memory stays bounded.
+    pending: tuple[jax.Array, tuple[int, ...]] | None = None
+    for call in audio_calls(cfg, mels, dtype):
+        features = run(params, *call.inputs)
+        if pending is not None:
+            keep(*pending)
+        pending = (features, call.tokens)
+    if pending is not None:
+        keep(*pending)
+    return np.concatenate(rows)

@@ -1,0 +1,157 @@
+"""The decoder stack that Thinker and Talker share: Qwen2.5 with grouped-query attention and multimodal RoPE.
+
+Letters: L layers, B batch, T new tokens, C cache slots, D hidden, N heads, K kv heads, G = N / K, H head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from omni_jax.config import DecoderConfig
+from omni_jax.model.attention import Past, causal_attention
+from omni_jax.model.kv_cache import KVCache, append_rows
+from omni_jax.model.layers import GatedMLP, Linear, RMSNorm, rematerialise, run_layers, stacked_param
+from omni_jax.model.rope import mrope_angles, rotate
+from omni_jax.parallel.sharding import constrain
+
+
+class Attention(nn.Module):
+    """Self-attention over the cache and the new tokens. Emits the new rows; the caller writes them."""
+
+    cfg: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, angles: jax.Array, old: Any, start: jax.Array, length: jax.Array, segments: Any = None
+    ) -> Any:
+        cfg, (b, t, d) = self.cfg, x.shape
+        q = Linear(cfg.num_attention_heads * cfg.head_dim, ("heads", "embed"), name="q_proj")(x)
+        k = Linear(cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), name="k_proj")(x)
+        v = Linear(cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), name="v_proj")(x)
+        q = constrain(q, "batch", "length", "act_proj").reshape(b, t, cfg.num_attention_heads, cfg.head_dim)
+        k, v = (a.reshape(b, t, cfg.num_key_value_heads, cfg.head_dim) for a in (k, v))
+        q = rotate(constrain(q, "attend_batch", "attend_length", "act_heads", None), angles)
+        k, v = (constrain(a, "attend_batch", None, "act_kv_heads", None) for a in (k, v))
+        k = rotate(k, angles)
+        # Rows take the cache's layout and dtype at once, so that prefill and decode attend to the same values.
+        dtype = x.dtype if old is None else old.k.dtype
+        k, v = (jnp.swapaxes(a, 1, 2).astype(dtype) for a in (k, v))
+        out = causal_attention(q, k, v, old, start, length, segments)
+        out = constrain(out, "attend_batch", "attend_length", "act_heads", None).reshape(b, t, -1)
+        out = constrain(out, "batch", "length", "act_proj")
+        return Linear(d, ("embed", "heads"), False, name="o_proj")(out), (k, v)
+
+
+class DecoderLayer(nn.Module):
+    """One pre-norm layer: attention, then a gated MLP."""
+
+    cfg: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, angles: jax.Array, old: Any, start: jax.Array, length: jax.Array, segments: Any = None
+    ) -> Any:
+        cfg = self.cfg
+        y, rows = Attention(cfg, name="self_attn")(
+            RMSNorm(cfg.rms_norm_eps, name="input_layernorm")(x), angles, old, start, length, segments
+        )
+        x = constrain(x + y, "batch", "length", "act_embed")
+        y = GatedMLP(cfg.intermediate_size, cfg.hidden_act, name="mlp")(
+            RMSNorm(cfg.rms_norm_eps, name="post_attention_layernorm")(x)
+        )
+        return constrain(x + y, "batch", "length", "act_embed"), rows
+
+
+class Decoder(nn.Module):
+    """All layers and the final norm. Parameters: `layers` (stacked, or a tuple of per-layer trees) and `norm`.
+
+    Attributes:
+      cfg: sizes.
+      remat: what the backward pass computes again (`layers.rematerialise`).
+    """
+
+    cfg: DecoderConfig
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        start: jax.Array,
+        cache: KVCache | None = None,
+        segments: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Runs T new tokens.
+
+        Args:
+          x: [B, T, D] input embeddings.
+          positions: int32 [3, B, T].
+          start: int32 [B]; keys in slots before it are padding.
+          cache: what came before, or None for a first prefill (then nothing old is read).
+          segments: int32 [B, T], for training on packed rows; then no new rows are kept.
+        Returns:
+          hidden [B, T, D] after the final norm, and the new rows for `append_rows`.
+        """
+        cfg = self.cfg
+        angles = mrope_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.mrope_section)
+        layer = DecoderLayer(cfg)
+        length = jnp.zeros((), jnp.int32) if cache is None else cache.length
+        example = (jnp.zeros((1, 1, cfg.hidden_size)), jnp.zeros((1, 1, cfg.head_dim // 2)), None, start[:1], length)
+        layers = stacked_param(self, "layers", layer, cfg.num_hidden_layers, *example)
+
+        def body(params: Any, x: jax.Array, old: Any) -> tuple[jax.Array, Any]:
+            if cache is not None and not isinstance(old, Past):
+                old = Past(cache.k, cache.v, old)
+            x, rows = layer.apply({"params": params}, x, angles, old, start, length, segments)
+            return x, None if segments is not None else rows
+
+        old: Any = None
+        if cache is not None:
+            if isinstance(cache.k, tuple):
+                old = [Past(k, v, None) for k, v in zip(cache.k, cache.v, strict=True)]
+            else:
+                # Each layer is told its number and reads its part of the whole: a slice would be a copy to a kernel.
+                old = jnp.arange(cfg.num_hidden_layers)
+        x, rows = run_layers(rematerialise(body, self.remat), layers, x, old)
+        return RMSNorm(cfg.rms_norm_eps, name="norm")(x), rows
+
+
+def read(
+    cfg: DecoderConfig, params: Any, x: jax.Array, positions: jax.Array, cache: KVCache, *, first: bool = False
+) -> tuple[jax.Array, Any]:
+    """`params, cache, inputs → hidden, new rows`: what prefill and decode steps are made of.
+
+    Args:
+      params: `{"layers", "norm"}`.
+      x: [B, T, D] input embeddings.
+      positions: int32 [3, B, T].
+      cache: what came before.
+      first: the cache is known to be empty, so that only the new tokens are attended to.
+    Returns:
+      hidden [B, T, D] after the final norm, and the rows for `append_rows`, in the dtype of the cache.
+    """
+    tree = {"layers": params["layers"], "norm": params["norm"]}
+    hidden, rows = Decoder(cfg).apply({"params": tree}, x, positions, cache.start, None if first else cache)
+    dtype = (cache.k[0] if isinstance(cache.k, tuple) else cache.k).dtype
+    return hidden, jax.tree.map(lambda a: a.astype(dtype), rows)
+
+
+def decode(
+    cfg: DecoderConfig, params: Any, x: jax.Array, positions: jax.Array, cache: KVCache, *, first: bool = False
+) -> tuple[jax.Array, KVCache]:
+    """`read`, and the rows written: hidden [B, T, D], and the cache with T more slots.
+
+    The caller's jit donates the cache, which must have T free slots.
+    """
+    hidden, rows = read(cfg, params, x, positions, cache, first=first)
+    return hidden, append_rows(cache, rows, first=first)
+
+
+def steps_on_host(params: Any) -> bool:
+    """Whether the host loops over the steps of a decoder with these parameters; see `generation.advance`."""
+    return isinstance(params["model"]["layers"], tuple) and jax.default_backend() == "cpu"

@@ -1,0 +1,297 @@
+"""The DiT of Token2Wav: how a mel spectrogram flows out of noise, given codes and a voice. Always float32.
+
+Attention is blockwise. Frames come in blocks of `block_size`; most layers see their own block, a look-back layer also
+the block before, a look-ahead layer also the block after. Each block therefore attends over a window of three blocks
+under a mask that is a scanned array, and the cost grows with the length, not with its square.
+
+What does not depend on the state is computed once: `condition` (codes, speaker, rotary angles, masks) and
+`modulations` (time embedding and AdaLN projections of every evaluation time). `velocity` is what an ODE step costs.
+
+Source: `Qwen2_5OmniToken2WavDiTModel` in transformers 4.57.6.
+
+B requests, R rows (guided, then null ones), L mel frames, N blocks, Q frames a block, D hidden, H heads, C head size,
+T times.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from omni_jax.config import DiTConfig
+from omni_jax.model import ecapa
+from omni_jax.model.declare import Declared, Leaf, dense, stacked, weight
+from omni_jax.model.layers import Params, linear, merged_weight, run_layers
+from omni_jax.model.layers import dense as _dense
+from omni_jax.parallel.sharding import constrain, replicate
+
+NORM_EPS = 1e-6
+TIME_SCALE = 1000.0
+# Shifts, scales and gates of one layer: for attention, then for the feed-forward part.
+MODULATIONS = 6
+
+
+class Condition(NamedTuple):
+    """What the velocity needs and no step changes.
+
+    Attributes:
+      base: [R, L, D], the input embedding of all but the state, its bias included.
+      cos, sin: [N, Q, C / 2], rotary angles of head 0.
+      visible: [B, N, 3Q], which keys of the blocks before, at and after each block exist.
+    """
+
+    base: jax.Array
+    cos: jax.Array
+    sin: jax.Array
+    visible: jax.Array
+
+
+def _inv_freq(cfg: DiTConfig) -> np.ndarray:
+    return 1.0 / cfg.rope_theta ** (np.arange(0, cfg.head_dim, 2, dtype=np.float32) / cfg.head_dim)
+
+
+def declare(cfg: DiTConfig) -> Declared:
+    """The parameters under their published names, layers stacked (see `declare.Leaf`)."""
+    d, inner, ff = cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size * cfg.ff_mult
+    layer = {
+        "attn_norm": {"linear": dense(MODULATIONS * d, d, ("mlp", "embed"))},
+        "attn": {
+            "to_q": dense(inner, d, ("heads", "embed")),
+            "to_k": dense(inner, d, ("heads", "embed")),
+            "to_v": dense(inner, d, ("heads", "embed")),
+            "to_out": {"0": dense(d, inner, ("embed", "heads"))},
+        },
+        "ff": {"ff": {"0": dense(ff, d, ("mlp", "embed")), "3": dense(d, ff, ("embed", "mlp"))}},
+    }
+    into = cfg.mel_dim + cfg.enc_dim + cfg.emb_dim + cfg.enc_emb_dim
+    return {
+        "time_embed": {"time_mlp": {"0": dense(d, cfg.time_freq_dim), "2": dense(d, d)}},
+        "text_embed": {"codec_embed": {"weight": weight(cfg.num_embeds + 1, cfg.emb_dim, axes=("vocab", None))}},
+        "input_embed": {"proj": dense(d, into), "spk_encoder": ecapa.declare(cfg)},
+        # Stored, not computed: the published values are rounded to bf16, and the model was trained with those.
+        "rotary_embed": {
+            "inv_freq": Leaf((cfg.head_dim // 2,), (None,), lambda key, shape: jnp.asarray(_inv_freq(cfg)))
+        },
+        "transformer_blocks": stacked(layer, cfg.num_hidden_layers),
+        "norm_out": {"linear": dense(2 * d, d)},
+        "proj_out": dense(cfg.mel_dim, d),
+    }
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    y = x - jnp.mean(x, axis=-1, keepdims=True)
+    return y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + NORM_EPS)
+
+
+def time_embedding(params: Params, cfg: DiTConfig, times: jax.Array) -> jax.Array:
+    """[T] times to [T, D]: a sinusoid of 1000 t, then two dense layers."""
+    half = cfg.time_freq_dim // 2
+    freqs = jnp.exp(jnp.arange(half, dtype=jnp.float32) * -(math.log(10000) / (half - 1)))
+    angles = TIME_SCALE * times[:, None] * freqs
+    x = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    mlp = params["time_embed"]["time_mlp"]
+    return _dense(mlp["2"], jax.nn.silu(_dense(mlp["0"], x)))
+
+
+def modulations(params: Params, cfg: DiTConfig, times: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The AdaLN projections at given times.
+
+    Args:
+      times: [T] float32 in [0, 1].
+    Returns:
+      [T, layers, 6, D] for the layers and [T, 2, D] for the output norm.
+    """
+    t = jax.nn.silu(time_embedding(params, cfg, times))
+
+    def project(layer: Params, t: jax.Array, _: Any) -> tuple[jax.Array, jax.Array]:
+        return t, replicate(_dense(layer["attn_norm"]["linear"], t))
+
+    _, projected = run_layers(project, params["transformer_blocks"], t)
+    layers = jnp.stack(projected, axis=0) if isinstance(projected, list) else projected
+    layers = layers.swapaxes(0, 1).reshape(len(times), cfg.num_hidden_layers, MODULATIONS, cfg.hidden_size)
+    return layers, _dense(params["norm_out"]["linear"], t).reshape(len(times), 2, cfg.hidden_size)
+
+
+def layer_windows(cfg: DiTConfig) -> np.ndarray:
+    """Which of the blocks before, at and after its own each layer sees: [layers, 3] bool."""
+    layers = range(cfg.num_hidden_layers)
+    return np.array([(i in cfg.look_backward_layers, True, i in cfg.look_ahead_layers) for i in layers])
+
+
+def condition(
+    params: Params,
+    cfg: DiTConfig,
+    codes: jax.Array,
+    lengths: jax.Array,
+    spk: jax.Array,
+    mel: jax.Array,
+    mel_lengths: jax.Array,
+    guided: bool = True,
+) -> Condition:
+    """Everything about requests that does not change while the state flows.
+
+    Args:
+      params: the published `code2wav_dit_model` tree.
+      codes: [B, n] int32 within the embedding table; n × repeats must be a multiple of `block_size`.
+      lengths: [B] true codes of each row.
+      spk: [B, enc_emb_dim], the voices' `cond` vectors.
+      mel: [B, M, mel_dim], the voices' reference mels.
+      mel_lengths: [B] their true frames.
+      guided: whether null rows (code 0, zero voice, zero reference) follow the B rows.
+    Returns:
+      A Condition with R = 2 B rows, or R = B without guidance.
+    Raises:
+      ValueError: the padded length does not fill blocks.
+    """
+    frames, size = codes.shape[1] * cfg.repeats, cfg.block_size
+    if frames % size:
+        raise ValueError(f"{codes.shape[1]} codes make {frames} mel frames, which must be a multiple of {size}")
+    # One more reference row: the null one. All its frames are equal, so its length does not matter.
+    mels = jnp.concatenate([mel, jnp.zeros_like(mel[:1])])
+    mels_lengths = jnp.concatenate([mel_lengths, jnp.full_like(mel_lengths[:1], ecapa.shortest_mel(cfg))])
+    embed = params["input_embed"]
+    voice = ecapa.speaker_vector(embed["spk_encoder"], cfg, mels, mels_lengths)
+
+    proj = embed["proj"]
+    _, w_voice, w_code, w_spk = _split_projection(cfg, merged_weight(proj))
+    table = params["text_embed"]["codec_embed"]["weight"]
+    base = linear(table[codes], w_code) + (linear(spk, w_spk) + linear(voice[:-1], w_voice))[:, None]
+    base = jnp.repeat(base, cfg.repeats, axis=1)
+    if guided:
+        null = linear(table[:1], w_code) + linear(voice[-1:], w_voice)
+        base = jnp.concatenate([base, jnp.broadcast_to(null, base.shape)])
+
+    blocks = frames // size
+    inside = (jnp.arange(frames) < lengths[:, None] * cfg.repeats).reshape(-1, blocks, size)
+    angles = jnp.arange(frames, dtype=jnp.float32)[:, None] * params["rotary_embed"]["inv_freq"]
+    angles = angles.reshape(blocks, size, -1)
+    return Condition(base + proj["bias"], jnp.cos(angles), jnp.sin(angles), windows(inside))
+
+
+def _split_projection(cfg: DiTConfig, weight: jax.Array) -> list[jax.Array]:
+    """The input projection is a sum of four: of the state, the speaker vector, the codes and the voice's `cond`."""
+    sizes = (cfg.mel_dim, cfg.enc_dim, cfg.emb_dim)
+    return jnp.split(weight, np.cumsum(sizes), axis=1)
+
+
+def windows(x: jax.Array) -> jax.Array:
+    """[B, N, Q, ...] blocks to [B, N, 3Q, ...]: each with the block before and the block after; zeros outside."""
+    edge = jnp.zeros_like(x[:, :1])
+    before, after = jnp.concatenate([edge, x[:, :-1]], axis=1), jnp.concatenate([x[:, 1:], edge], axis=1)
+    return jnp.concatenate([before, x, after], axis=2)
+
+
+def rotate_first_head(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates interleaved pairs of head 0 alone: the model was trained with the other heads left as they are.
+
+    Args:
+      x: [R, N, Q, H, C].
+      cos, sin: [N, Q, C / 2].
+    """
+    head = x[..., :1, :]
+    even, odd = head[..., 0::2], head[..., 1::2]
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    rotated = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(head.shape)
+    return jnp.concatenate([rotated, x[..., 1:, :]], axis=-2)
+
+
+def blockwise_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, window: jax.Array) -> jax.Array:
+    """Each block attends to itself and to those of its two neighbours that its layer sees.
+
+    Most layers see no neighbour. They take a branch that never gathers any: the three-block form moves and multiplies
+    three times as much.
+
+    Args:
+      q, k, v: [R, N, Q, H, C].
+      visible: [R, N, 3Q] bool, which keys of the block before, its own and the one after exist.
+      window: [3] bool, a row of `layer_windows`.
+    Returns:
+      [R, N, Q, H, C]; frames that see nothing get a finite value without meaning.
+    """
+    size = q.shape[2]
+    q = q * q.shape[-1] ** -0.5
+
+    def attend(k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+        scores = jnp.einsum("rnqhc,rnkhc->rnhqk", q, k)
+        # Finite, so that a block of pure padding does not become NaN.
+        scores = jnp.where(visible[:, :, None, None], scores, jnp.finfo(scores.dtype).min)
+        return jnp.einsum("rnhqk,rnkhc->rnqhc", jax.nn.softmax(scores, axis=-1), v)
+
+    return lax.cond(
+        window[0] | window[2],
+        lambda: attend(windows(k), windows(v), visible & jnp.repeat(window, size)),
+        lambda: attend(k, v, visible[:, :, size : 2 * size]),
+    )
+
+
+def dit_layer(
+    params: Params, cfg: DiTConfig, x: jax.Array, modulation: jax.Array, window: jax.Array, given: Condition
+) -> jax.Array:
+    """One layer: blockwise attention and a feed-forward part, both between AdaLN shifts, scales and gates.
+
+    Args:
+      x: [R, L, D].
+      modulation: [6, D], of this layer at this time.
+      window: [3] bool, a row of `layer_windows`.
+    Returns:
+      [R, L, D].
+    """
+    rows, frames, _ = x.shape
+    shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
+    visible = jnp.tile(given.visible, (rows // len(given.visible), 1, 1))
+
+    attn, y = params["attn"], _norm(x) * (1 + scale) + shift
+    split = (rows, frames // cfg.block_size, cfg.block_size, cfg.num_attention_heads, cfg.head_dim)
+    q, k, v = (
+        constrain(_dense(attn[name], y).reshape(split), "attend_batch", None, None, "act_heads", None)
+        for name in ("to_q", "to_k", "to_v")
+    )
+    q, k = rotate_first_head(q, given.cos, given.sin), rotate_first_head(k, given.cos, given.sin)
+    y = constrain(
+        blockwise_attention(q, k, v, visible, window).reshape(rows, frames, -1), "batch", "length", "act_proj"
+    )
+    x = constrain(x + gate * _dense(attn["to_out"]["0"], y), "batch", "length", "act_embed")
+
+    ff, y = params["ff"]["ff"], _norm(x) * (1 + ff_scale) + ff_shift
+    y = constrain(jax.nn.gelu(_dense(ff["0"], y), approximate=True), "batch", "length", "act_mlp")
+    return constrain(x + ff_gate * _dense(ff["3"], y), "batch", "length", "act_embed")
+
+
+def velocity(
+    params: Params,
+    cfg: DiTConfig,
+    x: jax.Array,
+    modulation: tuple[jax.Array, jax.Array],
+    given: Condition,
+    guidance: float = 0.5,
+) -> jax.Array:
+    """How the state moves at one time, guided away from the null rows.
+
+    Args:
+      x: [B, L, mel_dim], the state.
+      modulation: [layers, 6, D] and [2, D], one time of `modulations`.
+      given: of `condition`; with B rows (no guidance) or 2 B.
+      guidance: g in p + g (p - null).
+    Returns:
+      [B, L, mel_dim]; frames beyond the true length are finite and without meaning.
+    """
+    w_state = _split_projection(cfg, merged_weight(params["input_embed"]["proj"]))[0]
+    h = jnp.tile(linear(x, w_state), (len(given.base) // len(x), 1, 1)) + given.base
+    h = constrain(h, "batch", "length", "act_embed")
+
+    def body(layer: Params, h: jax.Array, inputs: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+        return dit_layer(layer, cfg, h, given=given, **inputs), None
+
+    per_layer = {"modulation": modulation[0], "window": jnp.asarray(layer_windows(cfg))}
+    h, _ = run_layers(body, params["transformer_blocks"], h, per_layer)
+    scale, shift = modulation[1]
+    out = _dense(params["proj_out"], _norm(h) * (1 + scale) + shift)
+    if len(out) == len(x):
+        return out
+    guided, null = jnp.split(out, 2)
+    return guided + guidance * (guided - null)

@@ -1,0 +1,130 @@
+"""ECAPA-TDNN: a reference mel spectrogram to one vector that says how the speaker sounds. Float32.
+
+Everything is masked by the true lengths: the convolutions reflect at the true end of each row, and means, deviations
+and the attentive pooling leave padding out, so that a padded batch gives what each row gives alone.
+
+Source: Desplanques et al. 2020 (arXiv:2005.07143); `ECAPA_TimeDelayNet` in transformers 4.57.6.
+
+B rows, T mel frames, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from omni_jax.config import DiTConfig
+from omni_jax.model.declare import Declared, conv
+
+VARIANCE_FLOOR = 1e-12
+
+
+def declare(cfg: DiTConfig) -> Declared:
+    """The parameters under their published names (see `declare.Leaf`)."""
+    channels, widths, scale = cfg.enc_channels, cfg.enc_kernel_sizes, cfg.enc_res2net_scale
+    blocks: dict[str, Any] = {"0": {"conv": conv(channels[0], cfg.mel_dim, widths[0])}}
+    for i in range(1, len(channels) - 1):
+        out, part = channels[i], channels[i] // scale
+        blocks[str(i)] = {
+            "tdnn1": {"conv": conv(out, channels[i - 1], 1)},
+            "res2net_block": {"blocks": {str(j): {"conv": conv(part, part, widths[i])} for j in range(scale - 1)}},
+            "tdnn2": {"conv": conv(out, out, 1)},
+            "se_block": {"conv1": conv(cfg.enc_se_channels, out, 1), "conv2": conv(out, cfg.enc_se_channels, 1)},
+        }
+    last, attention = channels[-1], cfg.enc_attention_channels
+    return {
+        "blocks": blocks,
+        "mfa": {"conv": conv(last, last, widths[-1])},
+        "asp": {"tdnn": {"conv": conv(attention, 3 * last, 1)}, "conv": conv(last, attention, 1)},
+        "fc": conv(cfg.enc_dim, 2 * last, 1),
+    }
+
+
+def shortest_mel(cfg: DiTConfig) -> int:
+    """The fewest mel frames that can be encoded: reflection must find its frames inside the signal."""
+    spans = ((k - 1) * d for k, d in zip(cfg.enc_kernel_sizes, cfg.enc_dilations))
+    return max(span - span // 2 for span in spans) + 1
+
+
+def reflected_conv(params: Any, x: jax.Array, lengths: jax.Array, dilation: int = 1) -> jax.Array:
+    """A convolution that keeps the length and reflects at both true ends.
+
+    Args:
+      params: `weight` [out, in, width] and `bias` [out].
+      x: [B, T, in]; values at and beyond a row's length are never read by its true frames.
+      lengths: [B].
+    Returns:
+      [B, T, out].
+    """
+    weight = params["weight"]
+    span = (weight.shape[2] - 1) * dilation
+    if span:
+        t = jnp.abs(jnp.arange(-(span // 2), x.shape[1] + span - span // 2))
+        last = lengths[:, None] - 1
+        t = jnp.where(t > last, 2 * last - t, t)
+        x = jnp.take_along_axis(x, jnp.clip(t, 0, x.shape[1] - 1)[:, :, None], axis=1)
+    y = lax.conv_general_dilated(
+        x, weight, (1,), [(0, 0)], rhs_dilation=(dilation,), dimension_numbers=("NWC", "OIW", "NWC")
+    )
+    return y + params["bias"]
+
+
+def _tdnn(params: Any, x: jax.Array, lengths: jax.Array, dilation: int = 1) -> jax.Array:
+    return jax.nn.relu(reflected_conv(params["conv"], x, lengths, dilation))
+
+
+def squeeze_excite(params: Any, x: jax.Array, lengths: jax.Array, mask: jax.Array) -> jax.Array:
+    """Scales the channels of [B, T, C] by what their means over the true frames (mask [B, T, 1]) suggest."""
+    mean = jnp.sum(x * mask, axis=1, keepdims=True) / lengths[:, None, None]
+    gate = jax.nn.relu(reflected_conv(params["conv1"], mean, lengths))
+    return x * jax.nn.sigmoid(reflected_conv(params["conv2"], gate, lengths))
+
+
+def res2net_layer(params: Any, x: jax.Array, lengths: jax.Array, mask: jax.Array, dilation: int) -> jax.Array:
+    """One residual block: the channels in groups, each convolved after the sum with the group before it."""
+    groups = params["res2net_block"]["blocks"]
+    y = _tdnn(params["tdnn1"], x, lengths)
+    parts = jnp.split(y, len(groups) + 1, axis=-1)
+    outs = [parts[0]]
+    for j, part in enumerate(parts[1:]):
+        outs.append(_tdnn(groups[str(j)], part if j == 0 else part + outs[-1], lengths, dilation))
+    y = _tdnn(params["tdnn2"], jnp.concatenate(outs, axis=-1), lengths)
+    return x + squeeze_excite(params["se_block"], y, lengths, mask)
+
+
+def _statistics(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    mean = jnp.sum(weights * x, axis=1, keepdims=True)
+    variance = jnp.sum(weights * jnp.square(x - mean), axis=1, keepdims=True)
+    return mean, jnp.sqrt(jnp.maximum(variance, VARIANCE_FLOOR))
+
+
+def pool(params: Any, x: jax.Array, lengths: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attentive statistics: [B, T, C] to the weighted mean and deviation over true frames, [B, 1, 2C]."""
+    mean, std = _statistics(x, mask / lengths[:, None, None])
+    context = jnp.concatenate([x, jnp.broadcast_to(mean, x.shape), jnp.broadcast_to(std, x.shape)], axis=-1)
+    scores = reflected_conv(params["conv"], jnp.tanh(_tdnn(params["tdnn"], context, lengths)), lengths)
+    weights = jax.nn.softmax(jnp.where(mask > 0, scores, -jnp.inf), axis=1)
+    return jnp.concatenate(_statistics(x, weights), axis=-1)
+
+
+def speaker_vector(params: Any, cfg: DiTConfig, mel: jax.Array, lengths: jax.Array) -> jax.Array:
+    """The speaker vector of each reference mel.
+
+    Args:
+      params: the published `input_embed.spk_encoder` tree.
+      mel: [B, T, mel_dim] float32 log-mel frames; padding may hold anything finite.
+      lengths: [B] true frames of each row, at least `shortest_mel(cfg)`.
+    Returns:
+      [B, enc_dim] float32.
+    """
+    mask = (jnp.arange(mel.shape[1]) < lengths[:, None])[:, :, None].astype(jnp.float32)
+    x = _tdnn(params["blocks"]["0"], mel, lengths, cfg.enc_dilations[0])
+    outs = []
+    for i in range(1, len(cfg.enc_channels) - 1):
+        x = res2net_layer(params["blocks"][str(i)], x, lengths, mask, cfg.enc_dilations[i])
+        outs.append(x)
+    x = _tdnn(params["mfa"], jnp.concatenate(outs, axis=-1), lengths, cfg.enc_dilations[-1])
+    return reflected_conv(params["fc"], pool(params["asp"], x, lengths, mask), lengths)[:, 0]

@@ -1,0 +1,303 @@
+"""Small layers that every part shares, and the one function that applies a stack of them.
+
+Weights are 2-D `(out, in)`, as published: it is what the TPU reads once, what the CPU's dot likes, and it makes
+conversion a copy. The dtype of the activations is the dtype of the computation; sums run in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from omni_jax.parallel.sharding import constrain
+
+Params = Any  # a nested dict of arrays
+
+# The reference initialises every projection with a normal of this deviation (`initializer_range`).
+INIT_STDDEV = 0.02
+# Rows from which bf16 weights are up-cast on a CPU whose bf16 dots are slow.
+UPCAST_ROWS = 256
+# Features from which a bf16 product of one row on CPU has the weight on its left.
+LONG_ROW = 2048
+
+
+def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
+
+
+@functools.cache
+def _cpu() -> frozenset[str]:
+    """The words of /proc/cpuinfo: vendor and features. Empty where there is none (not Linux)."""
+    try:
+        return frozenset(pathlib.Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return frozenset()
+
+
+def _has_bf16_dots() -> bool:
+    return "avx512_bf16" in _cpu()
+
+
+def _has_fast_bf16_dots() -> bool:
+    """AMX multiplies bf16 faster than float32, and so does AMD's AVX-512; Intel's AVX-512 alone does not (160 against
+    250 GFLOP/s at 512 rows)."""
+    return "amx_bf16" in _cpu() or (_has_bf16_dots() and "AuthenticAMD" in _cpu())
+
+
+def _dot_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """What XLA:CPU is quick at: rows in one axis, bf16 up-cast where float32 is quicker, never one bf16 row."""
+    rows = x.reshape(-1, x.shape[-1])
+    if weight.dtype == jnp.bfloat16:
+        if len(rows) == 1:
+            y = _two_rows(rows, weight) if _has_bf16_dots() else _one_row(rows, weight)
+            return y.reshape(*x.shape[:-1], len(weight))
+        # Up-casting costs a pass over the weight, which many rows pay back.
+        if len(rows) >= UPCAST_ROWS and not _has_fast_bf16_dots():
+            rows, weight = rows.astype(jnp.float32), weight.astype(jnp.float32)
+    return _dot(rows, weight).reshape(*x.shape[:-1], len(weight))
+
+
+def _two_rows(row: jax.Array, weight: jax.Array) -> jax.Array:
+    """[1, in] and [out, in] to [1, out], by a bf16 dot of the row twice: XLA:CPU would up-cast the weight for one row.
+
+    With the weight as the left side long rows are read faster (31 against 22 GB/s at 11008, 25 against 23 at 2048),
+    short ones slower (18 against 25 at 896).
+    """
+    rows = jnp.concatenate([row, row])
+    if weight.shape[1] < LONG_ROW:
+        return _dot(rows, weight)[:1]
+    return jnp.einsum("oi,mi->om", weight, rows, preferred_element_type=jnp.float32)[:, 0][None]
+
+
+def _one_row(row: jax.Array, weight: jax.Array) -> jax.Array:
+    """[1, in] and [out, in] to [1, out]. XLA:CPU would up-cast the whole weight before a dot of one row (of two rows
+    too, on a CPU without bf16 instructions); a fused multiply and sum reads it once instead."""
+    row = row.astype(jnp.float32)
+    # XLA:CPU fuses chains of such sums (gate, up, down) into one loop at half the speed. Which of two equal rows is
+    # read is known at run time only, and no fusion reaches across that.
+    either = (row[0, 0] > 0).astype(jnp.int32)
+    row = lax.dynamic_slice_in_dim(jnp.concatenate([row, row]), either, 1)
+    return jnp.sum(weight.astype(jnp.float32) * row, axis=-1)[None]
+
+
+def linear(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, out_dtype: jnp.dtype | None = None
+) -> jax.Array:
+    """`x @ weight.T + bias`.
+
+    Args:
+      x: [..., in].
+      weight: [out, in]; cast to the dtype of `x`.
+      bias: [out] or None; added in float32, before the cast.
+      out_dtype: dtype of the result; that of `x` by default.
+    Returns:
+      [..., out].
+    """
+    y = lax.platform_dependent(x, weight.astype(x.dtype), cpu=_dot_cpu, default=_dot)
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return y.astype(out_dtype or x.dtype)
+
+
+def dense(params: Params, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    """`linear` over a tree: `weight`, `bias` where there is one, and a low-rank adapter where there is one.
+
+    Args:
+      params: `weight` [out, in], perhaps `bias` [out], perhaps `lora_a` [rank, in] and `lora_b` [out, rank], which
+        holds the adapter's scale.
+      x: [..., in].
+      out_dtype: see `linear`.
+    """
+    y = linear(x, params["weight"], params.get("bias"), out_dtype)
+    if "lora_a" in params:
+        y = y + linear(linear(x, params["lora_a"]), params["lora_b"], out_dtype=y.dtype)
+    return checkpoint_name(y, PRODUCT)
+
+
+def merged_weight(params: Params) -> jax.Array:
+    """The weight with its low-rank adapter added, where there is one; the sum runs in float32."""
+    weight = params["weight"]
+    if "lora_a" not in params:
+        return weight
+    change = jnp.einsum("...or,...ri->...oi", params["lora_b"], params["lora_a"], preferred_element_type=jnp.float32)
+    return (weight.astype(jnp.float32) + change).astype(weight.dtype)
+
+
+def look_up(table: jax.Array, *index: jax.Array) -> jax.Array:
+    """`table[index]` for the few rows of a decode step; zeros where an index is negative.
+
+    It stands in a branch, since a TPU compiler fetches a table that fits its fast memory whole, for a row of it.
+    """
+    shape = jax.eval_shape(lambda t, i: t[i], table, index)
+    known = jnp.all(jnp.stack([jnp.min(i) for i in index]) >= 0)
+    return lax.cond(known, lambda: table[index], lambda: jnp.zeros(shape.shape, shape.dtype))
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis: float32, cast, then × weight (the order matters in bf16)."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """Layer norm over the last axis in float32, cast to the dtype of `x` at the end."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return (y * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The activation functions that Omni configurations name. Raises ValueError for others."""
+    table = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
+    if name not in table:
+        raise ValueError(f"activation {name!r} is unknown; known are {', '.join(table)}")
+    return table[name]
+
+
+def sharded_init(init: Callable, *axes: str | None) -> Callable:
+    """An initialiser whose parameter carries logical axis names (see `sharding.Rules`)."""
+    return nn.with_partitioning(init, axes)
+
+
+class Linear(nn.Module):
+    """Dense layer with the published names: `weight` (out, in) and `bias` (out).
+
+    Attributes:
+      features: output size.
+      axes: logical names of (out, in).
+      use_bias: whether there is a bias.
+    """
+
+    features: int
+    axes: tuple[str | None, str | None]
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = sharded_init(nn.initializers.normal(INIT_STDDEV), *self.axes)
+        weight = self.param("weight", init, (self.features, x.shape[-1]))
+        params = {"weight": weight}
+        if self.use_bias:
+            params["bias"] = self.param("bias", sharded_init(nn.initializers.zeros, self.axes[0]), (self.features,))
+        adapter = [name for name in ("lora_a", "lora_b") if self.has_variable("params", name)]
+        return dense(params | {name: self.get_variable("params", name) for name in adapter}, x)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with its `weight`."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.param("weight", sharded_init(nn.initializers.ones, None), (x.shape[-1],)), self.eps)
+
+
+class LayerNorm(nn.Module):
+    """`layer_norm` with its `weight` and `bias`."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.param("weight", sharded_init(nn.initializers.ones, None), (x.shape[-1],))
+        bias = self.param("bias", sharded_init(nn.initializers.zeros, None), (x.shape[-1],))
+        return layer_norm(x, weight, bias, self.eps)
+
+
+class GatedMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))`, as in Qwen2 and in the vision tower."""
+
+    hidden: int
+    act: str
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = Linear(self.hidden, ("mlp", "embed"), self.use_bias, name="gate_proj")(x)
+        up = Linear(self.hidden, ("mlp", "embed"), self.use_bias, name="up_proj")(x)
+        hidden = constrain(activation(self.act)(gate) * up, "batch", "length", "act_mlp")
+        return Linear(x.shape[-1], ("embed", "mlp"), self.use_bias, name="down_proj")(hidden)
+
+
+def stacked_param(module: nn.Module, name: str, layer: nn.Module, length: int, *example: Any, **kwargs: Any) -> Params:
+    """Declares (or fetches) the parameters of `length` equal layers under `name`.
+
+    They initialise stacked: every leaf has a leading axis named "layers". Given parameters may instead be a tuple of
+    per-layer trees, the form that `run_layers` loops over.
+
+    Args:
+      example: shape structs or arrays that `layer` is called with.
+    """
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+
+    def init(key: jax.Array) -> Params:
+        boxed = jax.vmap(lambda k: layer.init(k, *example, **kwargs)["params"])(jax.random.split(key, length))
+
+        def add_axis(box: Any) -> Any:
+            return box.add_axis(0, {nn.PARTITION_NAME: "layers"}) if isinstance(box, nn.Partitioned) else box
+
+        return jax.tree.map(add_axis, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+    return nn.meta.unbox(module.param(name, init))
+
+
+REMAT = ("none", "dots", "full")
+PRODUCT = "product"  # what the policy `dots` keeps: the results of `dense`
+
+
+def rematerialise(body: Callable, policy: str) -> Callable:
+    """A layer's body for the backward pass: `none` keeps all it computed, `dots` the products, `full` the input alone.
+
+    Raises:
+      ValueError: an unknown policy.
+    """
+    if policy not in REMAT:
+        raise ValueError(f"remat policy {policy!r} is unknown; known are {', '.join(REMAT)}")
+    if policy == "none":
+        return body
+    # Not JAX's own policies of products: an adapter's two and the weight's would each be kept, in place of their sum.
+    products = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+    return jax.checkpoint(body, policy=products if policy == "dots" else None)
+
+
+def run_layers(
+    body: Callable[[Params, Any, Any], tuple[Any, Any]], layers: Params | Sequence[Params], carry: Any, xs: Any = None
+) -> tuple[Any, Any]:
+    """Applies a stack of equal layers.
+
+    Args:
+      body: `(params of one layer, carry, x) -> (carry, y)`; see `rematerialise` for training.
+      layers: stacked parameters (leading axis: layers), which are scanned, as TPU likes it; or a sequence of per-layer
+        trees, which is looped over: on CPU and GPU a scan would copy each layer's weights at each step.
+      carry: what goes through the layers.
+      xs: one entry per layer: a tree with a leading layers axis or, in the loop form, also a sequence of trees.
+    Returns:
+      The last carry, and the `y`s: stacked by the scan, a list from the loop.
+    """
+    if not isinstance(layers, tuple | list):
+        return lax.scan(lambda c, px: body(px[0], c, px[1]), carry, (layers, xs))
+    traced_once = jax.jit(body)
+    ys = []
+    for i, params in enumerate(layers):
+        x = xs[i] if isinstance(xs, tuple | list) else jax.tree.map(lambda a, i=i: a[i], xs)
+        carry, y = traced_once(params, carry, x)
+        ys.append(y)
+    return carry, ys
+
+
+def unstack(layers: Params) -> tuple[Params, ...]:
+    """Stacked parameters to a tuple of per-layer trees (copies; the loader builds this form directly)."""
+    length = jax.tree.leaves(layers)[0].shape[0]
+    return tuple(jax.tree.map(lambda a, i=i: a[i], layers) for i in range(length))

@@ -1,0 +1,1 @@
+"""Generation: what runs the networks for requests."""

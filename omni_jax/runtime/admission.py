@@ -1,0 +1,168 @@
+"""Refusing what the devices' memory cannot hold, before it is read or run: one line with the numbers, not a crash.
+
+A device says how much it has (TPUs and GPUs do, a CPU does not, and then nothing is refused). What is needed follows
+from shapes (`omni_jax.plan`): nothing is compiled, allocated or asked of the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from omni_jax import buckets
+from omni_jax.checkpoint import keys
+from omni_jax.config import OmniConfig
+from omni_jax.model import talker
+from omni_jax.parallel.meshes import Placement
+from omni_jax.processing.processor import Prompt
+from omni_jax.runtime import memory_model
+from omni_jax.runtime.memory_model import MemoryNeedError
+from omni_jax.runtime.speech import GROWTH, cache_slots
+from omni_jax.settings import GenerationSettings
+
+LOAD_REMEDY = "choose a larger --mesh or chip, or leave speech out if text will do"
+RUN_REMEDY = (
+    "choose a larger --mesh, a smaller batch, a shorter prompt or reply, or lower --max-pixels and --max-frames"
+)
+SOUND_REMEDY = "lower --max-codes, speak fewer rows at a time, or choose a larger --mesh"
+
+
+def memory_limit(device: Any) -> int | None:
+    """Bytes that programs may use on a device; None where it does not say (CPU)."""
+    stats = device.memory_stats()
+    return None if stats is None else stats.get("bytes_limit")
+
+
+def placement_limit(placement: Placement | None) -> int | None:
+    """The least limit of this process's devices that a model lies on."""
+    if placement is None:
+        return memory_limit(jax.local_devices()[0])
+    mine = {d for mesh in (placement.thinker, placement.speech) for d in mesh.devices.flat}
+    limits = [memory_limit(d) for d in mine if d.process_index == jax.process_index()]
+    known = [limit for limit in limits if limit is not None]
+    return min(known, default=None)
+
+
+def meshes_of(placement: Placement | None) -> memory_model.Meshes:
+    """The sizes of a placement's meshes."""
+    if placement is None:
+        return memory_model.Meshes(memory_model.ONE_CHIP)
+    return memory_model.Meshes(dict(placement.thinker.shape), dict(placement.speech.shape) if placement.apart else None)
+
+
+def check_weights(cfg: OmniConfig, placement: Placement | None, parts: Sequence[str], itemsize: int, what: str) -> None:
+    """Refuses a model whose weights do not fit, before any is read.
+
+    Args:
+      what: names the checkpoint in the message.
+    Raises:
+      MemoryNeedError: with the bytes of each part.
+    """
+    limit = placement_limit(placement)
+    if limit is None:
+        return
+    if placement is None:
+        # The names give the sizes; tracing the model would take seconds.
+        by_part = dict.fromkeys(parts, 0)
+        for name, shape in keys.tensor_shapes(cfg).items():
+            if (part := keys.part_of(name)) in by_part:
+                by_part[part] += math.prod(shape) * (memory_model.FLOAT if part == "token2wav" else itemsize)
+        stages = [by_part]
+    else:
+        stages = list(memory_model.resident(cfg, meshes_of(placement), itemsize, parts).values())
+    for sizes in stages:
+        if sum(sizes.values()) > limit:
+            each = ", ".join(f"{name} {memory_model.gib(size)}" for name, size in sizes.items())
+            raise MemoryNeedError(
+                f"the weights of {what} take {memory_model.gib(sum(sizes.values()))} of each device, which has "
+                f"{memory_model.gib(limit)}: {each}; {LOAD_REMEDY}"
+            )
+
+
+def loaded_bytes(params: Any) -> int:
+    """Bytes of a tree of arrays on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
+
+
+class Guard:
+    """Compares requests with the devices' memory.
+
+    Attributes:
+      limit: bytes of a device; None refuses nothing.
+    """
+
+    def __init__(self, cfg: OmniConfig, params: Any, placement: Placement | None, itemsize: int, cache_itemsize: int):
+        self.cfg, self.at = cfg, meshes_of(placement)
+        self.itemsize, self.cache_itemsize = itemsize, cache_itemsize
+        self.limit = placement_limit(placement)
+        self._params = params
+
+    @functools.cached_property
+    def weights(self) -> dict[memory_model.Stage, int]:
+        """Loaded bytes on one device of each stage."""
+        out: dict[memory_model.Stage, int] = {"thinker": 0, "speech": 0}
+        for part, tree in self._params.items():
+            out[memory_model.STAGE[part] if self.at.apart else "thinker"] += loaded_bytes(tree)
+        return out
+
+    def _check(self, needed: Callable[[], Sequence[memory_model.Phase]], remedy: str) -> None:
+        if self.limit is not None:
+            memory_model.check(self.weights, needed(), self.limit, self.at.apart, remedy)
+
+    def request(
+        self, prompts: Sequence[Prompt], width: int, slots: int, settings: Sequence[GenerationSettings],
+        spoken: bool,
+    ) -> None:  # fmt: skip
+        """Refuses prompts that the devices cannot answer, before the towers run.
+
+        Of speech, whose length nobody knows, it looks at the first GROWTH codes; `sound` looks again.
+
+        Args:
+          width, slots: tokens of the batch and slots of its cache, both buckets.
+          spoken: whether the replies are to be spoken.
+        Raises:
+          MemoryNeedError: with the numbers of the program that needs the most.
+        """
+
+        def needed() -> Sequence[memory_model.Phase]:
+            rows = buckets.bucket(len(prompts), buckets.BATCH)
+            reply = max(s.max_new_tokens for s in settings)
+            request = memory_model.Request(rows, width, slots, *media_of(self.cfg, prompts))
+            if spoken:
+                request = dataclasses.replace(
+                    request, codes=GROWTH, spoken=len(prompts),
+                    reply=buckets.bucket(min(reply, slots) + talker.EXTRA, buckets.REPLY),
+                    speech_slots=cache_slots(width + talker.EXTRA, GROWTH),
+                )  # fmt: skip
+            return list(memory_model.phases(self.cfg, self.at, request, self.itemsize, self.cache_itemsize))
+
+        self._check(needed, RUN_REMEDY)
+
+    def sound(self, counts: Sequence[int]) -> None:
+        """Refuses codes that the devices cannot make sound of, before that begins.
+
+        Args:
+          counts: codes of each row that speaks.
+        Raises:
+          MemoryNeedError: with the numbers.
+        """
+        rows, most = sum(n > 0 for n in counts), max(counts, default=0)
+        if rows:
+            sizes = self.at.of("speech")
+            self._check(
+                lambda: [memory_model.Phase(u) for u in memory_model.sound(self.cfg, sizes, rows, most)], SOUND_REMEDY
+            )
+
+
+def media_of(cfg: OmniConfig, prompts: Sequence[Prompt]) -> tuple[int, tuple[tuple[int, int], ...], int]:
+    """The fields `media`, `frames` and `chunks` of a `plan.Request`."""
+    t = cfg.thinker
+    grids = [m.grid for p in prompts for m in p.images] + [m.grid for p in prompts for m in p.videos]
+    mels = [len(mel) for p in prompts for mel in p.audios]
+    vectors = sum(math.prod(g) for g in grids) // t.vision.spatial_merge_size**2 + sum(map(t.audio.token_count, mels))
+    return (buckets.bucket(vectors, buckets.MEDIA) if vectors else 0, *memory_model.tower_calls(t, grids, mels))

@@ -1,0 +1,332 @@
+"""`omni-jax batch`: what it answers, what it does with bad lines, how it goes on, and two processes beside one."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+from omni_jax.errors import InputError
+from omni_jax.infer.batch import job, launch, records
+from omni_jax.infer.batch.job import Job
+from omni_jax.settings import GenerationSettings, Reply, SpeechSettings
+from tests.cli.test_main import run as command
+
+ROOT = pathlib.Path(__file__).parents[2]
+PICTURE = str(ROOT / "docs" / "media" / "cat.jpg")
+LONG = "Tell me all about cats, and about dogs, and about every other animal that you know. " * 3
+GREEDY = GenerationSettings(max_new_tokens=6)
+
+
+def user(*content):
+    return [{"role": "user", "content": content[0] if isinstance(content[0], str) else list(content)}]
+
+
+LINES = [
+    user("What is a cat?"),
+    {"messages": user(LONG), "id": "long"},
+    {"messages": user("Who are you?"), "settings": {"max_new_tokens": 3, "stop": ["!"]}, "id": 7},
+    user({"type": "image", "image": PICTURE, "max_pixels": 20000}, {"type": "text", "text": "What is this?"}),
+    user("Why?"),
+]
+
+
+def write(path, lines):
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def make_job(checkpoint, tmp_path, lines=LINES, **changes):
+    fields = {"model": checkpoint, "out": tmp_path / "out.jsonl", "settings": GREEDY, "dtype": "float32"}
+    fields |= {"media": {"use_audio_in_video": False}} | changes
+    return Job(source=write(tmp_path / "in.jsonl", lines), **fields)
+
+
+def plain(record):
+    return {k: v for k, v in record.items() if k not in ("timings", "digest")}
+
+
+def test_records_are_what_generate_gives(monkeypatch, capsys, checkpoint, model, tmp_path):
+    source, out = write(tmp_path / "in.jsonl", [LINES[0], "\n", *LINES[1:]]), tmp_path / "out.jsonl"
+    code, stdout, _ = command(
+        monkeypatch, capsys, "batch", source, out, "--model", checkpoint, "--dtype", "float32", "--max-new-tokens", 6,
+        "--batch-size", 2, "--json",
+    )  # fmt: skip
+    assert (code, json.loads(stdout)) == (0, {"lines": 5, "failed": 0, "before": 0, "out": str(out)})
+    got = read(out)
+    # The second line of the file is blank.
+    assert [r["line"] for r in got] == [1, 3, 4, 5, 6]
+    assert [r.get("id") for r in got] == [None, "long", 7, None, None]
+    for record, line in zip(got, LINES):
+        messages = line["messages"] if isinstance(line, dict) else line
+        settings = GenerationSettings(max_new_tokens=3, stop=("!",)) if record.get("id") == 7 else GREEDY
+        want = model.generate(messages, settings).to_dict()
+        assert record["token_ids"] == list(want["token_ids"])
+        assert (record["text"], record["finish_reason"]) == (want["text"], want["finish_reason"])
+    assert not list(tmp_path.glob("out.jsonl.*"))
+
+
+BAD = {
+    "not json\n": "it is not JSON",
+    '{"text": "hi"}\n': "it must be a list of messages",
+    json.dumps({"messages": user("hi"), "settings": {"warmth": 1}}) + "\n": "fields of max_new_tokens",
+    json.dumps({"messages": user("hi"), "settings": {"max_new_tokens": 1.5}}) + "\n": "max_new_tokens must be a whole",
+    json.dumps({"messages": user("hi"), "settings": {"top_p": 7}}) + "\n": "top_p is 7",
+    json.dumps({"messages": user("hi"), "settings": {"stop": "x"}}) + "\n": "its stop must be a list of strings",
+    json.dumps({"messages": user("hi"), "voice": "Ethan"}) + "\n": "the job has no --speech",
+    json.dumps(user({"type": "image", "image": "none.jpg"})) + "\n": "none.jpg",
+    json.dumps([{"role": "wizard", "content": "hi"}]) + "\n": "wizard",
+    json.dumps(user(LONG * 2000)) + "\n": "the context of",
+}  # fmt: skip
+
+
+def test_bad_lines_are_records_and_the_job_goes_on(monkeypatch, capsys, checkpoint, tmp_path):
+    source, out = write(tmp_path / "in.jsonl", [LINES[0], *BAD, LINES[4]]), tmp_path / "out.jsonl"
+    flags = ("--model", checkpoint, "--dtype", "float32", "--max-new-tokens", 6)
+    code, stdout, err = command(monkeypatch, capsys, "batch", source, out, *flags)
+    assert (code, stdout) == (0, "")
+    assert "12 lines in" in err
+    assert "10 could not be answered" in err
+    assert "line 2: it is not JSON" in err
+    got = read(out)
+    assert "text" in got[0]
+    assert "text" in got[-1]
+    for number, (record, said) in enumerate(zip(got[1:-1], BAD.values()), 2):
+        assert record["error"].startswith(f"line {number}: ")
+        assert said in record["error"]
+
+
+def test_a_job_goes_on_where_it_was(checkpoint, tmp_path, monkeypatch):
+    wanted = make_job(checkpoint, tmp_path)
+    job.work(wanted)
+    whole = read(wanted.out)
+    wanted.out.unlink()
+    # Two lines are there, and a third was being written when the process died.
+    part = tmp_path / "out.jsonl.part-00000"
+    part.write_text("".join(json.dumps(r) + "\n" for r in (whole[3], whole[1])) + '{"line": 1, "te')
+    asked = []
+    ready = job._make_ready
+    monkeypatch.setattr(job, "_make_ready", lambda m, j, line: asked.append(line.number) or ready(m, j, line))
+    assert job.work(wanted) == {"lines": 5, "failed": 0, "before": 2}
+    assert sorted(asked) == [1, 3, 5]
+    assert list(map(plain, read(wanted.out))) == list(map(plain, whole))
+    # Nothing is left to do; then a line is added to the input.
+    before = wanted.out.read_bytes()
+    assert job.work(wanted) == {"lines": 5, "failed": 0, "before": 5}
+    assert wanted.out.read_bytes() == before
+    longer = make_job(checkpoint, tmp_path, [*LINES, user("And a dog?")])
+    assert job.work(longer) == {"lines": 6, "failed": 0, "before": 5}
+    assert list(map(plain, read(wanted.out)))[:5] == list(map(plain, whole))
+
+
+def test_other_input_or_settings_are_refused(checkpoint, tmp_path):
+    job.work(make_job(checkpoint, tmp_path, LINES[:1]))
+    with pytest.raises(InputError, match="answers line 1 of another input"):
+        job.work(make_job(checkpoint, tmp_path, [LINES[4]]))
+    with pytest.raises(InputError, match="or under other settings"):
+        job.work(make_job(checkpoint, tmp_path, LINES[:1], settings=GenerationSettings(max_new_tokens=7)))
+    (tmp_path / "out.jsonl").write_text('{"mine": 1}\n')
+    with pytest.raises(InputError, match="line 1 is no record of a batch job"):
+        job.work(make_job(checkpoint, tmp_path, LINES[:1]))
+    assert (tmp_path / "out.jsonl").read_text() == '{"mine": 1}\n'
+
+
+def test_a_part_has_one_writer(tmp_path):
+    first = records.Part(tmp_path / "o", 0)
+    with pytest.raises(InputError, match="being written by another job"):
+        records.Part(tmp_path / "o", 0)
+    first.close()
+    records.Part(tmp_path / "o", 0).close()
+
+
+def test_prompts_of_a_bucket_share_batches(model, checkpoint, tmp_path):
+    wanted = make_job(checkpoint, tmp_path, [LINES[i] for i in (0, 1, 4, 0, 4)])
+    requests = [job._make_ready(model, wanted, line) for line in wanted.lines()]
+    assert [[r.line.number for r in b] for b in job.batches(requests, 3)] == [[1, 3, 4], [5], [2]]
+
+
+def test_speech_files(checkpoint, speaker, tmp_path, monkeypatch):
+    import soundfile
+
+    from omni_jax import api
+
+    monkeypatch.setattr(api, "load", lambda *a, **k: speaker)
+    spoken = SpeechSettings(max_codes=10, temperature=0.0)
+    lines = [LINES[0], {"messages": user("Why?"), "voice": "Ethan"}, {"messages": user("Why?"), "voice": "Nobody"}]
+    wanted = make_job(checkpoint, tmp_path, lines, speech=spoken, speech_format="flac", batch_size=1)
+    assert job.work(wanted) == {"lines": 3, "failed": 1, "before": 0}
+    first, second, third = read(wanted.out)
+    assert "Nobody" in third["error"]
+    assert second["speech"] == str(tmp_path / "out.jsonl.speech" / "00000002.flac")
+    for record in (first, second):
+        assert soundfile.info(record["speech"]).frames == round(record["seconds"] * 24000) > 0
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_batch_that_cannot_be_spoken_is_tried_line_by_line(tmp_path, apart):
+    """With speech on chips of its own the failure comes later, from a thread; the records are the same."""
+    written = []
+
+    class Model:
+        placement = types.SimpleNamespace(apart=apart)
+
+        def write(self, prompts, settings, speech):
+            written.append(prompts)
+            if "unreadable" in prompts:
+                raise InputError("cannot be read")
+
+            def speak():
+                if "unspeakable" in prompts:
+                    raise InputError("cannot be spoken")
+                return [Reply(p, (1,), 1, "eos") for p in prompts]
+
+            return speak
+
+    def request(number, prompt):
+        return job.Request(records.Line(number, "", "digest"), None, prompt, GREEDY, SpeechSettings())
+
+    given = [[request(1, "a"), request(2, "unspeakable")], {"line": 3, "error": "line 3: it is not JSON"},
+             [request(4, "unreadable"), request(5, "b")], [request(6, "c")]]  # fmt: skip
+    wanted = make_job(tmp_path / "none", tmp_path, speech=SpeechSettings())
+    made = {r["line"]: r.get("text", r.get("error")) for r in job._answers(Model(), wanted, given)}
+    assert made == {
+        1: "a", 2: "line 2: cannot be spoken", 3: "line 3: it is not JSON", 4: "line 4: cannot be read", 5: "b", 6: "c",
+    }  # fmt: skip
+    assert len(written) == 3 + 4
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["in.jsonl", "out.jsonl", "--join", "here"], "--join 'here' is neither auto nor"),
+        (["in.jsonl", "out.jsonl", "--join", "h:1,2/2"], "neither auto nor"),
+        (["in.jsonl", "out.jsonl", "--processes", "0"], "--processes must be at least 1"),
+        (["in.jsonl", "out.jsonl", "--batch-size", "1000"], "--batch-size is 1000; it must be 1 to 256"),
+        (["in.jsonl", "out.jsonl", "--voice", "Ethan"], "--voice goes with --speech"),
+        (["in.jsonl", "out.jsonl", "--mesh", "1", "--speech-mesh", "1"], "--speech-mesh goes with --speech"),
+        (["in.jsonl", "out.jsonl", "--speech", "--speech-mesh", "1"], "give --mesh as well"),
+        (["in.jsonl", "out.jsonl", "--mesh", "2x2x2x2"], "'2x2x2x2' is neither chips such as"),
+        (["in.jsonl", "out.jsonl", "--processes", "2", "--mesh", "3"], "'3' has 3 chips"),
+        (["in.jsonl", "out.jsonl", "--mesh", "8x8"], "(cpu); choose a smaller --mesh"),
+        (["none.jsonl", "out.jsonl"], "none.jsonl cannot be read"),
+        (["empty.jsonl", "out.jsonl"], "empty.jsonl has no line"),
+        (["in.jsonl", "none/out.jsonl"], "there is no folder"),
+        (["in.jsonl", "out.jsonl", "--processes", "2", "--model", "none"], "none/config.json"),
+    ],
+)
+def test_jobs_that_cannot_run(monkeypatch, capfd, checkpoint, tmp_path, args, said):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "in.jsonl", LINES)
+    write(tmp_path / "empty.jsonl", ["\n"])
+    model = [] if "--model" in args else ["--model", checkpoint]
+    code, out, err = command(monkeypatch, capfd, "batch", *args, *model)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.glob("out.jsonl*"))
+
+
+def test_a_process_that_ends_badly_ends_the_others():
+    wait = [sys.executable, "-c", "import time; time.sleep(60)"]
+    began = time.monotonic()
+    with pytest.raises(launch.ProcessError, match=r"process 1 of 2 was ended by SIGKILL"):
+        launch.watch([wait, [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]])
+    assert time.monotonic() - began < launch.GRACE + 2
+    launch.watch([[sys.executable, "-c", ""]] * 2)
+
+
+def _two_processes(*args, **env):
+    """`omni-jax batch` as a process; each of its own processes has four devices."""
+    flags = {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    call = [sys.executable, "-m", "omni_jax.cli", "batch", *map(str, args)]
+    return subprocess.Popen(call, env=os.environ | flags | env, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("mesh", ["tensor=2", "data=2,tensor=2,sequence=2"], ids=["a copy each", "together"])
+def test_two_processes_of_four_devices_equal_one(checkpoint, tmp_path, mesh):
+    one = make_job(checkpoint, tmp_path, out=tmp_path / "one.jsonl")
+    job.work(one)
+    process = _two_processes(
+        tmp_path / "in.jsonl", tmp_path / "two.jsonl", "--model", checkpoint, "--dtype", "float32", "--max-new-tokens",
+        6, "--processes", 2, "--mesh", mesh,
+    )  # fmt: skip
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert list(map(plain, read(tmp_path / "two.jsonl"))) == list(map(plain, read(one.out)))
+
+
+def test_a_process_that_dies_ends_the_job_and_the_next_one_goes_on(checkpoint, tmp_path):
+    lines = [user(f"What is {n}?") for n in range(200)]
+    source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    flags = ("--model", checkpoint, "--dtype", "float32", "--max-new-tokens", 16, "--batch-size", 1)
+    process = _two_processes(source, out, *flags, "--processes", 2)
+    part = tmp_path / "out.jsonl.part-00001"
+    while not (part.exists() and part.stat().st_size > 2000):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    killed = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - killed < launch.GRACE + 3
+    assert process.returncode == 1
+    assert "process 1 of 2 was ended by SIGKILL" in err
+    assert "of 200 lines are left: the same command goes on with them" in err
+    assert not out.exists()
+    kept = {json.loads(r)["line"] for p in tmp_path.glob("out.jsonl.part-*") for r in p.read_text().splitlines()[:-1]}
+    short = make_job(checkpoint, tmp_path, lines, settings=GenerationSettings(max_new_tokens=16), batch_size=64)
+    made = job.work(short)
+    assert made["before"] >= len(kept) > 0
+    assert (made["lines"], made["failed"]) == (200, 0)
+    assert [r["line"] for r in read(out)] == list(range(1, 201))
+
+
+def test_a_host_that_cannot_begin_ends_the_job(checkpoint, tmp_path):
+    """One of two hosts cannot read its checkpoint: it says so, and the other one does not wait for it for ever."""
+    source, out, port = write(tmp_path / "in.jsonl", LINES[:2]), tmp_path / "out.jsonl", launch.free_port()
+    broken = tmp_path / checkpoint.name
+    shutil.copytree(checkpoint, broken)
+    (shard,) = broken.glob("*.safetensors")
+    shard.unlink()
+    flags = ("--dtype", "float32", "--max-new-tokens", 2, "--patience", 10)
+    began = time.monotonic()
+    hosts = [
+        _two_processes(source, out, "--model", path, *flags, "--join", f"127.0.0.1:{port},{i}/2")
+        for i, path in enumerate((checkpoint, broken))
+    ]
+    errors = [h.communicate(timeout=120)[1] for h in hosts]
+    assert time.monotonic() - began < 10 + 80  # starting and loading included
+    assert [h.returncode for h in hosts] == [1, 2]
+    assert shard.name in errors[1]
+    assert "process 1 of 2 ended with exit code 2; 2 of 2 lines are left" in errors[1]
+    assert "process 0 of 2 was ended by SIGABRT" in errors[0]
+
+
+def test_a_host_that_falls_silent_ends_the_job(checkpoint, tmp_path):
+    """Two hosts, each with its own watcher: one vanishes, and the other ends within its patience."""
+    lines = [user(f"What is {n}?") for n in range(400)]
+    source, out, port = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl", launch.free_port()
+    flags = ("--model", checkpoint, "--dtype", "float32", "--max-new-tokens", 16, "--batch-size", 1, "--patience", 12)
+    hosts = [_two_processes(source, out, *flags, "--join", f"127.0.0.1:{port},{i}/2") for i in range(2)]
+    part = tmp_path / "out.jsonl.part-00001"
+    while not (part.exists() and part.stat().st_size > 2000):
+        assert all(h.poll() is None for h in hosts), [h.stderr.read() for h in hosts]
+        time.sleep(0.05)
+    child = subprocess.run(["pgrep", "-P", str(hosts[1].pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(child[0]), signal.SIGKILL)
+    killed = time.monotonic()
+    errors = [h.communicate(timeout=90)[1] for h in hosts]
+    assert time.monotonic() - killed < 12 + 15
+    assert "process 1 of 2 was ended by SIGKILL" in errors[1]
+    assert "process 0 of 2 was ended by SIGABRT" in errors[0]
+    assert [h.returncode for h in hosts] == [1, 1]

@@ -1,0 +1,233 @@
+"""The Talker against the oracle's: prompt vectors, logits and greedy codes for every kind of conversation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import linen as nn
+
+from omni_jax import SpeechSettings, buckets
+from omni_jax import config as C
+from omni_jax.checkpoint import keys
+from omni_jax.checkpoint.load import load_params
+from omni_jax.checkpoint.speakers import pick_voice
+from omni_jax.model import talker
+from omni_jax.model.kv_cache import grow
+from omni_jax.model.sampling import filter_logits, penalise
+from omni_jax.runtime import speech
+from tests import conversations, oracle, oracle_speech
+from tests.compile_counter import count_compiles
+
+KINDS = conversations.all_kinds()
+GREEDY = SpeechSettings(temperature=0.0, max_codes=40, watchdog=None)
+
+
+def codes_of(model, conversation, settings, tokens, **changes):
+    """Replies and codes without the sound, which takes long to compile."""
+    batch = conversation if isinstance(conversation[0], list) else [conversation]
+    each = settings if isinstance(settings, list) else [settings] * len(batch)
+    recorder = speech.Recorder()
+    prompts = [model.prepare(c) for c in batch]
+    written = [model._settings(None, {"max_new_tokens": tokens} | changes, 1)[0]] * len(batch)
+    loop = model.run(prompts, written, recorder=recorder)
+    try:
+        while True:
+            next(loop)
+    except StopIteration as stop:
+        replies = stop.value
+    builders = model.speech.builders(replies, each)
+    for _ in model.speech.codes(recorder, replies, each, builders):
+        pass
+    return replies, list(builders.values()), recorder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompt_vectors_logits_and_codes_of_every_kind(kind, speaker, oracle_omni):
+    prompt = speaker.prepare(KINDS[kind])
+    want = oracle_speech.answer(oracle_omni, prompt, speaker.eos, tokens=24, codes=40)
+    [reply], [builder], recorder = codes_of(speaker, KINDS[kind], GREEDY, 24)
+    assert list(reply.token_ids) == want.ids
+    assert builder.codes == want.codes
+    assert len(set(want.codes)) > 8  # speech that could differ
+
+    # The prompt's vectors and the logits of the first code.
+    cfg, params = speaker.config.talker, speaker.params["talker"]
+    table = speaker.params["thinker"]["model"]["embed_tokens"]["weight"]
+    first, _ = talker.reply_vectors(cfg, table, *speech.reply_arrays(recorder, [reply]))
+    voice = pick_voice(speaker.voices)
+    batch = recorder.batch
+    asked = talker.TalkerPrompt(
+        recorder.embeddings, recorder.hidden, batch.positions, batch.start, batch.next_position, batch.media_index,
+        np.array([voice.bos_token]), first,
+    )  # fmt: skip
+    sums = talker.prompt_vectors(cfg, params, table, asked)[:, batch.start[0] :]
+    assert oracle.relative_error(sums[0], want.sums) < 1e-4
+    read = talker.prefill(cfg, params, table, asked, capacity=1024, cache_dtype=jnp.float32)
+    error = oracle.relative_error(talker.logits(params, read.last)[0], want.scores[0])
+    assert error < 1e-4
+    print("errors: sums", oracle.relative_error(sums[0], want.sums), "logits", error)
+
+
+def test_positions_of_the_first_code(speaker):
+    """Mark and first vector continue the prompt's last segment; codes continue after the largest id of all."""
+    replies, _, recorder = codes_of(speaker, KINDS["text"], GREEDY, 24)
+    cfg, table = speaker.config.talker, speaker.params["thinker"]["model"]["embed_tokens"]["weight"]
+    first, _ = talker.reply_vectors(cfg, table, *speech.reply_arrays(recorder, replies))
+    batch = recorder.batch
+    for largest, want in ((batch.next_position, batch.positions[0, :, -1] + 3), (np.array([900], np.int32), [900])):
+        asked = talker.TalkerPrompt(
+            recorder.embeddings, recorder.hidden, batch.positions, batch.start, largest, None, np.array([5]), first
+        )
+        read = talker.prefill(cfg, speaker.params["talker"], table, asked, capacity=1024, cache_dtype=jnp.float32)
+        assert read.position.tolist() == list(want)
+
+
+def test_penalty_of_the_oracle(speaker, oracle_omni):
+    """A strong penalty changes the codes of both alike, the synthetic prompt's marks in its history."""
+    ask = KINDS["text"]
+    settings = dataclasses.replace(GREEDY, repetition_penalty=1.8, voice="Ethan")
+    _, [builder], _ = codes_of(speaker, ask, settings, 24)
+    prompt = speaker.prepare(ask)
+    want = oracle_speech.answer(
+        oracle_omni, prompt, speaker.eos, tokens=24, codes=40, repetition_penalty=1.8, speaker="Ethan"
+    )
+    assert builder.codes == want.codes
+    _, [plain], _ = codes_of(speaker, ask, dataclasses.replace(settings, repetition_penalty=1.0), 24)
+    _, [other], _ = codes_of(speaker, ask, dataclasses.replace(settings, voice="Chelsie"), 24)
+    assert len({tuple(b.codes) for b in (builder, plain, other)}) == 3
+
+
+def test_filters_and_history_on_given_logits(speaker):
+    """The default settings against the reference's own processors, in its order, on the same logits."""
+    cfg, rng = speaker.config.talker, np.random.default_rng(0)
+    vocab = cfg.decoder.vocab_size
+    marks = [cfg.tts_codec_mask_token_id, cfg.tts_codec_pad_token_id, cfg.tts_codec_start_token_id]
+    history = [marks[0]] * 5 + marks[1:] + rng.integers(0, 256, 30).tolist()
+    logits = rng.normal(size=(1, vocab)).astype(np.float32) * 4
+    logits[0, marks] = 30  # only the penalty and the suppression keep these from being drawn
+    processors = transformers.LogitsProcessorList(
+        [
+            transformers.RepetitionPenaltyLogitsProcessor(1.05),
+            transformers.SuppressTokensLogitsProcessor([cfg.tts_codec_start_token_id], device="cpu"),
+            transformers.TemperatureLogitsWarper(0.9),
+            transformers.TopKLogitsWarper(40),
+            transformers.TopPLogitsWarper(0.8),
+        ]
+    )
+    want = processors(torch.tensor([history]), torch.tensor(logits))[0].numpy()
+    sampling = speech.draw_settings([SpeechSettings()], speaker.speech.stop_ids)
+    seen = np.zeros((1, vocab), bool)
+    seen[0, history] = True
+    mine = talker.suppress(cfg, jnp.asarray(logits))
+    mine = penalise(mine, seen, sampling.repetition_penalty)
+    mine = filter_logits(mine, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)[0]
+    np.testing.assert_array_equal(np.isfinite(mine), np.isfinite(want))
+    np.testing.assert_allclose(mine, want, rtol=1e-5)
+    assert 1 < np.isfinite(want).sum() < 40
+
+
+def test_defaults_are_the_references():
+    import inspect
+
+    parameters = inspect.signature(transformers.Qwen2_5OmniForConditionalGeneration.generate).parameters
+    theirs = {k.removeprefix("talker_"): p.default for k, p in parameters.items() if k.startswith("talker_")}
+    mine = dataclasses.asdict(SpeechSettings())
+    same = ("temperature", "top_k", "top_p", "repetition_penalty")
+    assert {k: mine[k] for k in same} == {k: theirs[k] for k in same}
+    assert mine["max_codes"] == theirs["max_new_tokens"]
+    cfg = C.TalkerConfig()
+    assert theirs["eos_token_id"] == [cfg.tts_codec_pad_token_id, cfg.tts_codec_end_token_id]
+
+
+def test_a_batch_of_four_equals_the_four_alone(speaker):
+    """Unequal prompts, replies, voices, seeds, settings and limits; the third is not spoken."""
+    batch = [KINDS["text"], KINDS["mixed"], KINDS["audio"], KINDS["image"]]
+    settings = [
+        SpeechSettings(max_codes=37, seed=5),
+        dataclasses.replace(GREEDY, voice="Ethan"),
+        None,
+        SpeechSettings(voice="Ethan", temperature=1.2, top_k=0, top_p=0.95, max_codes=21, seed=2**40),
+    ]
+    replies, together, _ = codes_of(speaker, batch, settings, 24)
+    assert len(together) == 3
+    spoken = [i for i, s in enumerate(settings) if s is not None]
+    for i, builder in zip(spoken, together):
+        [reply], [alone], _ = codes_of(speaker, batch[i], settings[i], 24)
+        assert reply.token_ids == replies[i].token_ids
+        assert (alone.codes, alone.finish_reason) == (builder.codes, builder.finish_reason)
+    _, [again], _ = codes_of(speaker, batch[0], dataclasses.replace(settings[0], seed=6), 24)
+    assert again.codes != together[0].codes
+
+
+def test_one_code_at_a_time_and_no_compilation(speaker):
+    """However many codes a call of the loop draws; other settings, lengths and voices compile nothing."""
+    settings = SpeechSettings(max_codes=40, seed=3)
+    replies, [whole], recorder = codes_of(speaker, KINDS["text"], settings, 24)
+    with count_compiles() as n:
+        builders = speaker.speech.builders(replies, [settings])
+        calls = sum(1 for _ in speaker.speech.codes(recorder, replies, [settings], builders, steps=1))
+        codes_of(speaker, KINDS["text"], SpeechSettings("Ethan", 0.5, 7, 0.6, 1.3, 100, 9), 30)
+    assert builders[0].codes == whole.codes
+    assert calls >= len(whole.codes)
+    assert n.value == 0
+
+
+def test_10_or_500_codes_run_the_same_programs(speaker, monkeypatch):
+    monkeypatch.setattr(buckets, "CACHE", buckets.steps(4096, 4, 128))  # fine ones, to tell them apart
+    few, many = (dataclasses.replace(GREEDY, temperature=1.0, max_codes=n) for n in (10, 500))
+    codes_of(speaker, KINDS["text"], few, 24)
+    with count_compiles() as n:
+        _, [builder], _ = codes_of(speaker, KINDS["text"], many, 24)
+    assert n.value == 0
+    assert len(builder.codes) > 64 or builder.finish_reason == "eos"
+
+
+def test_scanned_layers_give_the_same_codes(checkpoint, speaker, monkeypatch):
+    _, [looped], _ = codes_of(speaker, KINDS["text"], GREEDY, 24)
+    stacked = load_params(checkpoint, speaker.config, parts=("talker",), dtype="float32", unroll=False)
+    monkeypatch.setattr(speaker, "params", speaker.params | stacked)
+    _, [scanned], _ = codes_of(speaker, KINDS["text"], GREEDY, 24)
+    assert scanned.codes == looped.codes
+
+
+@pytest.mark.parametrize("name", ["3b", "7b", "nano"])
+def test_shapes_of_the_published_sizes(name):
+    """Our own initialisers agree with the key table, tensor by tensor; nothing is computed."""
+    cfg = C.preset(name)
+    tree = jax.eval_shape(functools.partial(talker.init, cfg.talker), jax.ShapeDtypeStruct((2,), jnp.uint32))
+    made = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(nn.meta.unbox(tree))[0]:
+        made[("talker", *(p.key for p in path))] = leaf.shape
+    want: dict = {}
+    for tensor, shape in keys.tensor_shapes(cfg).items():
+        if tensor.startswith("talker."):
+            where, layer = keys.tree_path(tensor)
+            depth = 0 if layer is None else max(layer + 1, want.get(where, (0,))[0])
+            want[where] = shape if layer is None else (depth, *shape)
+    assert made == want
+    if name == "3b":
+        assert sum(map(math.prod, made.values())) == 375_199_616 + 7_569_408 + 1_835_904
+
+
+def test_cache_grows(speaker, monkeypatch):
+    """A cache that grows while the Talker speaks gives the same codes as one that is large from the start."""
+    settings = dataclasses.replace(GREEDY, max_codes=90, watchdog=None)
+    _, [want], _ = codes_of(speaker, KINDS["text"], settings, 24)
+    monkeypatch.setattr(speech, "GROWTH", 16)
+    monkeypatch.setattr(buckets, "CACHE", buckets.steps(4096, 4, 128))
+    grown = []
+    monkeypatch.setattr(
+        speech, "grow", lambda cache, capacity: grown.append(capacity) or grow(cache, capacity=capacity)
+    )
+    _, [got], _ = codes_of(speaker, KINDS["text"], settings, 24)
+    assert len(set(grown)) > 1
+    assert got.codes == want.codes
+    assert len(got.codes) == 90 or got.finish_reason == "eos"

@@ -1,0 +1,1 @@
+"""Training data: files of conversations to arrays."""
