@@ -24,17 +24,17 @@ from omni_jax.config import OmniConfig, load_config
 from omni_jax.errors import InputError
 from omni_jax.model import audio, vision
 from omni_jax.model.sampling import Sampling
-from omni_jax.model.stages import layers_apart, stage_formats
+from omni_jax.model.stages import stage_formats, use_unrolled_layers
 from omni_jax.model.voice import Voice
-from omni_jax.parallel.meshes import Placement, laid_out, place
+from omni_jax.parallel.meshes import Placement, layout_fn, place
 from omni_jax.parallel.sharding import MeshError
 from omni_jax.processing.positions import next_position
 from omni_jax.processing.processor import Processor, Prompt, stop_token_ids
 from omni_jax.runtime import generation
-from omni_jax.runtime.admission import Guard, check_weights
+from omni_jax.runtime.admission import AdmissionControl, check_weights
 from omni_jax.runtime.memory_model import thinker_slots
 from omni_jax.runtime.reply import ReplyBuilder
-from omni_jax.runtime.speech import PARTS, Recorder, Speech, SpeechError
+from omni_jax.runtime.speech import PARTS, Speech, SpeechError, ThinkerTrace
 from omni_jax.settings import DoneEvent, Event, GenerationSettings, Reply, SpeechSettings, TextEvent, TokenLogprob
 
 Message = Mapping[str, Any]
@@ -60,7 +60,7 @@ class Omni:
       dtype: of the computation.
       cache_dtype: of keys and values: float32 on CPU, where bf16 dots of few rows are slow, else `dtype`.
       placement: the meshes of the stages; None for one device.
-      laid: `laid(part, batch, length)` is the context that a call of a part runs in.
+      layout_for: `layout_for(part, batch, length)` is the context that a call of a part runs in.
       guard: refuses what the devices' memory cannot hold.
     """
 
@@ -70,10 +70,10 @@ class Omni:
     ):  # fmt: skip
         self.config, self.params, self.processor, self.eos = config, params, processor, tuple(eos)
         self.voices = dict(voices or {})
-        self.placement, self.laid = placement, laid_out(placement)
+        self.placement, self.layout_for = placement, layout_fn(placement)
         self.dtype = jnp.dtype(dtype)
         self.cache_dtype = jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else self.dtype
-        self.guard = Guard(config, params, placement, self.dtype.itemsize, self.cache_dtype.itemsize)
+        self.guard = AdmissionControl(config, params, placement, self.dtype.itemsize, self.cache_dtype.itemsize)
 
     @property
     def context(self) -> int:
@@ -85,7 +85,7 @@ class Omni:
         """Talker and Token2Wav. Raises SpeechError where they are not loaded."""
         if self.config.talker is not None and "talker" not in self.params:
             raise SpeechError("this model was loaded for text only; load it with parts=omni_jax.PARTS to have it speak")
-        return Speech(self.config, self.params, self.voices, self.cache_dtype, self.placement, self.guard.sound)
+        return Speech(self.config, self.params, self.voices, self.cache_dtype, self.placement, self.guard.check_speech)
 
     def prepare(self, messages: Conversation, **media_defaults: Any) -> Prompt:
         """Messages to ids, positions and media arrays. See `processing.processor.Processor`."""
@@ -143,7 +143,7 @@ class Omni:
         """The program of a tower, each call laid out for its number of frames or chunks."""
 
         def run(params: Any, first: Any, *others: Any) -> jax.Array:
-            with self.laid(tower, len(first)):
+            with self.layout_for(tower, len(first)):
                 return program(params, first, *others)
 
         return run
@@ -193,7 +193,7 @@ class Omni:
         prompts: Sequence[Prompt],
         settings: Sequence[GenerationSettings],
         steps: int = generation.LOOP_STEPS,
-        recorder: Recorder | None = None,
+        trace: ThinkerTrace | None = None,
     ) -> Generator[list[tuple[str, tuple[int, ...]]], None, list[Reply]]:
         """The loop below `generate` and `stream`: yields, after each call of the decode loop, the new text and ids of
         each prompt, and returns (as the generator's value) the replies.
@@ -202,7 +202,7 @@ class Omni:
           prompts: from `prepare`.
           settings: one per prompt.
           steps: ids to draw between two yields, at most `generation.LOOP_STEPS`.
-          recorder: takes what the Talker needs, where there is to be speech.
+          trace: takes what the Talker needs, where there is to be speech.
         """
         for prompt in prompts:
             self._check(prompt)
@@ -211,7 +211,7 @@ class Omni:
         cfg, params = self.config.thinker, self.params["thinker"]
         width = _width(prompts)
         capacity = thinker_slots(width, max(s.max_new_tokens for s in settings), self.context)
-        self.guard.request(prompts, width, capacity, settings, recorder is not None)
+        self.guard.check_request(prompts, width, capacity, settings, trace is not None)
         batch = self._batch(prompts)
         encoded = clock()
         sampling = self._sampling(settings, len(batch.start))
@@ -220,14 +220,14 @@ class Omni:
             for p, s in zip(prompts, settings, strict=True)
         ]
         size = len(batch.start)
-        with self.laid("thinker", size, width):
+        with self.layout_for("thinker", size, width):
             read = generation.prefill(cfg, params, batch, capacity=capacity, cache_dtype=self.cache_dtype)
-        with self.laid("thinker", size):
+        with self.layout_for("thinker", size):
             state, out = generation.first_draw(params, read.cache, read.seen, read.last, batch.next_position, sampling)
         first = jax.device_get(out)
-        if recorder is not None:
-            recorder.read(batch, read)
-            recorder.wrote(first.hidden[None])
+        if trace is not None:
+            trace.add_prompt(batch, read)
+            trace.add_step(first.hidden[None])
         del read  # its embeddings and hidden states are the Talker's
         prefilled = clock()
         yield self._feed(builders, settings, jax.tree.map(lambda a: a[None], first), 1)
@@ -237,10 +237,10 @@ class Omni:
                 [b.finish_reason is not None for b in builders] + [True] * (len(batch.start) - len(builders))
             )
             state = dataclasses.replace(state, done=done)
-            with self.laid("thinker", size):
+            with self.layout_for("thinker", size):
                 state, made, count = generation.advance(cfg, params, state, sampling, min(left, steps))
-            if recorder is not None:
-                recorder.wrote(np.asarray(made.hidden)[:count])
+            if trace is not None:
+                trace.add_step(np.asarray(made.hidden)[:count])
             yield self._feed(builders, settings, made, count)
         end = clock()
         timings = {"encode": encoded - begin, "prefill": prefilled - encoded, "decode": end - prefilled}
@@ -352,11 +352,13 @@ class Omni:
         prompts are answered. Arguments and errors are those of `answer`; CodeError comes from the second step.
         """
         spoken = self._speech_settings(speech, len(prompts))
-        recorder = Recorder() if any(spoken) else None
-        replies = _exhaust(self.run(prompts, settings, recorder=recorder))
-        if recorder is None:
+        trace = ThinkerTrace() if any(spoken) else None
+        replies = _exhaust(self.run(prompts, settings, trace=trace))
+        if trace is None:
             return lambda: replies
-        return functools.partial(self.speech.say, self.speech.hear(recorder, replies, spoken), replies, spoken)
+        return functools.partial(
+            self.speech.synthesize, self.speech.prepare_inputs(trace, replies, spoken), replies, spoken
+        )
 
     def stream(
         self,
@@ -377,15 +379,15 @@ class Omni:
         began = time.perf_counter()
         prompts = [self.prepare(messages, **(media or {}))]
         processed = time.perf_counter() - began
-        recorder = Recorder() if any(spoken) else None
-        loop = self.run(prompts, each, STREAM_STEPS, recorder)
+        trace = ThinkerTrace() if any(spoken) else None
+        loop = self.run(prompts, each, STREAM_STEPS, trace)
         while True:
             try:
                 ((text, ids),) = next(loop)
             except StopIteration as stop:
                 replies = [_with_processing(stop.value[0], processed)]
-                if recorder is not None:
-                    replies = self.speech.speak(recorder, replies, spoken)
+                if trace is not None:
+                    replies = self.speech.speak(trace, replies, spoken)
                 yield DoneEvent(replies[0])
                 return
             yield TextEvent(text, ids)
@@ -477,7 +479,7 @@ def _load(
         raise SpeechError(f"{path} has no Talker: this checkpoint answers in text only; leave speech out")
     voices = load_voices(path) if speaks else {}
     processor = Processor.from_folder(path, cfg.thinker)
-    unroll = layers_apart(jax.default_backend(), mesh is not None) if unroll is None else unroll
+    unroll = use_unrolled_layers(jax.default_backend(), mesh is not None) if unroll is None else unroll
     placement = None
     if mesh is not None:
         if unroll:

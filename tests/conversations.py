@@ -27,7 +27,7 @@ def _audio(seconds: float, seed: int = 0) -> dict[str, Any]:
 def _video(seconds: float, sound: float | None = None, seed: int = 0, **options: Any) -> dict[str, Any]:
     frames = [media.picture(56, 84, seed + i) for i in range(round(seconds * 10))]
     track = None if sound is None else media.tone(sound)
-    return {"type": "video", "video": media.encode_clip(frames, 10, sound=track), "max_pixels": 56 * 84} | options
+    return {"type": "video", "video": media.encode_video(frames, 10, sound=track), "max_pixels": 56 * 84} | options
 
 
 def _text(text: str) -> dict[str, Any]:

@@ -68,9 +68,9 @@ def do_init(path: str, preset: str, layers: str = "") -> None:
     """A random checkpoint; `layers` cuts every stack of the model to so many."""
     from omni_jax import config as C
     from omni_jax.checkpoint.publish import write_random
-    from omni_jax.infer.analysis.depth import cut
+    from omni_jax.infer.analysis.depth import truncate_layers
 
-    write_random(path, cut(C.preset(preset), int(layers) if layers else None))
+    write_random(path, truncate_layers(C.preset(preset), int(layers) if layers else None))
 
 
 def do_convert(src: str, dst: str) -> int:

@@ -51,7 +51,7 @@ def add_sound(container, samples: np.ndarray, rate: int, codec: str) -> None:
     container.mux(stream.encode(None))
 
 
-def encode_clip(
+def encode_video(
     frames: list[np.ndarray],
     fps: int = 10,
     form: str = "mp4",

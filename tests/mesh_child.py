@@ -147,7 +147,7 @@ def side_by_side(checkpoint: pathlib.Path, folder: pathlib.Path, model: api.Omni
         media={"use_audio_in_video": False}, mesh="2x2", speech_mesh="2x2",
     )  # fmt: skip
     speaking, writing, events = threading.Event(), threading.Event(), []
-    say, advance = speech.Speech.say, generation.advance
+    say, advance = speech.Speech.synthesize, generation.advance
     main = threading.get_ident()
 
     def slow_say(self: Any, *args: Any) -> Any:

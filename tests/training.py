@@ -16,10 +16,10 @@ from omni_jax.checkpoint.speakers import load_voices
 from omni_jax.train.config import Data, Run
 from omni_jax.train.data.batch import Batch, Sample, collate, needed, shapes
 from omni_jax.train.data.jsonl import Reader
-from omni_jax.train.losses import How
+from omni_jax.train.losses import ForwardOptions
 from tests import conversations
 
-FLOAT32 = How(jnp.float32, "full")
+FLOAT32 = ForwardOptions(jnp.float32, "full")
 ANSWER = "A small cat sits on the mat."
 
 

@@ -19,7 +19,7 @@ DType = Literal["bfloat16", "float32"]
 Remat = Literal["none", "dots", "full"]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # What may differ between a run and its continuation: these change neither what is learned nor from what.
-FREE = ("out", "mesh", "log_every", "save_every", "keep", "evaluate_every", "tracking")
+RESUMABLE_FIELDS = ("out", "mesh", "log_every", "save_every", "keep", "evaluate_every", "tracking")
 FREE_DATA = ("threads", "prefetch", "decode_all")
 
 
@@ -287,7 +287,7 @@ def _changed(settings: Any, path: Sequence[str], value: Any, name: str) -> Any:
 def identity(run: Run) -> dict[str, Any]:
     """What must stay the same when a run is continued, as plain JSON data by dotted name."""
     plain = json.loads(json.dumps(dataclasses.asdict(run)))
-    for name in FREE:
+    for name in RESUMABLE_FIELDS:
         del plain[name]
     for name in FREE_DATA:
         del plain["data"][name]

@@ -112,13 +112,13 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
     state, frozen = trainer.init_state(params), trainer.freeze(params)
     base, position = trainer.base(state), 0
     del params
-    restored = checkpoints.restore(trainer.state_shapes(), trainer.state_shardings(), writer.say)
+    restored = checkpoints.restore(trainer.state_shapes(), trainer.state_shardings(), writer.synthesize)
     if restored is not None:
         state, position = restored[0], own_position(restored[1])
     step = int(state.step)
     sizes = ", ".join(f"{sum(math.prod(a.shape) for a in jax.tree.leaves(t)):,}" for t in (state.params, frozen))
-    writer.say(f"{run.task}: parameters trained, frozen: {sizes}; {len(lines):,} records; from step {step}")
-    writer.say("a step that meets new shapes compiles first, which may take minutes")
+    writer.synthesize(f"{run.task}: parameters trained, frozen: {sizes}; {len(lines):,} records; from step {step}")
+    writer.synthesize("a step that meets new shapes compiles first, which may take minutes")
 
     feed = Feed(lines, reader(lines), run.data, run.seed, trainer.mesh, position, sizes=run.row_sizes)
     batches = iter(feed)
@@ -180,9 +180,9 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
         if saved < step:
             checkpoints.save(state, all_positions(position))
         checkpoints.finish()
-        writer.say(pace.summary())
+        writer.synthesize(pace.summary())
         if stopped.name is not None:
-            writer.say(f"{stopped.name}: saved at step {step}; the same command goes on from here")
+            writer.synthesize(f"{stopped.name}: saved at step {step}; the same command goes on from here")
     finally:
         stopped.restore()
         writer.close()

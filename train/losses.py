@@ -19,7 +19,7 @@ from omni_jax.model.audio import AudioTower
 from omni_jax.model.decoder import Decoder
 from omni_jax.model.layers import Params, dense
 from omni_jax.model.vision import VisionTower
-from omni_jax.parallel.meshes import Laid, on_one_device
+from omni_jax.parallel.meshes import LayoutFn, on_one_device
 from omni_jax.parallel.on_mesh import ways
 from omni_jax.parallel.sharding import constrain
 from omni_jax.train.data.batch import Batch, Media, Speech, Tokens
@@ -31,13 +31,13 @@ Metrics = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class How:
+class ForwardOptions:
     """How the model is run: dtype of the computation, what the backward pass computes again, and the layouts of a mesh
-    (`meshes.laid_out`)."""
+    (`meshes.layout_fn`)."""
 
     dtype: Any = jnp.bfloat16
     remat: str = "full"
-    laid: Laid = on_one_device
+    layout_for: LayoutFn = on_one_device
 
 
 def token_logprobs(
@@ -77,7 +77,7 @@ def token_logprobs(
 
 
 def decode(
-    cfg: DecoderConfig, params: Params, x: jax.Array, positions: jax.Array, segments: jax.Array, how: How
+    cfg: DecoderConfig, params: Params, x: jax.Array, positions: jax.Array, segments: jax.Array, how: ForwardOptions
 ) -> jax.Array:
     """Hidden states [B, T, D] of packed rows: x [B, T, D], positions [B, 3, T], segments [B, T]. Runs in a layout."""
     tree = {"layers": params["layers"], "norm": params["norm"]}
@@ -87,28 +87,28 @@ def decode(
     return hidden
 
 
-def media_vectors(cfg: ThinkerConfig, params: Params, media: Media, how: How) -> jax.Array | None:
+def media_vectors(cfg: ThinkerConfig, params: Params, media: Media, how: ForwardOptions) -> jax.Array | None:
     """All the towers' outputs one after another, [M, D], which `Tokens.media_index` points into."""
     remat = how.remat != "none"
     out: list[Any] = []
     for pixels, positions, valid in media.vision:
         eyes = VisionTower(cfg.vision, remat)
-        with how.laid("vision", len(pixels)):
+        with how.layout_for("vision", len(pixels)):
             out.append(eyes.apply({"params": params["visual"]}, pixels.astype(how.dtype), positions, valid))
     if media.audio is not None:
         mel, lengths = media.audio
         ears = AudioTower(cfg.audio, remat)
-        with how.laid("audio", len(mel)):
+        with how.layout_for("audio", len(mel)):
             out.append(ears.apply({"params": params["audio_tower"]}, mel.astype(how.dtype), lengths))
     return jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in out]) if out else None
 
 
 def thinker_states(
-    cfg: ThinkerConfig, params: Params, tokens: Tokens, media: Media, how: How
+    cfg: ThinkerConfig, params: Params, tokens: Tokens, media: Media, how: ForwardOptions
 ) -> tuple[jax.Array, jax.Array]:
     """Input embeddings and hidden states after the final norm, each [B, T, D]."""
     vectors = media_vectors(cfg, params, media, how)
-    with how.laid("thinker", *tokens.ids.shape):
+    with how.layout_for("thinker", *tokens.ids.shape):
         x = thinker.embed(params, tokens.ids, vectors, tokens.media_index).astype(how.dtype)
         return x, decode(cfg.text, params["model"], x, tokens.positions, tokens.segments, how)
 
@@ -121,7 +121,7 @@ def talker_states(
     hidden: jax.Array,
     tokens: Tokens,
     speech: Speech,
-    how: How,
+    how: ForwardOptions,
 ) -> jax.Array:
     """The Talker's hidden states [B, P, D] with the true codes before each place.
 
@@ -140,25 +140,27 @@ def talker_states(
     codes = params["model"]["embed_tokens"]["weight"]
     x = known(speech.source, heard) + known(speech.text, table[jnp.maximum(speech.text, 0)])
     x = x + known(speech.codec, codes[jnp.maximum(speech.codec, 0)])
-    with how.laid("talker", *speech.source.shape):
+    with how.layout_for("talker", *speech.source.shape):
         x = constrain(dense(params["thinker_to_talker_proj"], x), "batch", "length", "act_embed")
         return decode(cfg.decoder, params["model"], x, speech.positions, speech.segments, how)
 
 
-def text_logprobs(cfg: OmniConfig, params: Mapping[str, Params], batch: Batch, how: How) -> tuple[jax.Array, jax.Array]:
+def text_logprobs(
+    cfg: OmniConfig, params: Mapping[str, Params], batch: Batch, how: ForwardOptions
+) -> tuple[jax.Array, jax.Array]:
     """`token_logprobs` of the Thinker's labels."""
     tree = params["thinker"]
     _, hidden = thinker_states(cfg.thinker, tree, batch.tokens, batch.media, how)
     return _of_text(tree, hidden, batch.tokens, how)
 
 
-def _of_text(tree: Params, hidden: jax.Array, tokens: Tokens, how: How) -> tuple[jax.Array, jax.Array]:
-    with how.laid("thinker", *tokens.ids.shape):
+def _of_text(tree: Params, hidden: jax.Array, tokens: Tokens, how: ForwardOptions) -> tuple[jax.Array, jax.Array]:
+    with how.layout_for("thinker", *tokens.ids.shape):
         return token_logprobs(tree.get("lm_head", tree["model"]["embed_tokens"]), hidden, tokens.labels)
 
 
 def code_logprobs(
-    cfg: OmniConfig, params: Mapping[str, Params], batch: Batch, how: How
+    cfg: OmniConfig, params: Mapping[str, Params], batch: Batch, how: ForwardOptions
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`token_logprobs` of the Talker's labels, and the Thinker's hidden states, which a loss on the text takes.
 
@@ -171,7 +173,7 @@ def code_logprobs(
     embeddings, hidden = thinker_states(cfg.thinker, tree, batch.tokens, batch.media, how)
     table = tree["model"]["embed_tokens"]["weight"]
     said = talker_states(cfg.talker, speaker, table, embeddings, hidden, batch.tokens, batch.speech, how)
-    with how.laid("talker", *batch.speech.labels.shape):
+    with how.layout_for("talker", *batch.speech.labels.shape):
         return *token_logprobs(speaker["codec_head"], said, batch.speech.labels), hidden
 
 
@@ -184,7 +186,7 @@ def counts(batch: Batch) -> Metrics:
 
 
 def text_loss(
-    cfg: OmniConfig, params: Mapping[str, Params], batch: Batch, total: Metrics, how: How
+    cfg: OmniConfig, params: Mapping[str, Params], batch: Batch, total: Metrics, how: ForwardOptions
 ) -> tuple[jax.Array, Metrics]:
     """This micro batch's part of the mean cross-entropy of the assistant's tokens, and of the accuracy."""
     logprobs, hits = text_logprobs(cfg, params, batch, how)
@@ -193,7 +195,12 @@ def text_loss(
 
 
 def speech_loss(
-    cfg: OmniConfig, params: Mapping[str, Params], batch: Batch, total: Metrics, how: How, text_weight: float = 0.0
+    cfg: OmniConfig,
+    params: Mapping[str, Params],
+    batch: Batch,
+    total: Metrics,
+    how: ForwardOptions,
+    text_weight: float = 0.0,
 ) -> tuple[jax.Array, Metrics]:
     """The same for the Talker's codes; the text's own loss is added with a weight, for training both."""
     logprobs, hits, hidden = code_logprobs(cfg, params, batch, how)
@@ -227,7 +234,7 @@ def dpo_loss(
     base: Mapping[str, Params],
     batch: Batch,
     pairs: jax.Array,
-    how: How,
+    how: ForwardOptions,
     *,
     beta: float,
     codes: bool = False,

@@ -146,7 +146,7 @@ class Writer:
         for name in run.tracking:
             self._sinks.append(_sink(name, run))
 
-    def say(self, line: str) -> None:
+    def synthesize(self, line: str) -> None:
         """A remark on stderr."""
         if self.active:
             self.console.print(line, style="dim", soft_wrap=True)
@@ -190,7 +190,7 @@ class Writer:
         try:
             draw(self.folder)
         except OutputError as e:
-            self.say(f"no curves: {e}")
+            self.synthesize(f"no curves: {e}")
         self._drawn = time.monotonic()
 
 

@@ -275,9 +275,9 @@ class Trainer:
         return jax.jit(self.assemble)
 
     @property
-    def how(self) -> losses.How:
+    def how(self) -> losses.ForwardOptions:
         """How the losses run the model."""
-        return losses.How(self.dtype, self.run.remat, meshes.laid_out(self.placement))
+        return losses.ForwardOptions(self.dtype, self.run.remat, meshes.layout_fn(self.placement))
 
     def totals(self, batch: Any) -> Any:
         """What the sums over all micro batches of a step are divided by."""
@@ -302,11 +302,11 @@ class Trainer:
         """One micro batch's part of the step's loss."""
         run, cfg, how = self.run, self.cfg, self.how
         if run.task == "token2wav":
-            with jax.default_matmul_precision("highest"), how.laid("dit", len(batch.codes)):
+            with jax.default_matmul_precision("highest"), how.layout_for("dit", len(batch.codes)):
                 params = tree["token2wav"]["code2wav_dit_model"]
                 return audio_losses.flow_loss(params, self.token2wav.dit, batch, key, total, run.drop), {}
         if run.task == "vocoder":
-            with jax.default_matmul_precision("highest"), how.laid("bigvgan", len(batch.mel)):
+            with jax.default_matmul_precision("highest"), how.layout_for("bigvgan", len(batch.mel)):
                 params = tree["token2wav"]["code2wav_bigvgan_model"]
                 return audio_losses.vocoder_loss(params, self.token2wav.bigvgan, batch, total)
         if "dpo" in run.task:

@@ -18,7 +18,7 @@ from omni_jax import config as C
 from omni_jax.errors import InputError
 from omni_jax.infer.analysis import goals, targets
 from omni_jax.infer.analysis import programs as P
-from omni_jax.infer.analysis.depth import cut
+from omni_jax.infer.analysis.depth import truncate_layers
 from omni_jax.infer.analysis.facts import GIB, MIB, PICTURE_WINDOWS, Facts, clips, facts
 from omni_jax.model.token2wav import Flow
 from omni_jax.parallel import meshes
@@ -89,7 +89,7 @@ def run(
     from rich.console import Console
     from rich.progress import Progress
 
-    cfg = cut(C.preset(preset), layers)
+    cfg = truncate_layers(C.preset(preset), layers)
     devices = targets.topology(topology)
     placement = meshes.place(cfg, mesh or targets.mesh_name(topology), devices=devices)
     programs = listed(cfg, placement, keep)

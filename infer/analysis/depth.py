@@ -7,7 +7,7 @@ import dataclasses
 from omni_jax.config import OmniConfig
 
 
-def cut(cfg: OmniConfig, layers: int | None) -> OmniConfig:
+def truncate_layers(cfg: OmniConfig, layers: int | None) -> OmniConfig:
     """The configuration with each stack cut to `layers`, widths as they are; None leaves it whole.
 
     Layers that see more than others (full attention of the vision tower, neighbours in the DiT) stay so where they are

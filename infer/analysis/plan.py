@@ -25,7 +25,7 @@ from omni_jax.parallel import meshes
 from omni_jax.processing import audio, images, video
 from omni_jax.processing.media import MediaError
 from omni_jax.runtime import memory_model as M
-from omni_jax.runtime.speech import GROWTH, cache_slots
+from omni_jax.runtime.speech import TALKER_CACHE_STEP, cache_slots
 
 PRESETS = ("3b", "7b", "nano")
 CODES_PER_SECOND = 50
@@ -210,7 +210,7 @@ def padded(asked: Asked, cfg: C.OmniConfig, media: Sequence[Medium]) -> tuple[in
     d = cfg.token2wav.dit
     _bucket("--speech, in codes", codes, (token2wav.BLOCK_BUCKETS[-1] * d.block_size // d.repeats,))
     # The cache grows as speech goes on; the last one is the largest.
-    slots = max(cache_slots(width + EXTRA, GROWTH), cache_slots(width + EXTRA + codes, 0))
+    slots = max(cache_slots(width + EXTRA, TALKER_CACHE_STEP), cache_slots(width + EXTRA + codes, 0))
     return tokens, dataclasses.replace(
         out, codes=codes, spoken=_bucket("--batch, with speech", asked.batch, token2wav.ROW_BUCKETS),
         reply=buckets.bucket(asked.reply + EXTRA, buckets.REPLY), speech_slots=slots,
@@ -256,7 +256,7 @@ def steps(cfg: C.OmniConfig, at: M.Meshes, request: M.Request, chip: M.Chip, ite
     if r.codes:
         mesh = at.of("speech")
         yield from _decoder_steps(cfg, mesh, "talker", r, r.width + EXTRA, r.speech_slots, chip, itemsize)
-        yield from _sound_steps(cfg, mesh, r, chip)
+        yield from _audio_steps(cfg, mesh, r, chip)
 
 
 def _decoder_steps(
@@ -314,7 +314,7 @@ def _tower_steps(cfg: C.OmniConfig, sizes: meshes.Sizes, r: M.Request, chip: M.C
         yield step("audio tower", f"a call of {r.chunks} chunks of 2 s", moved, work, chip)
 
 
-def _sound_steps(cfg: C.OmniConfig, sizes: meshes.Sizes, r: M.Request, chip: M.Chip) -> Iterator[Step]:
+def _audio_steps(cfg: C.OmniConfig, sizes: meshes.Sizes, r: M.Request, chip: M.Chip) -> Iterator[Step]:
     assert cfg.token2wav is not None
     d, g = cfg.token2wav.dit, cfg.token2wav.bigvgan
     flow = token2wav.Flow()
@@ -366,7 +366,7 @@ def run(
     sizes = meshes.axis_sizes(mesh, cfg)
     at = M.Meshes(sizes, None if speech_mesh is None else meshes.axis_sizes(speech_mesh, cfg))
     parts = tuple(p for p in M.PARTS if p == "thinker" or asked.speech)
-    if at.apart and not asked.speech:
+    if at.has_speech_mesh and not asked.speech:
         raise InputError("--speech-mesh goes with --speech SECONDS")
     media = read_media(asked, cfg.thinker, folder)
     tokens, request = padded(asked, cfg, media)
@@ -374,7 +374,7 @@ def run(
     weights = {stage: sum(parts.values()) for stage, parts in loaded.items()}
     rows: list[dict[str, Any]] = []
     for phase in M.phases(cfg, at, request, itemsize):
-        use, stage = phase.use, phase.use.stage if at.apart else "thinker"
+        use, stage = phase.use, phase.use.stage if at.has_speech_mesh else "thinker"
         rows.append({
             "program": use.name, "stage": stage, "weights": weights[stage], "cache": use.cache,
             "arrays": use.arrays + phase.kept, "working": use.copied + use.working,

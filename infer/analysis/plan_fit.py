@@ -26,7 +26,7 @@ from scipy.optimize import nnls
 from omni_jax import config as C
 from omni_jax.infer.analysis import programs as P
 from omni_jax.infer.analysis.compiled import Compiled, compile_program
-from omni_jax.infer.analysis.depth import cut
+from omni_jax.infer.analysis.depth import truncate_layers
 from omni_jax.parallel import meshes
 from omni_jax.runtime import memory_model as M
 
@@ -118,7 +118,7 @@ def built(case: Case, cfg: C.OmniConfig | None = None) -> tuple[P.Program, M.Use
     Args:
       cfg: instead of the preset.
     """
-    cfg = cfg or cut(C.preset(case.model), case.layers or None)
+    cfg = cfg or truncate_layers(C.preset(case.model), case.layers or None)
     place = meshes.place(cfg, case.mesh or case.topology.partition(":")[2], devices=P.topology(case.topology))
     sizes, part = dict(place.thinker.shape), case.kind.partition(" ")[0]
     program, use = _built(case.kind, part, cfg, place, sizes, case.sizes)

@@ -20,7 +20,7 @@ from omni_jax.infer.analysis.targets import topology as topology  # of the devic
 from omni_jax.model import audio, talker, token2wav, vision
 from omni_jax.model.kv_cache import CACHE_AXES, KVCache
 from omni_jax.model.sampling import Sampling
-from omni_jax.model.stages import boxed_shapes, inner_part, layers_apart
+from omni_jax.model.stages import boxed_shapes, inner_part, use_unrolled_layers
 from omni_jax.parallel.meshes import Placement
 from omni_jax.parallel.sharding import Layout, param_formats
 from omni_jax.runtime import generation
@@ -82,7 +82,7 @@ def weights(cfg: OmniConfig, placement: Placement, part: str, dtype: Any, names:
 
 def _looped(layout: Layout) -> bool:
     """Whether `omni_jax.load` would keep each layer's weights and cache apart on this mesh."""
-    return layers_apart(layout.mesh.devices.flat[0].platform, layout.mesh.size > 1)
+    return use_unrolled_layers(layout.mesh.devices.flat[0].platform, layout.mesh.size > 1)
 
 
 def _apart(stacked: Any) -> tuple[Any, ...]:

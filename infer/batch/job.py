@@ -186,7 +186,7 @@ def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
 def _answers(model: Any, job: Job, made: Iterable[Sequence[Request] | dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The records of batches; those that there are already go through. Where speech has chips of its own, a batch is
     spoken while the next one is written."""
-    apart = job.speech is not None and model.placement is not None and model.placement.apart
+    apart = job.speech is not None and model.placement is not None and model.placement.has_speech_mesh
     waiting: tuple[Sequence[Request], Callable[[], list[Any]]] | None = None
     with ThreadPoolExecutor(1) as speaker:
         for requests in made:
@@ -229,25 +229,25 @@ def _spoken(model: Any, job: Job, requests: Sequence[Request], speak: Callable[[
 def _values(job: Job, request: Request, reply: Any) -> dict[str, Any]:
     values = reply.to_dict()
     if reply.waveform is not None:
-        values["speech"] = str(_sound_file(job, request.line))
+        values["speech"] = str(_audio_file(job, request.line))
         values["waveform"] = reply.waveform  # until it is written
     return values
 
 
-def _sound_file(job: Job, line: Line) -> pathlib.Path:
+def _audio_file(job: Job, line: Line) -> pathlib.Path:
     return job.out.with_name(f"{job.out.name}.speech") / f"{line.number:08d}.{job.speech_format}"
 
 
-def _write(job: Job, part: records.Part, record: dict[str, Any]) -> None:
+def _write(job: Job, part: records.OutputShard, record: dict[str, Any]) -> None:
     """The sound first: a line with a record is not looked at again."""
     wave = record.pop("waveform", None)
     if wave is not None:
         from omni_jax.model.token2wav import SAMPLE_RATE
-        from omni_jax.processing.encode import write_sound
+        from omni_jax.processing.encode import write_audio
 
         path = pathlib.Path(record["speech"])
         path.parent.mkdir(exist_ok=True)
-        write_sound(path, wave, SAMPLE_RATE, job.speech_format)  # type: ignore[arg-type]
+        write_audio(path, wave, SAMPLE_RATE, job.speech_format)  # type: ignore[arg-type]
     part.write(record)
 
 
@@ -295,7 +295,7 @@ def work(job: Job, cluster: launch.Cluster | None = None) -> dict[str, Any]:
         )
     process, count = jax.process_index(), jax.process_count()
     lines = job.lines()
-    part = records.Part(job.out, process)
+    part = records.OutputShard(job.out, process)
     done = _same_for_all(np.isin([line.number for line in lines], list(records.answered(job.out, lines))))
     todo = [line for line, known in zip(lines, done, strict=True) if not known]
     together = False
@@ -340,7 +340,7 @@ def _load(job: Job) -> tuple[Any, bool]:
         chips = sum(math.prod(meshes.axis_sizes(m, cfg).values()) for m in (job.mesh, job.speech_mesh) if m is not None)
         together = jax.process_count() > 1 and chips > jax.local_device_count()
         placed = meshes.place(cfg, job.mesh, job.speech_mesh, jax.devices() if together else jax.local_devices())
-        mesh, speech_mesh = placed.thinker, placed.speech if placed.apart else None
+        mesh, speech_mesh = placed.thinker, placed.speech if placed.has_speech_mesh else None
     parts = ("thinker",) if job.speech is None else api.PARTS
     show = job.progress and job.bar and jax.process_index() == 0
     loaded = api.load(job.model, parts=parts, dtype=job.dtype, mesh=mesh, speech_mesh=speech_mesh, progress=show)

@@ -104,7 +104,7 @@ def answered(out: pathlib.Path, lines: Sequence[Line]) -> dict[int, dict[str, An
     return found
 
 
-class Part:
+class OutputShard:
     """The file that one process appends to."""
 
     def __init__(self, out: pathlib.Path, process: int):

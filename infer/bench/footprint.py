@@ -21,7 +21,7 @@ from omni_jax import buckets
 from omni_jax import config as C
 from omni_jax.checkpoint import keys
 from omni_jax.errors import InputError
-from omni_jax.infer.analysis.depth import cut
+from omni_jax.infer.analysis.depth import truncate_layers
 from omni_jax.infer.bench.reference import SharedWeights
 from omni_jax.infer.bench.text import machine, measured
 from omni_jax.model import vision
@@ -86,11 +86,11 @@ def _generation(model: pathlib.Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def encode_clip(preset: str, seconds: float, layers: int | None) -> None:
+def encode_video(preset: str, seconds: float, layers: int | None) -> None:
     """The vision tower over a clip of random frames at the default sampling; run in a process of its own."""
     import ml_dtypes
 
-    cfg = cut(C.preset(preset), layers)
+    cfg = truncate_layers(C.preset(preset), layers)
     part = cfg.thinker.vision
     params = SharedWeights(cfg, "thinker.visual.").tree()
     side = SIDE // part.patch_size
@@ -102,7 +102,9 @@ def encode_clip(preset: str, seconds: float, layers: int | None) -> None:
 def _vision(preset: str, layers: int | None) -> dict[str, float]:
     peaks = {}
     for seconds in (30, 60):
-        code = f"from omni_jax.infer.bench.footprint import encode_clip; encode_clip({preset!r}, {seconds}, {layers!r})"
+        code = (
+            f"from omni_jax.infer.bench.footprint import encode_video; encode_video({preset!r}, {seconds}, {layers!r})"
+        )
         begin = time.perf_counter()
         peaks[f"peak_{seconds}_s_bytes"] = measured([sys.executable, "-c", code])[2]
         peaks[f"wall_{seconds}_s"] = time.perf_counter() - begin

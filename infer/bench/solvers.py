@@ -39,7 +39,7 @@ def measure(
       runs: timed runs a row, after one that compiles; the median is given.
     Returns:
       dicts of time_points, solver, evaluations, seconds, mel_error (RMS of the difference over RMS of the default's
-      mel about its mean), sound_error (RMS of the difference over RMS of the default's samples).
+      mel about its mean), audio_error (RMS of the difference over RMS of the default's samples).
     """
     cfg, speaker = vocoder.config, pick_voice(vocoder.voices, voice)
     mels: dict[Flow, np.ndarray] = {}
@@ -53,12 +53,12 @@ def measure(
             jax.block_until_ready(drawn.frames)
             seconds.append(time.perf_counter() - began)
         mels[flow] = np.asarray(drawn.frames)[0, : len(codes) * cfg.dit.repeats]
-        waves[flow] = token2wav.mel_to_sound(cfg, vocoder.params, drawn)[0]
+        waves[flow] = token2wav.mel_to_audio(cfg, vocoder.params, drawn)[0]
         rows.append({
             "time_points": flow.time_points, "solver": flow.solver, "evaluations": flow.evaluations,
             "seconds": statistics.median(seconds[1:]),
             "mel_error": _rms(mels[flow] - mels[DEFAULT]) / float(mels[DEFAULT].std()),
-            "sound_error": _rms(waves[flow] - waves[DEFAULT]) / _rms(waves[DEFAULT]),
+            "audio_error": _rms(waves[flow] - waves[DEFAULT]) / _rms(waves[DEFAULT]),
         })  # fmt: skip
     return rows
 
@@ -84,5 +84,5 @@ def main(model: pathlib.Path, given: Any, voice: str | None, seed: int, runs: in
     for r in rows:
         print(
             f"| {r['time_points']} | {r['solver']} | {r['evaluations']} | {r['seconds']:.2f} | {r['mel_error']:.1%} "
-            f"| {r['sound_error']:.1%} |"
+            f"| {r['audio_error']:.1%} |"
         )

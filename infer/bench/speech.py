@@ -24,7 +24,7 @@ from omni_jax.model import dit, talker, token2wav
 from omni_jax.model.kv_cache import init_cache
 from omni_jax.model.sampling import Sampling
 from omni_jax.model.voice import Voice
-from omni_jax.parallel.meshes import Laid, Placement, laid_out, on_one_device
+from omni_jax.parallel.meshes import LayoutFn, Placement, layout_fn, on_one_device
 from omni_jax.runtime import speech
 
 HISTORY = 512  # places of the Talker's cache that are live
@@ -62,7 +62,7 @@ def _talker_row(cfg: C.OmniConfig, pairs: int, tick: Tick, placement: Placement 
     for layer in model.model.layers:
         layer.self_attn.rotary_emb = rotary
     model.eval()
-    params, laid = weights.tree(placement), laid_out(placement)
+    params, layout_for = weights.tree(placement), layout_fn(placement)
 
     one = functools.partial(np.full, 1)
     sampling = Sampling(
@@ -71,7 +71,7 @@ def _talker_row(cfg: C.OmniConfig, pairs: int, tick: Tick, placement: Placement 
     )  # fmt: skip
     reply: Any = np.random.default_rng(0).standard_normal((1, 64, part.embedding_size)).astype(jnp.bfloat16)
 
-    slots = buckets.bucket(HISTORY + max(speech.GROWTH, CODES * (pairs + 1)), buckets.CACHE)
+    slots = buckets.bucket(HISTORY + max(speech.TALKER_CACHE_STEP, CODES * (pairs + 1)), buckets.CACHE)
 
     @jax.jit
     def begin() -> talker.TalkerState:
@@ -91,7 +91,7 @@ def _talker_row(cfg: C.OmniConfig, pairs: int, tick: Tick, placement: Placement 
     seen_ids = torch.ones((1, HISTORY), dtype=torch.long)
 
     def our_codes() -> None:
-        with laid("talker"):
+        with layout_for("talker"):
             ours["state"], _ = talker.advance(part, params, ours["state"], reply, sampling, CODES)
 
     def their_step() -> None:
@@ -128,7 +128,7 @@ def _reference_token2wav(cfg: C.OmniConfig, weights: SharedWeights, torch: Any) 
 
 def _our_evaluation(
     cfg: C.DiTConfig, params: Any, voice: Voice, codes: np.ndarray, rng: np.random.Generator,
-    laid: Laid = on_one_device,
+    layout_for: LayoutFn = on_one_device,
 ) -> tuple[Callable[[], None], np.ndarray]:  # fmt: skip
     """One guided evaluation of ours for codes [1, n], all that stays the same computed before; and its state."""
     count = token2wav.padded_codes(cfg, codes.shape[1])
@@ -138,24 +138,26 @@ def _our_evaluation(
     mel_lengths = np.array([REFERENCE_FRAMES], np.int32)
     fixed: Any = (padded, lengths, voice.cond[None], voice.ref_mel[None], mel_lengths)
     times: Any = np.array([0.3], np.float32)
-    with laid("dit"):
+    with layout_for("dit"):
         given = jax.jit(lambda p: dit.condition(p, cfg, *fixed))(params)
         modulation = jax.tree.map(lambda a: a[0], jax.jit(lambda p: dit.modulations(p, cfg, times))(params))
     evaluate = jax.jit(lambda p, x, m, g: dit.velocity(p, cfg, x, m, g))
 
     def run() -> None:
-        with laid("dit"):
+        with layout_for("dit"):
             jax.block_until_ready(evaluate(params, x, modulation, given))
 
     return run, x
 
 
-def _dit_row(cfg: C.DiTConfig, params: Any, model: Any, frames: int, pairs: int, tick: Tick, laid: Laid) -> Row:
+def _dit_row(
+    cfg: C.DiTConfig, params: Any, model: Any, frames: int, pairs: int, tick: Tick, layout_for: LayoutFn
+) -> Row:
     """One guided evaluation. What does not change from one to the next is computed once here, 36 times there."""
     torch = reference_torch()
     rng = np.random.default_rng(frames)
     voice, codes = _voice(cfg, rng), rng.integers(0, cfg.num_embeds, (1, frames // cfg.repeats)).astype(np.int32)
-    ours, x = _our_evaluation(cfg, params, voice, codes, rng, laid)
+    ours, x = _our_evaluation(cfg, params, voice, codes, rng, layout_for)
 
     @torch.inference_mode()
     def theirs() -> None:
@@ -211,7 +213,7 @@ def speak_once(side: str, preset: str, seconds: int) -> None:
         )  # fmt: skip
 
 
-def _vocoder_row(cfg: C.BigVGANConfig, params: Any, model: Any, pairs: int, tick: Tick, laid: Laid) -> Row:
+def _vocoder_row(cfg: C.BigVGANConfig, params: Any, model: Any, pairs: int, tick: Tick, layout_for: LayoutFn) -> Row:
     torch = reference_torch()
     frames = 2 * SPEECH_SECONDS[0] * CODES_PER_SECOND
     mel = np.random.default_rng(0).standard_normal((1, frames, cfg.mel_dim), dtype=np.float32)
@@ -221,7 +223,7 @@ def _vocoder_row(cfg: C.BigVGANConfig, params: Any, model: Any, pairs: int, tick
         model(torch.from_numpy(mel).transpose(1, 2))
 
     def ours() -> None:
-        with laid("bigvgan"):
+        with layout_for("bigvgan"):
             np.asarray(token2wav.vocode_mel(params, cfg, mel, np.array([frames], np.int32)))
 
     what = f"BigVGAN, {SPEECH_SECONDS[0]} s of sound"
@@ -229,7 +231,7 @@ def _vocoder_row(cfg: C.BigVGANConfig, params: Any, model: Any, pairs: int, tick
 
 
 def _token2wav_row(
-    cfg: C.Token2WavConfig, params: Any, model: Any, seconds: int, pairs: int, tick: Tick, laid: Laid
+    cfg: C.Token2WavConfig, params: Any, model: Any, seconds: int, pairs: int, tick: Tick, layout_for: LayoutFn
 ) -> Row:
     torch = reference_torch()
     rng = np.random.default_rng(seconds)
@@ -243,7 +245,7 @@ def _token2wav_row(
         )  # fmt: skip
 
     def ours() -> None:
-        token2wav.token2wav(cfg, params, [codes], voice, laid=laid)
+        token2wav.token2wav(cfg, params, [codes], voice, layout_for=layout_for)
 
     return Row("token2wav", f"codes to sound, {seconds} s", *timed_pairs(theirs, ours, pairs, tick))
 
@@ -261,12 +263,12 @@ def rows(
         part = cfg.token2wav
         weights = SharedWeights(cfg, "token2wav.")
         model, params = _reference_token2wav(cfg, weights, reference_torch()), weights.tree(placement)
-        laid = laid_out(placement)
+        layout_for = layout_fn(placement)
         flow, vocoder = params["code2wav_dit_model"], params["code2wav_bigvgan_model"]
         if "dit" in stages:
-            out += [_dit_row(part.dit, flow, model.code2wav_dit_model, n, pairs, tick, laid) for n in DIT_FRAMES]
+            out += [_dit_row(part.dit, flow, model.code2wav_dit_model, n, pairs, tick, layout_for) for n in DIT_FRAMES]
         if "vocoder" in stages:
-            out.append(_vocoder_row(part.bigvgan, vocoder, model.code2wav_bigvgan_model, pairs, tick, laid))
+            out.append(_vocoder_row(part.bigvgan, vocoder, model.code2wav_bigvgan_model, pairs, tick, layout_for))
         if "token2wav" in stages:
-            out += [_token2wav_row(part, params, model, n, pairs, tick, laid) for n in SPEECH_SECONDS]
+            out += [_token2wav_row(part, params, model, n, pairs, tick, layout_for) for n in SPEECH_SECONDS]
     return out

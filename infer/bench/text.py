@@ -25,12 +25,12 @@ import numpy as np
 
 from omni_jax import config as C
 from omni_jax.errors import InputError
-from omni_jax.infer.analysis.depth import cut
+from omni_jax.infer.analysis.depth import truncate_layers
 from omni_jax.infer.bench import speech
 from omni_jax.infer.bench.reference import Row, SharedWeights, reference_config, reference_torch, timed_pairs
 from omni_jax.model import audio, vision
 from omni_jax.model.sampling import Sampling
-from omni_jax.parallel.meshes import Laid, Part, Placement, laid_out, place
+from omni_jax.parallel.meshes import LayoutFn, Part, Placement, layout_fn, place
 from omni_jax.runtime import generation
 from omni_jax.runtime.memory_model import thinker_slots
 
@@ -44,11 +44,11 @@ PICTURE = 448
 NOTE = "medians of interleaved runs; ratio = torch / jax"
 
 
-def within(laid: Laid, part: Part, program: Callable[..., Any]) -> Callable[..., Any]:
+def within(layout_for: LayoutFn, part: Part, program: Callable[..., Any]) -> Callable[..., Any]:
     """The program of a tower, each call laid out for its number of frames or chunks."""
 
     def run(params: Any, first: Any, *others: Any) -> Any:
-        with laid(part, len(first)):
+        with layout_for(part, len(first)):
             return program(params, first, *others)
 
     return run
@@ -79,7 +79,7 @@ def _text_rows(
         layer.self_attn.rotary_emb = rotary
     model.eval()
     head = state["lm_head.weight"]
-    params, laid = weights.tree(placement), laid_out(placement)
+    params, layout_for = weights.tree(placement), layout_fn(placement)
 
     ids = np.random.default_rng(1).integers(0, text.vocab_size // 2, (1, PROMPT_TOKENS)).astype(np.int32)
     positions = np.broadcast_to(np.arange(PROMPT_TOKENS, dtype=np.int32), (3, 1, PROMPT_TOKENS))
@@ -96,15 +96,15 @@ def _text_rows(
 
     def our_prefill() -> None:
         ours.clear()
-        with laid("thinker", 1, PROMPT_TOKENS):
+        with layout_for("thinker", 1, PROMPT_TOKENS):
             read = generation.prefill(cfg.thinker, params, prompt, capacity=capacity, cache_dtype=jnp.float32)
-        with laid("thinker"):
+        with layout_for("thinker"):
             state, out = generation.first_draw(params, read.cache, read.seen, read.last, prompt.next_position, sampling)
         ours["state"] = state
         jax.block_until_ready(out)
 
     def our_decode() -> None:
-        with laid("thinker"):
+        with layout_for("thinker"):
             ours["state"], _, _ = generation.advance(cfg.thinker, params, ours["state"], sampling, 1)
         jax.block_until_ready(ours["state"].cache.length)
 
@@ -149,7 +149,7 @@ def _audio_row(cfg: C.OmniConfig, pairs: int, tick: Callable[[], None], placemen
     mel = np.random.default_rng(0).standard_normal((AUDIO_FRAMES, cfg.thinker.audio.num_mel_bins), dtype=np.float32)
     features, length = torch.from_numpy(mel.T.copy()).bfloat16(), torch.tensor([AUDIO_FRAMES])
     after_conv = (length - 1) // 2 + 1
-    run = within(laid_out(placement), "audio", audio.audio_program(cfg.thinker.audio))
+    run = within(layout_fn(placement), "audio", audio.audio_program(cfg.thinker.audio))
     params = weights.tree(placement)
 
     @torch.inference_mode()
@@ -176,7 +176,7 @@ def _vision_row(cfg: C.OmniConfig, pairs: int, tick: Callable[[], None], placeme
     side = PICTURE // part.patch_size
     patches = np.random.default_rng(0).standard_normal((side * side, part.patch_dim), dtype=np.float32)
     pixels, grid = torch.from_numpy(patches).bfloat16(), torch.tensor([[1, side, side]])
-    run, params = within(laid_out(placement), "vision", vision.vision_program(part)), weights.tree(placement)
+    run, params = within(layout_fn(placement), "vision", vision.vision_program(part)), weights.tree(placement)
 
     @torch.inference_mode()
     def theirs() -> None:
@@ -227,7 +227,7 @@ def run(
     from rich.console import Console
     from rich.progress import Progress
 
-    cfg = cut(C.preset(preset), layers)
+    cfg = truncate_layers(C.preset(preset), layers)
     placement = None if mesh is None else place(cfg, mesh)
     stages = [s for s in (*STAGES, *SPEECH_STAGES) if s in stages]
     rows: list[Row] = []

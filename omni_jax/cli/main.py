@@ -139,7 +139,7 @@ def generate(
     """
     from rich.console import Console
 
-    from omni_jax.processing.encode import check_writable, write_sound
+    from omni_jax.processing.encode import check_writable, write_audio
     from omni_jax.settings import DoneEvent, GenerationSettings, SpeechSettings, Watchdog
 
     settings = GenerationSettings(
@@ -175,7 +175,7 @@ def generate(
         out = reply.to_dict()
         out["timings"] = {"load": load_seconds} | out["timings"]
         if speech is not None:
-            write_sound(speech, reply.waveform, SAMPLE_RATE, speech_format)
+            write_audio(speech, reply.waveform, SAMPLE_RATE, speech_format)
             out["speech"] = str(speech)
         print(json.dumps(out, ensure_ascii=False))
         return
@@ -198,7 +198,7 @@ def generate(
         style="dim",
     )
     if speech is not None:
-        write_sound(speech, reply.waveform, SAMPLE_RATE, speech_format)
+        write_audio(speech, reply.waveform, SAMPLE_RATE, speech_format)
         notes.print(
             f"{reply.seconds:.2f} s of speech made in {times['talker'] + times['token2wav']:.2f} s; "
             f"ended by {reply.speech_finish_reason}; written to {speech}",
@@ -232,7 +232,7 @@ def vocode(
       ode_solver: How; the cheaper ones are midpoint and euler (see `omni-jax solvers`).
       mesh: Chips to lay the model over (2x2, 2x4, …), or axes (data=2,tensor=4); by default one device.
     """
-    from omni_jax.processing.encode import check_writable, write_atomically, write_sound
+    from omni_jax.processing.encode import check_writable, write_atomically, write_audio
     from omni_jax.settings import SpeechSettings
 
     check_writable(out)
@@ -248,7 +248,7 @@ def vocode(
     if out.suffix == ".npy":
         write_atomically(out, lambda file: np.save(file, wave))
     else:
-        write_sound(out, wave, token2wav.SAMPLE_RATE)
+        write_audio(out, wave, token2wav.SAMPLE_RATE)
 
 
 def voices(path: tyro.conf.Positional[pathlib.Path]) -> None:

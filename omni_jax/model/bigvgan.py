@@ -42,7 +42,7 @@ def _snake(channels: int) -> Declared:
 
 
 def declare(cfg: BigVGANConfig) -> Declared:
-    """The parameters under their published names (see `declare.Leaf`)."""
+    """The parameters under their published names (see `declare.ParamSpec`)."""
     tree: dict[str, Any] = {"conv_pre": conv(cfg.upsample_initial_channel, cfg.mel_dim, 7), "ups": {}, "resblocks": {}}
     channels = cfg.upsample_initial_channel
     for i, width in enumerate(cfg.upsample_kernel_sizes):

@@ -16,11 +16,11 @@ from flax import linen as nn
 from omni_jax.model.layers import INIT_STDDEV, sharded_init
 
 NORMAL = nn.initializers.normal(INIT_STDDEV)
-Declared = Any  # a nested dict whose leaves are `Leaf`
+Declared = Any  # a nested dict whose leaves are `ParamSpec`
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
+class ParamSpec:
     """One parameter: its shape, the logical name of each axis, and `(key, shape) -> array`."""
 
     shape: tuple[int, ...]
@@ -28,14 +28,14 @@ class Leaf:
     init: Callable = NORMAL
 
 
-def weight(*shape: int, axes: tuple[str | None, ...] | None = None) -> Leaf:
+def weight(*shape: int, axes: tuple[str | None, ...] | None = None) -> ParamSpec:
     """A projection or convolution weight; without `axes` it is replicated."""
-    return Leaf(shape, axes or (None,) * len(shape))
+    return ParamSpec(shape, axes or (None,) * len(shape))
 
 
-def zeros(size: int, axis: str | None = None) -> Leaf:
+def zeros(size: int, axis: str | None = None) -> ParamSpec:
     """A bias, or another vector that starts at zero."""
-    return Leaf((size,), (axis,), nn.initializers.zeros)
+    return ParamSpec((size,), (axis,), nn.initializers.zeros)
 
 
 def dense(out: int, into: int, axes: tuple[str | None, str | None] = (None, None)) -> Declared:
@@ -50,7 +50,7 @@ def conv(out: int, into: int, width: int) -> Declared:
 
 def stacked(tree: Declared, length: int) -> Declared:
     """The same parameters for `length` equal layers, on a leading axis named "layers"."""
-    return jax.tree.map(lambda leaf: Leaf((length, *leaf.shape), ("layers", *leaf.axes), leaf.init), tree)
+    return jax.tree.map(lambda leaf: ParamSpec((length, *leaf.shape), ("layers", *leaf.axes), leaf.init), tree)
 
 
 def init(tree: Declared, key: jax.Array) -> Any:

@@ -121,7 +121,7 @@ class Decoder(nn.Module):
         return RMSNorm(cfg.rms_norm_eps, name="norm")(x), rows
 
 
-def read(
+def forward(
     cfg: DecoderConfig, params: Any, x: jax.Array, positions: jax.Array, cache: KVCache, *, first: bool = False
 ) -> tuple[jax.Array, Any]:
     """`params, cache, inputs → hidden, new rows`: what prefill and decode steps are made of.
@@ -141,14 +141,14 @@ def read(
     return hidden, jax.tree.map(lambda a: a.astype(dtype), rows)
 
 
-def decode(
+def forward_and_append(
     cfg: DecoderConfig, params: Any, x: jax.Array, positions: jax.Array, cache: KVCache, *, first: bool = False
 ) -> tuple[jax.Array, KVCache]:
-    """`read`, and the rows written: hidden [B, T, D], and the cache with T more slots.
+    """`forward`, and the rows written: hidden [B, T, D], and the cache with T more slots.
 
     The caller's jit donates the cache, which must have T free slots.
     """
-    hidden, rows = read(cfg, params, x, positions, cache, first=first)
+    hidden, rows = forward(cfg, params, x, positions, cache, first=first)
     return hidden, append_rows(cache, rows, first=first)
 
 

@@ -25,7 +25,7 @@ from jax import lax
 
 from omni_jax.config import DiTConfig
 from omni_jax.model import ecapa
-from omni_jax.model.declare import Declared, Leaf, dense, stacked, weight
+from omni_jax.model.declare import Declared, ParamSpec, dense, stacked, weight
 from omni_jax.model.layers import Params, linear, merged_weight, run_layers
 from omni_jax.model.layers import dense as _dense
 from omni_jax.parallel.sharding import constrain, replicate
@@ -56,7 +56,7 @@ def _inv_freq(cfg: DiTConfig) -> np.ndarray:
 
 
 def declare(cfg: DiTConfig) -> Declared:
-    """The parameters under their published names, layers stacked (see `declare.Leaf`)."""
+    """The parameters under their published names, layers stacked (see `declare.ParamSpec`)."""
     d, inner, ff = cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size * cfg.ff_mult
     layer = {
         "attn_norm": {"linear": dense(MODULATIONS * d, d, ("mlp", "embed"))},
@@ -75,7 +75,7 @@ def declare(cfg: DiTConfig) -> Declared:
         "input_embed": {"proj": dense(d, into), "spk_encoder": ecapa.declare(cfg)},
         # Stored, not computed: the published values are rounded to bf16, and the model was trained with those.
         "rotary_embed": {
-            "inv_freq": Leaf((cfg.head_dim // 2,), (None,), lambda key, shape: jnp.asarray(_inv_freq(cfg)))
+            "inv_freq": ParamSpec((cfg.head_dim // 2,), (None,), lambda key, shape: jnp.asarray(_inv_freq(cfg)))
         },
         "transformer_blocks": stacked(layer, cfg.num_hidden_layers),
         "norm_out": {"linear": dense(2 * d, d)},

@@ -23,7 +23,7 @@ VARIANCE_FLOOR = 1e-12
 
 
 def declare(cfg: DiTConfig) -> Declared:
-    """The parameters under their published names (see `declare.Leaf`)."""
+    """The parameters under their published names (see `declare.ParamSpec`)."""
     channels, widths, scale = cfg.enc_channels, cfg.enc_kernel_sizes, cfg.enc_res2net_scale
     blocks: dict[str, Any] = {"0": {"conv": conv(channels[0], cfg.mel_dim, widths[0])}}
     for i in range(1, len(channels) - 1):

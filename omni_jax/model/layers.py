@@ -131,7 +131,7 @@ def merged_weight(params: Params) -> jax.Array:
     return (weight.astype(jnp.float32) + change).astype(weight.dtype)
 
 
-def look_up(table: jax.Array, *index: jax.Array) -> jax.Array:
+def embedding_lookup(table: jax.Array, *index: jax.Array) -> jax.Array:
     """`table[index]` for the few rows of a decode step; zeros where an index is negative.
 
     It stands in a branch, since a TPU compiler fetches a table that fits its fast memory whole, for a row of it.

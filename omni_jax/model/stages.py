@@ -33,7 +33,7 @@ def boxed_shapes(cfg: OmniConfig, parts: Sequence[str] = PARTS) -> Any:
     return {p: jax.eval_shape(functools.partial(inits[p], getattr(cfg, p)), key) for p in parts}
 
 
-def layers_apart(platform: str, meshed: bool) -> bool:
+def use_unrolled_layers(platform: str, meshed: bool) -> bool:
     """Whether a model on this platform ("cpu", "gpu", "tpu") holds each layer's weights and cache apart.
 
     There the layers are looped over: a scan would copy each layer's weights at each step. A mesh takes stacked layers

@@ -24,9 +24,9 @@ from flax import struct
 from jax import lax
 
 from omni_jax.config import TalkerConfig
-from omni_jax.model.decoder import Decoder, decode, read, steps_on_host
+from omni_jax.model.decoder import Decoder, forward, forward_and_append, steps_on_host
 from omni_jax.model.kv_cache import KVCache, append_rows, init_cache, write_rows
-from omni_jax.model.layers import Linear, Params, dense, look_up
+from omni_jax.model.layers import Linear, Params, dense, embedding_lookup
 from omni_jax.model.sampling import Array, Sampling, sample
 from omni_jax.model.thinker import Embedding
 from omni_jax.parallel.sharding import constrain, replicate
@@ -189,7 +189,7 @@ def prefill(
     positions = jnp.concatenate([prompt.positions, jnp.broadcast_to(after, (3, batch, EXTRA))], axis=2)
     unroll = isinstance(params["model"]["layers"], tuple)
     cache = init_cache(cfg.decoder, batch, capacity, cache_dtype, prompt.start, unroll=unroll)
-    hidden, cache = decode(cfg.decoder, params["model"], project(params, x), positions, cache, first=True)
+    hidden, cache = forward_and_append(cfg.decoder, params["model"], project(params, x), positions, cache, first=True)
     # To the penalty the prompt is a row of codec marks; padding does not count, but every row has at least one token.
     marks = [cfg.tts_codec_mask_token_id, cfg.tts_codec_pad_token_id, cfg.tts_codec_start_token_id]
     seen = jnp.zeros((batch, cfg.decoder.vocab_size), bool).at[:, jnp.array(marks)].set(True)
@@ -225,9 +225,11 @@ def _read_step(
 ) -> tuple[Any, TalkerState]:
     """A step up to the writing of its rows: they, and the state with the old cache in it."""
     heard = jnp.minimum(state.drawn, reply.shape[1] - 1)
-    x = look_up(params["model"]["embed_tokens"]["weight"], state.token) + look_up(reply, jnp.arange(len(heard)), heard)
+    x = embedding_lookup(params["model"]["embed_tokens"]["weight"], state.token) + embedding_lookup(
+        reply, jnp.arange(len(heard)), heard
+    )
     positions = jnp.broadcast_to(state.position[None, :, None], (3, *state.position.shape, 1))
-    hidden, rows = read(cfg.decoder, params["model"], project(params, x[:, None]), positions, state.cache)
+    hidden, rows = forward(cfg.decoder, params["model"], project(params, x[:, None]), positions, state.cache)
     token, seen, drawn, done = _draw(cfg, params, hidden[:, -1], state.seen, state.drawn, state.done, sampling)
     return rows, TalkerState(state.cache, token, state.position + 1, seen, drawn, done)
 

@@ -13,9 +13,9 @@ from flax import linen as nn
 
 from omni_jax.config import ThinkerConfig
 from omni_jax.model.audio import AudioTower, audio_shapes
-from omni_jax.model.decoder import Decoder, decode
+from omni_jax.model.decoder import Decoder, forward_and_append
 from omni_jax.model.kv_cache import KVCache
-from omni_jax.model.layers import INIT_STDDEV, Params, dense, look_up, sharded_init
+from omni_jax.model.layers import INIT_STDDEV, Params, dense, embedding_lookup, sharded_init
 from omni_jax.model.vision import VisionTower, vision_shapes
 from omni_jax.parallel.sharding import constrain
 
@@ -76,7 +76,7 @@ def embed(
       [B, T, D] in the dtype of the table.
     """
     table = params["model"]["embed_tokens"]["weight"]
-    x = look_up(table, ids) if ids.shape[1] == 1 else table[ids]
+    x = embedding_lookup(table, ids) if ids.shape[1] == 1 else table[ids]
     if media is not None and media_index is not None:
         vectors = media.astype(x.dtype)[jnp.maximum(media_index, 0)]
         x = jnp.where((media_index >= 0)[..., None], vectors, x)
@@ -86,8 +86,8 @@ def embed(
 def forward(
     cfg: ThinkerConfig, params: Params, x: jax.Array, positions: jax.Array, cache: KVCache, *, first: bool = False
 ) -> tuple[jax.Array, KVCache]:
-    """Hidden states of T new tokens. See `decoder.decode`."""
-    return decode(cfg.text, params["model"], x, positions, cache, first=first)
+    """Hidden states of T new tokens. See `decoder.forward_and_append`."""
+    return forward_and_append(cfg.text, params["model"], x, positions, cache, first=first)
 
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:

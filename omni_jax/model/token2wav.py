@@ -26,7 +26,7 @@ from omni_jax.errors import InputError
 from omni_jax.model import bigvgan, declare, dit, ecapa, ode
 from omni_jax.model.layers import Params
 from omni_jax.model.voice import Voice
-from omni_jax.parallel.meshes import Laid, on_one_device
+from omni_jax.parallel.meshes import LayoutFn, on_one_device
 from omni_jax.parallel.sharding import constrain, replicate
 
 SAMPLE_RATE = 24000
@@ -219,11 +219,13 @@ def token2wav(
     noise: Sequence[Any] | None = None,
     seeds: int | Sequence[int] = 0,
     flow: Flow = Flow(),
-    laid: Laid = on_one_device,
+    layout_for: LayoutFn = on_one_device,
 ) -> list[np.ndarray]:
-    """Speaks codes: `codes_to_mel`, then `mel_to_sound`; arguments and errors are theirs."""
-    drawn = codes_to_mel(cfg, params, codes, voices, lengths=lengths, noise=noise, seeds=seeds, flow=flow, laid=laid)
-    return mel_to_sound(cfg, params, drawn, laid)
+    """Speaks codes: `codes_to_mel`, then `mel_to_audio`; arguments and errors are theirs."""
+    drawn = codes_to_mel(
+        cfg, params, codes, voices, lengths=lengths, noise=noise, seeds=seeds, flow=flow, layout_for=layout_for
+    )
+    return mel_to_audio(cfg, params, drawn, layout_for)
 
 
 def codes_to_mel(
@@ -236,7 +238,7 @@ def codes_to_mel(
     noise: Sequence[Any] | None = None,
     seeds: int | Sequence[int] = 0,
     flow: Flow = Flow(),
-    laid: Laid = on_one_device,
+    layout_for: LayoutFn = on_one_device,
 ) -> Drawn:
     """Draws the mel spectrograms of codes. Each row of a batch gets exactly what it would get alone.
 
@@ -249,7 +251,7 @@ def codes_to_mel(
       noise: [2 n, mel_dim] float32 for a request of n codes; by default drawn from `seeds`.
       seeds: one for all, or one each; 0 … 2**64 - 1.
       flow: solver settings.
-      laid: how the programs lie on a mesh.
+      layout_for: how the programs lie on a mesh.
     Raises:
       CodeError: a code outside the DiT's table.
       ValueError: counts or shapes that do not fit together.
@@ -278,19 +280,21 @@ def codes_to_mel(
     if noise is None:
         keys = np.zeros((count, 2), np.uint32)
         keys[: len(speaking)] = [divmod(int(every_seed[i]), 2**32) for i in speaking]
-        with laid("dit", count):
+        with layout_for("dit", count):
             start: Any = draw_noise(keys, frames, mel_dim)
     else:
         given = [_checked_noise(noise[i], len(rows[i]) * cfg.dit.repeats, mel_dim, i) for i in speaking]
         start = _padded(given, count, frames)
 
     padded = _padded([rows[i] for i in speaking], count, length)
-    with laid("dit", count):
+    with layout_for("dit", count):
         mel = sample_mel(params["code2wav_dit_model"], cfg.dit, padded, lens, spk, mels, refs, start, flow)
     return Drawn(mel, lens, tuple(speaking), len(rows))
 
 
-def mel_to_sound(cfg: Token2WavConfig, params: Params, drawn: Drawn, laid: Laid = on_one_device) -> list[np.ndarray]:
+def mel_to_audio(
+    cfg: Token2WavConfig, params: Params, drawn: Drawn, layout_for: LayoutFn = on_one_device
+) -> list[np.ndarray]:
     """Runs BigVGAN over drawn mels.
 
     Returns:
@@ -300,7 +304,7 @@ def mel_to_sound(cfg: Token2WavConfig, params: Params, drawn: Drawn, laid: Laid 
     if drawn.frames is None:
         return waves
     frames = drawn.counts * np.int32(cfg.dit.repeats)
-    with laid("bigvgan", len(frames)):
+    with layout_for("bigvgan", len(frames)):
         sound = np.asarray(vocode_mel(params["code2wav_bigvgan_model"], cfg.bigvgan, drawn.frames, frames))
     for row, i in enumerate(drawn.requests):
         waves[i] = sound[row, : drawn.counts[row] * samples_per_code(cfg)].copy()

@@ -34,11 +34,11 @@ REPLICA_CHIPS = 8
 # bytes than summing the activations does.
 LONG_PROMPT = 8192
 MODEL = ("tensor", "sequence")
-# Of `Rules.lanes`. A decode step multiplies few rows, and wants features that it sums over side by side; so does a
+# Of `Rules.minor_axis`. A decode step multiplies few rows, and wants features that it sums over side by side; so does a
 # look-up of a table. The vision tower multiplies thousands of rows, and wants those of the residual stream.
-Lanes = Mapping[tuple[str | None, str | None], int]
-DECODER_LANES: Lanes = {("embed", "mlp"): 1, ("embed", "heads"): 1, (None, "table"): 1}
-VISION_LANES: Lanes = {("mlp", "embed"): 1, ("embed", "mlp"): 0}
+MinorAxis = Mapping[tuple[str | None, str | None], int]
+DECODER_MINOR_AXIS: MinorAxis = {("embed", "mlp"): 1, ("embed", "heads"): 1, (None, "table"): 1}
+VISION_MINOR_AXIS: MinorAxis = {("mlp", "embed"): 1, ("embed", "mlp"): 0}
 
 
 def axis_sizes(name: str, cfg: OmniConfig) -> dict[str, int]:
@@ -229,7 +229,7 @@ def rules(part: Part, cfg: OmniConfig, sizes: Sizes, batch: int = 1, length: int
     table |= weights
     if part in ("thinker", "talker"):
         d = cfg.thinker.text if part == "thinker" else _talker(cfg).decoder
-        return Rules(table | _decoder(sizes, d, weights, batch, length), DECODER_LANES)
+        return Rules(table | _decoder(sizes, d, weights, batch, length), DECODER_MINOR_AXIS)
     table["batch"] = table["attend_batch"] = fit(sizes, [batch], ("data", "fsdp"), ("data",), ("fsdp",))
     if part == "bigvgan":
         return Rules(table)  # its convolutions, half a gigabyte, are whole on each chip
@@ -241,7 +241,7 @@ def rules(part: Part, cfg: OmniConfig, sizes: Sizes, batch: int = 1, length: int
         )
     table |= {"act_proj": weights["heads"], "act_mlp": weights["mlp"]}
     table["act_heads"] = table["act_kv_heads"] = fit(sizes, [count], MODEL, ("sequence",), ("tensor",))
-    return Rules(table, VISION_LANES if part == "vision" else {})
+    return Rules(table, VISION_MINOR_AXIS if part == "vision" else {})
 
 
 def layout(part: Part, cfg: OmniConfig, mesh: Mesh, batch: int = 1, length: int = 1) -> Layout:
@@ -269,7 +269,7 @@ class Placement:
     speech: Mesh
 
     @property
-    def apart(self) -> bool:
+    def has_speech_mesh(self) -> bool:
         """Whether speech has chips of its own."""
         return self.speech != self.thinker
 
@@ -325,29 +325,29 @@ def place(
     return Placement(cfg, *meshes)
 
 
-class Laid(Protocol):
-    """`laid(part, batch, length)` is the context that a call of a part runs in."""
+class LayoutFn(Protocol):
+    """`layout_for(part, batch, length)` is the context that a call of a part runs in."""
 
     def __call__(self, part: Part, batch: int = 1, length: int = 1) -> AbstractContextManager[None]: ...
 
 
 def on_one_device(part: Part, batch: int = 1, length: int = 1) -> AbstractContextManager[None]:
-    """`Laid` without a mesh: no context at all."""
+    """`LayoutFn` without a mesh: no context at all."""
     return contextlib.nullcontext()
 
 
-def laid_out(placement: Placement | None) -> Laid:
+def layout_fn(placement: Placement | None) -> LayoutFn:
     """The contexts that the calls of a model run in; without a placement, those of one device."""
     if placement is None:
         return on_one_device
 
-    def laid(part: Part, batch: int = 1, length: int = 1) -> AbstractContextManager[None]:
+    def layout_for(part: Part, batch: int = 1, length: int = 1) -> AbstractContextManager[None]:
         return placement.layout(part, batch, length).active()
 
-    return laid
+    return layout_for
 
 
-def hand_over(tree: Any, mesh: Mesh) -> Any:
+def transfer_to_mesh(tree: Any, mesh: Mesh) -> Any:
     """Moves arrays of one stage, or of the host, to the mesh of the next, whole on each of its devices; explicitly, so
     that it holds under `jax.transfer_guard("disallow")`."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))

@@ -67,13 +67,13 @@ class Rules:
     Attributes:
       table: logical axis → mesh axes, () for replicated. Every logical axis must be named: what is replicated is so by
         choice.
-      lanes: of matrices with these two axes, which (0 or 1) lies innermost in a TPU's memory where the local sizes are
-        not whole tiles. The compiler's own choice there saves padding, and each program would first copy the matrix
-        into the order that it multiplies in.
+      minor_axis: of matrices with these two axes, which (0 or 1) lies innermost in a TPU's memory where the local sizes
+        are not whole tiles. The compiler's own choice there saves padding, and each program would first copy the
+        matrix into the order that it multiplies in.
     """
 
     table: Mapping[str, tuple[str, ...]]
-    lanes: Mapping[tuple[str | None, str | None], int] = field(default_factory=dict)
+    minor_axis: Mapping[tuple[str | None, str | None], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raises ValueError for unknown or absent names."""
@@ -87,7 +87,7 @@ class Rules:
             raise ValueError(f"rules name unknown mesh axes {sorted(unknown)}; known are {list(MESH_AXES)}")
 
     def _key(self) -> tuple:
-        return tuple(sorted(self.table.items())), tuple(sorted(self.lanes.items(), key=str))
+        return tuple(sorted(self.table.items())), tuple(sorted(self.minor_axis.items(), key=str))
 
     def __hash__(self) -> int:
         return hash(self._key())
@@ -118,7 +118,7 @@ class Rules:
         """
         if len(local) < 2 or (local[-1] % LANES == 0 and local[-2] % (2 * SUBLANES) == 0):
             return None
-        return self.lanes.get((names[-2], names[-1]))
+        return self.minor_axis.get((names[-2], names[-1]))
 
     def stored_size(self, names: Sequence[str | None], local: Sequence[int]) -> int:
         """Values that a weight takes of a TPU's memory, with the padding of an order that is fixed (`innermost`)."""

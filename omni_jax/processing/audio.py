@@ -48,7 +48,7 @@ PUBLISHED = MelConfig()
 
 
 @dataclass(frozen=True)
-class Part:
+class TimeRange:
     """Which part of a sound is wanted.
 
     Attributes:
@@ -73,10 +73,10 @@ class Part:
             )
 
 
-WHOLE = Part()
+WHOLE = TimeRange()
 
 
-def _decode(file: BinaryIO, name: str, missing: str, part: Part) -> tuple[np.ndarray, int, int]:
+def _decode(file: BinaryIO, name: str, missing: str, part: TimeRange) -> tuple[np.ndarray, int, int]:
     """The wanted part of the first sound track, or a little more of it.
 
     What lies before it is not kept and what lies after it is not decoded, so that memory holds for any file.
@@ -140,10 +140,10 @@ def _from_array(samples: np.ndarray, name: str) -> np.ndarray:
     return floats if floats.ndim == 1 else floats.mean(axis=0, dtype=np.float32)
 
 
-def load_sound(
+def load_audio(
     source: Any,
     rate: int = 16000,
-    part: Part = WHOLE,
+    part: TimeRange = WHOLE,
     *,
     access: Access = ANYTHING,
     missing: str = MISSING,
@@ -173,21 +173,23 @@ def load_sound(
         raise MediaError(f"{name} comes without its rate; give (samples, rate)")
     else:
         with fetch(source, access) as file:
-            return read_sound(file, name, rate, part, missing=missing)
+            return read_audio(file, name, rate, part, missing=missing)
     return _prepare(samples, own_rate, rate, name, part)
 
 
-def read_sound(file: BinaryIO, name: str, rate: int, part: Part = WHOLE, *, missing: str = MISSING) -> np.ndarray:
-    """`load_sound` of an open file."""
+def read_audio(file: BinaryIO, name: str, rate: int, part: TimeRange = WHOLE, *, missing: str = MISSING) -> np.ndarray:
+    """`load_audio` of an open file."""
     samples, own_rate, skipped = _decode(file, name, missing, part)
     return _prepare(samples, own_rate, rate, name, part, skipped)
 
 
-def _prepare(samples: np.ndarray, own_rate: float, rate: int, name: str, part: Part, skipped: int = 0) -> np.ndarray:
+def _prepare(
+    samples: np.ndarray, own_rate: float, rate: int, name: str, part: TimeRange, skipped: int = 0
+) -> np.ndarray:
     """Checks mono samples, cuts the wanted part (`skipped` samples came before) and resamples it: float32 [S].
 
     Raises:
-      MediaError: see `load_sound`.
+      MediaError: see `load_audio`.
     """
     first, last = part.samples(own_rate)
     if not len(samples) and not skipped and last > 0:

@@ -11,20 +11,20 @@ import numpy as np
 
 from omni_jax.errors import InputError
 
-SoundFormat = Literal["wav", "flac", "mp3", "opus"]
-FORMATS: tuple[SoundFormat, ...] = get_args(SoundFormat)
+AudioFormat = Literal["wav", "flac", "mp3", "opus"]
+FORMATS: tuple[AudioFormat, ...] = get_args(AudioFormat)
 # Container and encoding, as libsndfile names them. 16 bits: what every player takes.
 _ENCODINGS = {
     "wav": ("WAV", "PCM_16"), "flac": ("FLAC", "PCM_16"), "mp3": ("MP3", "MPEG_LAYER_III"), "opus": ("OGG", "OPUS"),
 }  # fmt: skip
-_SUFFIXES: dict[str, SoundFormat] = {".flac": "flac", ".mp3": "mp3", ".opus": "opus", ".ogg": "opus"}
+_SUFFIXES: dict[str, AudioFormat] = {".flac": "flac", ".mp3": "mp3", ".opus": "opus", ".ogg": "opus"}
 
 
 class OutputError(InputError):
     """A file that cannot be written; the message says why."""
 
 
-def format_of(path: str | pathlib.Path) -> SoundFormat:
+def format_of(path: str | pathlib.Path) -> AudioFormat:
     """The format that a file's suffix names; wav where it names none."""
     return _SUFFIXES.get(pathlib.Path(path).suffix.lower(), "wav")
 
@@ -62,8 +62,8 @@ def write_atomically(path: str | pathlib.Path, write: Callable[[Any], None]) -> 
         temporary.unlink(missing_ok=True)
 
 
-def write_sound(
-    path: str | pathlib.Path, samples: np.ndarray, rate: int, sound_format: SoundFormat | None = None
+def write_audio(
+    path: str | pathlib.Path, samples: np.ndarray, rate: int, audio_format: AudioFormat | None = None
 ) -> None:
     """Writes a mono sound.
 
@@ -72,13 +72,13 @@ def write_sound(
       samples: float32 [n] in [-1, 1]; none gives a wav without samples, or 10 ms of silence in the other formats,
         whose empty files nothing can read.
       rate: samples a second.
-      sound_format: by default what the suffix of `path` names.
+      audio_format: by default what the suffix of `path` names.
     Raises:
       OutputError: an unknown format, or the file cannot be written.
     """
     import soundfile
 
-    chosen = sound_format or format_of(path)
+    chosen = audio_format or format_of(path)
     if chosen not in _ENCODINGS:
         raise OutputError(f"sound format {chosen!r} is unknown; known are {', '.join(FORMATS)}")
     container, encoding = _ENCODINGS[chosen]

@@ -143,7 +143,7 @@ def media_ids(segment: Image | Audio | Video | AudioVideo, cfg: ThinkerConfig) -
     return np.concatenate([opening, *inside, closing]).astype(np.int32)
 
 
-def _clip_positions(segment: AudioVideo, start: int, cfg: ThinkerConfig) -> list[np.ndarray]:
+def _video_positions(segment: AudioVideo, start: int, cfg: ThinkerConfig) -> list[np.ndarray]:
     """Picture and sound count from the same id; both BOS share one, and so do both EOS."""
     both = np.full((3, 2), start)
     of = {
@@ -181,7 +181,7 @@ def position_ids(segments: Iterable[Segment], cfg: ThinkerConfig, start: int = 0
         elif isinstance(segment, Audio):
             new = [run(segment.tokens + 2, start)]
         elif isinstance(segment, AudioVideo):
-            new = _clip_positions(segment, start, cfg)
+            new = _video_positions(segment, start, cfg)
         else:
             seconds = segment.seconds_per_grid if isinstance(segment, Video) else 1.0
             vision = _vision_positions(segment.grid, seconds, cfg) + start + 1

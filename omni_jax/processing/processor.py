@@ -14,11 +14,11 @@ import numpy as np
 from omni_jax.config import ConfigError, OmniConfig, ThinkerConfig
 from omni_jax.processing import audio, chat, images
 from omni_jax.processing import positions as P
-from omni_jax.processing.audio import MelConfig, Part, load_sound, log_mel, mel_config
+from omni_jax.processing.audio import MelConfig, TimeRange, load_audio, log_mel, mel_config
 from omni_jax.processing.images import ImageConfig, Patches, image_config, image_patches
 from omni_jax.processing.media import ANYTHING, Access, MediaError, describe
 from omni_jax.processing.tokenizer import Tokenizer
-from omni_jax.processing.video import Clip, Sampling, load_clip
+from omni_jax.processing.video import Sampling, Video, load_video
 
 MAX_POSITION = 1 << 30  # position ids are int32
 CONTROLS = ("audio", "image", "video", "audio_start", "audio_end", "vision_start", "vision_end")
@@ -76,7 +76,7 @@ class Prompt:
     ids: np.ndarray
     positions: np.ndarray
     images: tuple[Patches, ...]
-    videos: tuple[Clip, ...]
+    videos: tuple[Video, ...]
     audios: tuple[np.ndarray, ...]
     segments: tuple[P.Segment, ...]
 
@@ -87,7 +87,7 @@ class _Medium:
 
     segment: P.Image | P.Audio | P.Video | P.AudioVideo
     image: Patches | None = None
-    video: Clip | None = None
+    video: Video | None = None
     audio: np.ndarray | None = None
 
 
@@ -238,8 +238,8 @@ class Processor:
             )  # fmt: skip
             return _Medium(P.Image(patches.grid), image=patches)
         if part.kind == "audio":
-            wanted = Part(options.get("audio_start"), options.get("audio_end"), self._most_seconds)
-            samples = load_sound(part.source, self.mel.rate, wanted, access=access)
+            wanted = TimeRange(options.get("audio_start"), options.get("audio_end"), self._most_seconds)
+            samples = load_audio(part.source, self.mel.rate, wanted, access=access)
             mel = log_mel(samples, self.mel, describe(part.source))
             return _Medium(P.Audio(self._tokens(mel, part)), audio=mel)
         names = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels")
@@ -249,9 +249,9 @@ class Processor:
             end=options.get("video_end"),
             most_tokens=self.cfg.text.max_position_embeddings,
         )
-        clip, track = load_clip(
+        clip, track = load_video(
             part.source, self.cfg.vision, self.image, sampling,
-            with_sound=options["use_audio_in_video"], sound_rate=self.mel.rate, most_seconds=self._most_seconds,
+            with_audio=options["use_audio_in_video"], audio_rate=self.mel.rate, most_seconds=self._most_seconds,
             access=access,
         )  # fmt: skip
         seconds = clip.seconds_per_grid * clip.grid[0]

@@ -1,4 +1,4 @@
-"""Clips to patches: which frames are taken, their size, decoding with PyAV (FFmpeg).
+"""Videos to patches: which frames are taken, their size, decoding with PyAV (FFmpeg).
 
 Sampling and pixel budgets are those of qwen-omni-utils 0.0.9. Two things differ from it. Frames are resized with
 Pillow's antialiased bicubic filter instead of torchvision's: of the 8-bit values fewer than 1 % differ, nearly all of
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image as Pillow
 
 from omni_jax.config import VisionConfig
-from omni_jax.processing.audio import Part, read_sound
+from omni_jax.processing.audio import TimeRange, read_audio
 from omni_jax.processing.container import check_length, damaged, declared_seconds, open_container, reason
 from omni_jax.processing.images import (
     PUBLISHED,
@@ -68,7 +68,7 @@ DEFAULT = Sampling()
 
 
 @dataclass(frozen=True)
-class Clip:
+class Video:
     """A clip for the vision tower: `pixels` float32 [N, D] (see `images.patchify`), `grid` (t, h, w) in patches, and
     `seconds_per_grid`, the time of one step of t."""
 
@@ -227,27 +227,27 @@ def _decode(file: BinaryIO, name: str, vision: VisionConfig, sampling: Sampling)
     return [*frames, *[frames[-1]] * len(wanted)], rate
 
 
-def load_clip(
+def load_video(
     source: Any,
     vision: VisionConfig,
     config: ImageConfig = PUBLISHED,
     sampling: Sampling = DEFAULT,
     *,
-    with_sound: bool = False,
-    sound_rate: int = 16000,
+    with_audio: bool = False,
+    audio_rate: int = 16000,
     most_seconds: float | None = None,
     access: Access = ANYTHING,
-) -> tuple[Clip, np.ndarray | None]:
+) -> tuple[Video, np.ndarray | None]:
     """Reads a clip, keeping only the frames that are sampled, at the size they are used.
 
     Args:
       source: a path, bytes or URL (see `media.fetch`) of a video or an animated GIF, or a list of pictures (see
         `images.load_image`) or an array uint8 [F, H, W, 3], its frames.
       sampling: which frames, of what size.
-      with_sound: read its sound track too, cut to the same times.
+      with_audio: read its sound track too, cut to the same times.
       most_seconds: that its sound may last; None for any length.
     Returns:
-      The clip, and its sound (float32 [S], at `sound_rate`) or None.
+      The clip, and its sound (float32 [S], at `audio_rate`) or None.
     Raises:
       MediaError: not a video, damaged or truncated, no frame between the times, no sound where it is asked for.
     """
@@ -257,24 +257,24 @@ def load_clip(
     if isinstance(source, np.ndarray) and source.ndim == 4:
         source = list(source)
     if isinstance(source, list | tuple):
-        if with_sound:
+        if with_audio:
             raise MediaError(f"{name}: pictures {NO_SOUND}")
-        frames, rate = _from_pictures(source, name, vision, sampling, access), sampling.fps or FPS
+        frames, rate = _from_images(source, name, vision, sampling, access), sampling.fps or FPS
     else:
         with fetch(source, access) as file:
             try:
                 frames, rate = _decode(file, name, vision, sampling)
             except (av.FFmpegError, OSError) as e:
                 raise damaged(name, reason(e)) from None
-            if with_sound:
+            if with_audio:
                 file.seek(0)
-                part = Part(sampling.start, sampling.end, most_seconds)
-                sound = read_sound(file, name, sound_rate, part, missing=NO_SOUND)
+                part = TimeRange(sampling.start, sampling.end, most_seconds)
+                sound = read_audio(file, name, audio_rate, part, missing=NO_SOUND)
     patches = patchify(frames, vision, config)
-    return Clip(patches.pixels, patches.grid, vision.temporal_patch_size / rate), sound
+    return Video(patches.pixels, patches.grid, vision.temporal_patch_size / rate), sound
 
 
-def _from_pictures(
+def _from_images(
     pictures: Sequence[Any], name: str, vision: VisionConfig, sampling: Sampling, access: Access
 ) -> list[np.ndarray]:
     """A list of pictures as frames, all at the size that the first one gets."""

@@ -22,7 +22,7 @@ from omni_jax.parallel.meshes import Placement
 from omni_jax.processing.processor import Prompt
 from omni_jax.runtime import memory_model
 from omni_jax.runtime.memory_model import MemoryNeedError
-from omni_jax.runtime.speech import GROWTH, cache_slots
+from omni_jax.runtime.speech import TALKER_CACHE_STEP, cache_slots
 from omni_jax.settings import GenerationSettings
 
 LOAD_REMEDY = "choose a larger --mesh or chip, or leave speech out if text will do"
@@ -52,7 +52,9 @@ def meshes_of(placement: Placement | None) -> memory_model.Meshes:
     """The sizes of a placement's meshes."""
     if placement is None:
         return memory_model.Meshes(memory_model.ONE_CHIP)
-    return memory_model.Meshes(dict(placement.thinker.shape), dict(placement.speech.shape) if placement.apart else None)
+    return memory_model.Meshes(
+        dict(placement.thinker.shape), dict(placement.speech.shape) if placement.has_speech_mesh else None
+    )
 
 
 def check_weights(cfg: OmniConfig, placement: Placement | None, parts: Sequence[str], itemsize: int, what: str) -> None:
@@ -89,7 +91,7 @@ def loaded_bytes(params: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(params))
 
 
-class Guard:
+class AdmissionControl:
     """Compares requests with the devices' memory.
 
     Attributes:
@@ -107,20 +109,20 @@ class Guard:
         """Loaded bytes on one device of each stage."""
         out: dict[memory_model.Stage, int] = {"thinker": 0, "speech": 0}
         for part, tree in self._params.items():
-            out[memory_model.STAGE[part] if self.at.apart else "thinker"] += loaded_bytes(tree)
+            out[memory_model.STAGE[part] if self.at.has_speech_mesh else "thinker"] += loaded_bytes(tree)
         return out
 
     def _check(self, needed: Callable[[], Sequence[memory_model.Phase]], remedy: str) -> None:
         if self.limit is not None:
-            memory_model.check(self.weights, needed(), self.limit, self.at.apart, remedy)
+            memory_model.check(self.weights, needed(), self.limit, self.at.has_speech_mesh, remedy)
 
-    def request(
+    def check_request(
         self, prompts: Sequence[Prompt], width: int, slots: int, settings: Sequence[GenerationSettings],
         spoken: bool,
     ) -> None:  # fmt: skip
         """Refuses prompts that the devices cannot answer, before the towers run.
 
-        Of speech, whose length nobody knows, it looks at the first GROWTH codes; `sound` looks again.
+        Of speech, whose length nobody knows, it looks at the first TALKER_CACHE_STEP codes; `check_speech` looks again.
 
         Args:
           width, slots: tokens of the batch and slots of its cache, both buckets.
@@ -135,15 +137,15 @@ class Guard:
             request = memory_model.Request(rows, width, slots, *media_of(self.cfg, prompts))
             if spoken:
                 request = dataclasses.replace(
-                    request, codes=GROWTH, spoken=len(prompts),
+                    request, codes=TALKER_CACHE_STEP, spoken=len(prompts),
                     reply=buckets.bucket(min(reply, slots) + talker.EXTRA, buckets.REPLY),
-                    speech_slots=cache_slots(width + talker.EXTRA, GROWTH),
+                    speech_slots=cache_slots(width + talker.EXTRA, TALKER_CACHE_STEP),
                 )  # fmt: skip
             return list(memory_model.phases(self.cfg, self.at, request, self.itemsize, self.cache_itemsize))
 
         self._check(needed, RUN_REMEDY)
 
-    def sound(self, counts: Sequence[int]) -> None:
+    def check_speech(self, counts: Sequence[int]) -> None:
         """Refuses codes that the devices cannot make sound of, before that begins.
 
         Args:

@@ -17,7 +17,7 @@ from jax import lax
 
 from omni_jax.config import ThinkerConfig
 from omni_jax.model import thinker
-from omni_jax.model.decoder import read, steps_on_host
+from omni_jax.model.decoder import forward, steps_on_host
 from omni_jax.model.kv_cache import KVCache, append_rows, init_cache, write_rows
 from omni_jax.model.layers import Params
 from omni_jax.model.sampling import MAX_LOGPROBS, Array, Sampling, log_probs, sample
@@ -162,7 +162,7 @@ def _read_step(
     """A step up to the writing of its rows: they, the state with the old cache in it, and the output."""
     x = thinker.embed(params, state.token[:, None])
     positions = jnp.broadcast_to(state.position[None, :, None], (3, *state.position.shape, 1))
-    hidden, rows = read(cfg.text, params["model"], x, positions, state.cache)
+    hidden, rows = forward(cfg.text, params["model"], x, positions, state.cache)
     out, seen, drawn, done = _draw(params, hidden[:, -1], state.seen, state.drawn, state.done, sampling)
     return rows, DecodeState(state.cache, out.token, state.position + 1, seen, drawn, done), out
 

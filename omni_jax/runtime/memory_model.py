@@ -348,7 +348,7 @@ class Meshes:
         return self.thinker if stage == "thinker" or self.speech is None else self.speech
 
     @property
-    def apart(self) -> bool:
+    def has_speech_mesh(self) -> bool:
         """Whether speech has chips of its own."""
         return self.speech is not None
 
@@ -357,7 +357,7 @@ def resident(cfg: OmniConfig, at: Meshes, itemsize: int, parts: Sequence[str] = 
     """Bytes of the loaded weights on one device of each stage, by name of their subtree ("thinker.visual", …)."""
     out: dict[Stage, dict[str, int]] = {"thinker": {}, "speech": {}}
     for part in parts:
-        stage = STAGE[part] if at.apart else "thinker"
+        stage = STAGE[part] if at.has_speech_mesh else "thinker"
         for name in boxed_shapes(cfg, (part,))[part]:
             out[stage][f"{part}.{name}"] = weight_bytes(cfg, at.of(STAGE[part]), part, itemsize, (name,))
     return out
@@ -455,11 +455,11 @@ def phases(
     mesh = at.of("speech")
     yield Phase(
         prefill(cfg, mesh, "talker", r.rows, r.width + talker.EXTRA, r.speech_slots, itemsize, cache_itemsize),
-        0 if not at.apart else heard - here,
+        0 if not at.has_speech_mesh else heard - here,
     )
-    kept = heard if at.apart else here
+    kept = heard if at.has_speech_mesh else here
     yield Phase(decode(cfg, mesh, "talker", r.rows, r.speech_slots, itemsize, cache_itemsize, r.reply), kept)
-    kept = 0 if at.apart else here
+    kept = 0 if at.has_speech_mesh else here
     yield from (Phase(use, kept) for use in sound(cfg, mesh, r.spoken, r.codes))
 
 

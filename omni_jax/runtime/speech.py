@@ -24,9 +24,9 @@ from omni_jax.model import talker, token2wav
 from omni_jax.model.kv_cache import grow
 from omni_jax.model.sampling import Sampling
 from omni_jax.model.stages import PARTS as PARTS
-from omni_jax.model.stages import layers_apart, stage_formats
+from omni_jax.model.stages import stage_formats, use_unrolled_layers
 from omni_jax.model.voice import Voice
-from omni_jax.parallel.meshes import Laid, Placement, hand_over, laid_out, on_one_device, place
+from omni_jax.parallel.meshes import LayoutFn, Placement, layout_fn, on_one_device, place, transfer_to_mesh
 from omni_jax.runtime import generation
 from omni_jax.runtime.watchdog import SpeechBuilder
 from omni_jax.settings import Reply, SpeechSettings
@@ -34,7 +34,7 @@ from omni_jax.settings import Reply, SpeechSettings
 # Sets the Talker's random numbers apart from those of the Thinker and of the noise, which have the plain seed.
 TALKER_SALT = 0x7A1CE500
 # Codes that the Talker's cache has room for before it must grow: 10 s of speech.
-GROWTH = 512
+TALKER_CACHE_STEP = 512
 # For the rows of a batch that are not spoken.
 SILENT = SpeechSettings(temperature=0.0, max_codes=1)
 
@@ -43,7 +43,7 @@ class SpeechError(InputError):
     """Speech that this model cannot give; the message says why."""
 
 
-class Recorder:
+class ThinkerTrace:
     """Keeps what the Thinker leaves for the Talker while it reads and writes.
 
     Attributes:
@@ -55,17 +55,17 @@ class Recorder:
     def __init__(self) -> None:
         self.steps: list[np.ndarray] = []
 
-    def read(self, batch: generation.PromptBatch, prefill: generation.Prefill) -> None:
+    def add_prompt(self, batch: generation.PromptBatch, prefill: generation.Prefill) -> None:
         """Takes what reading the prompts has given."""
         self.batch, self.embeddings, self.hidden = batch, prefill.embeddings, prefill.hidden
 
-    def wrote(self, hidden: np.ndarray) -> None:
+    def add_step(self, hidden: np.ndarray) -> None:
         """Takes the hidden states [n, B, E] that ids were drawn from: each is that of the id before."""
         self.steps.append(hidden)
 
 
 @dataclasses.dataclass(frozen=True)
-class Heard:
+class TalkerInputs:
     """What the Talker needs of what the Thinker left: on the chips of speech, where it has some of its own.
 
     Attributes:
@@ -102,13 +102,13 @@ class Vocoder:
     Attributes:
       config, params: of Token2Wav, the parameters float32.
       voices: by name.
-      laid: how its programs lie on a mesh.
+      layout_for: how its programs lie on a mesh.
     """
 
     config: Token2WavConfig
     params: Any
     voices: Mapping[str, Voice]
-    laid: Laid = on_one_device
+    layout_for: LayoutFn = on_one_device
 
     @classmethod
     def from_folder(
@@ -127,13 +127,13 @@ class Vocoder:
             cfg = load_config(files)
             if cfg.token2wav is None:
                 raise SpeechError(f"{path} has no Token2Wav: this checkpoint answers in text only")
-            unroll = layers_apart(jax.default_backend(), mesh is not None)
+            unroll = use_unrolled_layers(jax.default_backend(), mesh is not None)
             placement = None if mesh is None else place(cfg, mesh)
             shardings = stage_formats(cfg, placement, ("token2wav",))
             params = load_params(
                 files, cfg, parts=("token2wav",), unroll=unroll, shardings=shardings, progress=progress, arrays=arrays
             )
-            return cls(cfg.token2wav, params["token2wav"], load_voices(files), laid_out(placement))
+            return cls(cfg.token2wav, params["token2wav"], load_voices(files), layout_fn(placement))
 
     def __call__(
         self, codes: Sequence[Any], settings: Sequence[SpeechSettings], noise: Sequence[Any] | None = None
@@ -160,7 +160,7 @@ class Vocoder:
                 self.config, self.params, [codes[i] for i in rows],
                 [pick_voice(self.voices, settings[i].voice) for i in rows],
                 noise=None if noise is None else [noise[i] for i in rows],
-                seeds=[settings[i].seed for i in rows], flow=flows[rows[0]], laid=self.laid,
+                seeds=[settings[i].seed for i in rows], flow=flows[rows[0]], layout_for=self.layout_for,
             )  # fmt: skip
             for i, wave in zip(rows, made, strict=True):
                 waves[i] = wave
@@ -176,20 +176,20 @@ class Speech:
       voices: by name.
       cache_dtype: of the Talker's keys and values.
       placement: the stages' meshes; None for one device.
-      before_sound: told how many codes each row has, before sound is made of them; it may refuse.
+      before_audio: told how many codes each row has, before sound is made of them; it may refuse.
     """
 
     def __init__(
         self, config: OmniConfig, params: Any, voices: Mapping[str, Voice], cache_dtype: Any,
-        placement: Placement | None = None, before_sound: Callable[[Sequence[int]], None] | None = None,
+        placement: Placement | None = None, before_audio: Callable[[Sequence[int]], None] | None = None,
     ):  # fmt: skip
         if config.talker is None or config.token2wav is None:
             raise SpeechError("this checkpoint has no Talker: it answers in text only")
         self.config, self.params, self.voices, self.cache_dtype = config, params, voices, cache_dtype
         self.talker = config.talker
-        self.placement, self.laid = placement, laid_out(placement)
-        self.before_sound = before_sound
-        self.vocoder = Vocoder(config.token2wav, params["token2wav"], voices, self.laid)
+        self.placement, self.layout_for = placement, layout_fn(placement)
+        self.before_audio = before_audio
+        self.vocoder = Vocoder(config.token2wav, params["token2wav"], voices, self.layout_for)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -209,12 +209,12 @@ class Speech:
                 raise SpeechError(f"{name} is id {token}, outside the model's vocabulary of {vocab}; fetch it again")
 
     def speak(
-        self, recorder: Recorder, replies: Sequence[Reply], settings: Sequence[SpeechSettings | None]
+        self, trace: ThinkerTrace, replies: Sequence[Reply], settings: Sequence[SpeechSettings | None]
     ) -> list[Reply]:
         """Adds codes and sound to replies.
 
         Args:
-          recorder: what the Thinker left; its rows are those of `replies`.
+          trace: what the Thinker left; its rows are those of `replies`.
           replies: the written ones.
           settings: one per reply; None leaves it silent.
         Raises:
@@ -222,14 +222,16 @@ class Speech:
           MemoryNeedError: the devices cannot hold what so many codes need.
         """
         self.check(settings)
-        return self.say(self.hear(recorder, replies, settings), replies, settings)
+        return self.synthesize(self.prepare_inputs(trace, replies, settings), replies, settings)
 
-    def say(self, heard: Heard, replies: Sequence[Reply], settings: Sequence[SpeechSettings | None]) -> list[Reply]:
+    def synthesize(
+        self, heard: TalkerInputs, replies: Sequence[Reply], settings: Sequence[SpeechSettings | None]
+    ) -> list[Reply]:
         """`speak` of what was heard. Where speech has chips of its own, these alone are at work, so that another thread
         may have the Thinker answer further prompts.
 
         Args:
-          heard: of `hear`.
+          heard: of `prepare_inputs`.
           replies, settings: as for `speak`.
         Raises:
           CodeError: see `speak`.
@@ -240,8 +242,8 @@ class Speech:
             pass
         drawn = time.perf_counter()
         wanted = [s for s in settings if s is not None]
-        if self.before_sound is not None:
-            self.before_sound([len(b.codes) for b in builders.values()])
+        if self.before_audio is not None:
+            self.before_audio([len(b.codes) for b in builders.values()])
         waves = self.vocoder([b.codes for b in builders.values()], wanted)
         ended = time.perf_counter()
         out = list(replies)
@@ -261,7 +263,7 @@ class Speech:
 
     def codes(
         self,
-        recorder: Recorder,
+        trace: ThinkerTrace,
         replies: Sequence[Reply],
         settings: Sequence[SpeechSettings | None],
         builders: Mapping[int, SpeechBuilder],
@@ -272,44 +274,50 @@ class Speech:
         Args:
           steps: codes to draw between two yields, at most `talker.LOOP_STEPS`.
         """
-        yield from self._draw(self.hear(recorder, replies, settings), settings, builders, steps)
+        yield from self._draw(self.prepare_inputs(trace, replies, settings), settings, builders, steps)
 
     def _rows(self, settings: Sequence[SpeechSettings | None], size: int) -> list[SpeechSettings]:
         return [(settings[i] if i < len(settings) else None) or SILENT for i in range(size)]
 
-    def hear(self, recorder: Recorder, replies: Sequence[Reply], settings: Sequence[SpeechSettings | None]) -> Heard:
+    def prepare_inputs(
+        self, trace: ThinkerTrace, replies: Sequence[Reply], settings: Sequence[SpeechSettings | None]
+    ) -> TalkerInputs:
         """Sums up what the Thinker left, and hands it over to the chips of speech where there are such.
 
         Then nothing is moved but what is told to: it holds under `jax.transfer_guard("disallow")`.
         """
         began = time.perf_counter()
-        cfg, batch = self.talker, recorder.batch
+        cfg, batch = self.talker, trace.batch
         size = len(batch.start)
         table = self.params["thinker"]["model"]["embed_tokens"]["weight"]
         voices = np.array([pick_voice(self.voices, s.voice).bos_token for s in self._rows(settings, size)], np.int32)
-        said = reply_arrays(recorder, replies)
+        said = reply_arrays(trace, replies)
 
         def prompt(voices: Any, first: Any) -> talker.TalkerPrompt:
             return talker.TalkerPrompt(
-                recorder.embeddings, recorder.hidden, batch.positions, batch.start, batch.next_position,
+                trace.embeddings, trace.hidden, batch.positions, batch.start, batch.next_position,
                 batch.media_index, voices, first,
             )  # fmt: skip
 
-        if self.placement is None or not self.placement.apart:
-            with self.laid("thinker", size):
+        if self.placement is None or not self.placement.has_speech_mesh:
+            with self.layout_for("thinker", size):
                 first, vectors = talker.reply_vectors(cfg, table, *said)
-            return Heard(prompt(voices, first), table, vectors, time.perf_counter() - began)
-        with jax.transfer_guard("disallow"), self.laid("thinker", size):
-            *said, voices = hand_over((*said, voices), self.placement.thinker)
+            return TalkerInputs(prompt(voices, first), table, vectors, time.perf_counter() - began)
+        with jax.transfer_guard("disallow"), self.layout_for("thinker", size):
+            *said, voices = transfer_to_mesh((*said, voices), self.placement.thinker)
             first, vectors = talker.reply_vectors(cfg, table, *said)
             # The chips of speech have no table of the Thinker's: they get the voices' rows of it.
             rows = talker.table_rows(table, voices)
             heard = (prompt(np.arange(size, dtype=np.int32), first), rows, vectors)
-            read, rows, vectors = hand_over(heard, self.placement.speech)
-            return Heard(read, rows, vectors, time.perf_counter() - began)
+            read, rows, vectors = transfer_to_mesh(heard, self.placement.speech)
+            return TalkerInputs(read, rows, vectors, time.perf_counter() - began)
 
     def _draw(
-        self, heard: Heard, settings: Sequence[SpeechSettings | None], builders: Mapping[int, SpeechBuilder], steps: int
+        self,
+        heard: TalkerInputs,
+        settings: Sequence[SpeechSettings | None],
+        builders: Mapping[int, SpeechBuilder],
+        steps: int,
     ) -> Iterator[None]:
         if not any(b.left for b in builders.values()):
             return
@@ -318,10 +326,10 @@ class Speech:
         rows = self._rows(settings, size)
         sampling = draw_settings(rows, self.stop_ids)
         places = prompt.positions.shape[2] + talker.EXTRA
-        capacity = cache_slots(places, GROWTH)  # also for fewer codes: 10 and 500 run the same programs
-        with self.laid("talker", size, places):
+        capacity = cache_slots(places, TALKER_CACHE_STEP)  # also for fewer codes: 10 and 500 run the same programs
+        with self.layout_for("talker", size, places):
             read = talker.prefill(cfg, params, heard.table, prompt, capacity=capacity, cache_dtype=self.cache_dtype)
-        with self.laid("talker", size):
+        with self.layout_for("talker", size):
             state = talker.first_draw(cfg, params, read.cache, read.seen, read.last, read.position, sampling)
         made = np.asarray(state.token)[None]
         while True:
@@ -336,7 +344,7 @@ class Speech:
             done[list(builders)] = [b.finish_reason is not None for b in builders.values()]
             left = min(left, steps)
             state = dataclasses.replace(state, done=done)
-            with self.laid("talker", size):
+            with self.layout_for("talker", size):
                 if places + left > capacity:
                     capacity = cache_slots(places, max(b.left for b in builders.values()))
                     state = dataclasses.replace(state, cache=grow(state.cache, capacity=capacity))
@@ -346,15 +354,16 @@ class Speech:
 
 def cache_slots(places: int, left: int) -> int:
     """Slots of the Talker's cache: a bucket for the places that are taken and the codes to come, but for no more than
-    GROWTH of them: speech may last 4096 codes and mostly ends far sooner, and each step reads the whole cache."""
-    return buckets.bucket(places + min(left, GROWTH), buckets.CACHE)
+    TALKER_CACHE_STEP of them: speech may last 4096 codes and mostly ends far sooner, and each step reads the whole
+    cache."""
+    return buckets.bucket(places + min(left, TALKER_CACHE_STEP), buckets.CACHE)
 
 
-def reply_arrays(recorder: Recorder, replies: Sequence[Reply]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def reply_arrays(trace: ThinkerTrace, replies: Sequence[Reply]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What `talker.reply_vectors` takes: ids [B, R] and hidden states [B, R, E] of the replies, each without its last
     id, and how many they are [B]; R is a bucket with room for the two marks."""
     # The first hidden state is the prompt's own: the first id was drawn from it.
-    hidden = np.concatenate(recorder.steps)[1:]
+    hidden = np.concatenate(trace.steps)[1:]
     size = hidden.shape[1]
     lengths = np.zeros(size, np.int32)
     lengths[: len(replies)] = [max(0, len(r.token_ids) - 1) for r in replies]

@@ -56,7 +56,7 @@ class _Variety:
         return len(self._counts) if len(self._runs) == self._window else None
 
 
-class Watch:
+class LoopDetector:
     """Looks at the codes of one reply as they come.
 
     Attributes:
@@ -110,7 +110,7 @@ class SpeechBuilder:
     def __init__(self, settings: SpeechSettings, stop_ids: Iterable[int], tokens: int):
         """`tokens`: ids of the reply; with less than two, the Talker has nothing to hear and says nothing."""
         self._most, self._stop = settings.max_codes, frozenset(stop_ids)
-        self._watch = Watch(settings.watchdog, tokens) if settings.watchdog is not None else None
+        self._watch = LoopDetector(settings.watchdog, tokens) if settings.watchdog is not None else None
         self.codes: list[int] = []
         self.finish_reason: SpeechFinishReason | None = "empty" if tokens < 2 else None
 

@@ -111,7 +111,7 @@ def _bad_inputs(tmp: pathlib.Path) -> dict[str, tuple[list, str]]:
     import soundfile
 
     soundfile.write(tmp / "nan.wav", bad, 16000, subtype="FLOAT")
-    (tmp / "silent.mp4").write_bytes(media.encode_clip([media.picture(56, 56, i) for i in range(10)]))
+    (tmp / "silent.mp4").write_bytes(media.encode_video([media.picture(56, 56, i) for i in range(10)]))
     (tmp / "half.mp4").write_bytes((MEDIA / "clip.mp4").read_bytes()[:20000])
     (tmp / "role.json").write_text(json.dumps([{"role": "wizard", "content": "hi"}]))
     (tmp / "type.json").write_text(json.dumps([{"role": "user", "content": [{"type": "smell", "smell": "x"}]}]))

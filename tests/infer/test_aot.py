@@ -17,7 +17,7 @@ from omni_jax import config as C
 from omni_jax.cli import main
 from omni_jax.errors import InputError
 from omni_jax.infer.analysis import aot, copies, facts, goals, programs, targets
-from omni_jax.infer.analysis.depth import cut
+from omni_jax.infer.analysis.depth import truncate_layers
 from omni_jax.infer.analysis.hlo import Module
 from omni_jax.model import audio
 from omni_jax.parallel import meshes
@@ -270,7 +270,7 @@ def test_an_h100():
 
 def test_the_loader_and_the_programs_hold_layers_alike():
     """On CPU as on a GPU the layers are apart, whole and in order."""
-    cfg = cut(C.preset("nano"), 3)
+    cfg = truncate_layers(C.preset("nano"), 3)
     placement = meshes.place(cfg, "1", devices=jax.devices()[:1])
     tree = programs.weights(cfg, placement, "thinker", jnp.bfloat16)
     stacked = programs.boxed_shapes(cfg, ("thinker",))["thinker"]

@@ -11,7 +11,7 @@ import pytest
 
 from omni_jax import config as C
 from omni_jax.errors import InputError
-from omni_jax.infer.analysis.depth import cut
+from omni_jax.infer.analysis.depth import truncate_layers
 from omni_jax.infer.bench import footprint, reference, text
 from omni_jax.model.layers import unstack
 
@@ -61,7 +61,7 @@ def test_measured_commands():
 
 
 def test_cut_stacks_keep_their_widths():
-    cfg = cut(C.preset("3b"), 8)
+    cfg = truncate_layers(C.preset("3b"), 8)
     assert (cfg.thinker.text.num_hidden_layers, cfg.thinker.vision.depth, cfg.thinker.audio.encoder_layers) == (8, 8, 8)
     assert cfg.thinker.vision.fullatt_block_indexes == (7,)
     assert cfg.thinker.text.hidden_size == C.preset("3b").thinker.text.hidden_size

@@ -129,7 +129,7 @@ def test_a_picture_costs_what_the_processor_gives_it(model, size):
 @pytest.mark.parametrize(("frames", "fps", "options"), [(24, 8, {}), (15, 5, {"fps": 4.0, "max_pixels": 40000})])
 def test_a_clip_and_its_sound_cost_what_the_processor_gives_them(model, frames, fps, options):
     seconds = frames / fps
-    clip = media.encode_clip(
+    clip = media.encode_video(
         [media.picture(120, 160, seed) for seed in range(frames)], fps, sound=media.tone(seconds), rate=16000
     )
     content = [{"type": "video", "video": clip}, {"type": "text", "text": "?"}]
@@ -284,7 +284,7 @@ def test_a_request_that_does_not_fit_is_refused_before_anything_runs(model, monk
     prompts = [model.prepare(HELLO)]
     settings = [GenerationSettings(max_new_tokens=2)]
     model.answer(prompts, settings)
-    guard = admission.Guard(model.config, model.params, None, 4, 4)
+    guard = admission.AdmissionControl(model.config, model.params, None, 4, 4)
     monkeypatch.setattr(model, "guard", guard)
     needed = max(p.own for p in memory_model.phases(model.config, guard.at, memory_model.Request(1, 64, 1536), 4))
     guard.limit = guard.weights["thinker"] + needed
@@ -304,7 +304,7 @@ def test_media_are_in_the_sum(model, monkeypatch):
     """A picture whose tower call needs more than all else is refused before the tower runs."""
     content = [{"type": "image", "image": media.picture(1400, 1400)}, {"type": "text", "text": "?"}]
     prompts = [model.prepare([{"role": "user", "content": content}])]
-    guard = admission.Guard(model.config, model.params, None, 4, 4)
+    guard = admission.AdmissionControl(model.config, model.params, None, 4, 4)
     width = 3072
     request = memory_model.Request(1, width, 4096, *admission.media_of(model.config, prompts))
     assert request.media == 3072
@@ -327,7 +327,7 @@ def test_media_of_a_batch_may_outgrow_one_prompt(model):
 
 
 def test_speech_is_refused_before_the_text_and_again_before_the_sound(speaker, monkeypatch):
-    guard = admission.Guard(speaker.config, speaker.params, None, 4, 4)
+    guard = admission.AdmissionControl(speaker.config, speaker.params, None, 4, 4)
     monkeypatch.setattr(speaker, "guard", guard)
     text = memory_model.Request(1, 64, 1536)
     guard.limit = guard.weights["thinker"] + max(p.own for p in memory_model.phases(speaker.config, guard.at, text, 4))
@@ -340,19 +340,19 @@ def test_speech_is_refused_before_the_text_and_again_before_the_sound(speaker, m
     )
     assert speaker.answer(prompts, settings, [SpeechSettings(max_codes=4, temperature=0)])[0].codes is not None
     with pytest.raises(memory_model.MemoryNeedError, match="lower --max-codes"):
-        guard.sound([4096] * 64)
+        guard.check_speech([4096] * 64)
 
 
 def test_looking_costs_next_to_nothing(model):
     prompts = [model.prepare(HELLO)] * 4
-    guard = admission.Guard(model.config, model.params, None, 4, 4)
+    guard = admission.AdmissionControl(model.config, model.params, None, 4, 4)
     guard.limit = 1 << 60
     settings = [GenerationSettings()] * 4
-    guard.request(prompts, 64, 1536, settings, True)
+    guard.check_request(prompts, 64, 1536, settings, True)
     best = math.inf
     for _ in range(20):
         began = time.perf_counter()
-        guard.request(prompts, 64, 1536, settings, True)
+        guard.check_request(prompts, 64, 1536, settings, True)
         best = min(best, time.perf_counter() - began)
     assert best < 0.005  # measured: 0.2 ms
 

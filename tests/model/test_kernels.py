@@ -218,7 +218,7 @@ def test_full_frames_compile():
 
 MESH = """
 import jax, jax.numpy as jnp, numpy as np
-from omni_jax.kernels import decode, plain, prefill
+from omni_jax.model.kernels import decode, plain, prefill
 from omni_jax.meshes import make_mesh
 from omni_jax.sharding import AXES, Layout, Rules
 

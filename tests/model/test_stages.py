@@ -44,9 +44,9 @@ def test_speech_has_its_own_mesh():
     types = (AxisType.Auto,) * len(MESH_AXES)
     text, speech = (AbstractMesh(s, MESH_AXES, axis_types=types) for s in ((1, 1, 2, 4), (1, 1, 2, 2)))
     placed = meshes.Placement(cfg, text, speech)
-    assert placed.apart
+    assert placed.has_speech_mesh
     for part, tree in stages.stage_shardings(placed).items():
         assert {s.mesh for s in jax.tree.leaves(tree)} == {text if part == "thinker" else speech}
     only = stages.stage_shardings(placed, ("token2wav",))
     assert list(only) == ["token2wav"]
-    assert not meshes.Placement(cfg, text, text).apart
+    assert not meshes.Placement(cfg, text, text).has_speech_mesh

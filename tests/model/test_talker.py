@@ -34,26 +34,26 @@ def codes_of(model, conversation, settings, tokens, **changes):
     """Replies and codes without the sound, which takes long to compile."""
     batch = conversation if isinstance(conversation[0], list) else [conversation]
     each = settings if isinstance(settings, list) else [settings] * len(batch)
-    recorder = speech.Recorder()
+    trace = speech.ThinkerTrace()
     prompts = [model.prepare(c) for c in batch]
     written = [model._settings(None, {"max_new_tokens": tokens} | changes, 1)[0]] * len(batch)
-    loop = model.run(prompts, written, recorder=recorder)
+    loop = model.run(prompts, written, trace=trace)
     try:
         while True:
             next(loop)
     except StopIteration as stop:
         replies = stop.value
     builders = model.speech.builders(replies, each)
-    for _ in model.speech.codes(recorder, replies, each, builders):
+    for _ in model.speech.codes(trace, replies, each, builders):
         pass
-    return replies, list(builders.values()), recorder
+    return replies, list(builders.values()), trace
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompt_vectors_logits_and_codes_of_every_kind(kind, speaker, oracle_omni):
     prompt = speaker.prepare(KINDS[kind])
     want = oracle_speech.answer(oracle_omni, prompt, speaker.eos, tokens=24, codes=40)
-    [reply], [builder], recorder = codes_of(speaker, KINDS[kind], GREEDY, 24)
+    [reply], [builder], trace = codes_of(speaker, KINDS[kind], GREEDY, 24)
     assert list(reply.token_ids) == want.ids
     assert builder.codes == want.codes
     assert len(set(want.codes)) > 8  # speech that could differ
@@ -61,11 +61,11 @@ def test_prompt_vectors_logits_and_codes_of_every_kind(kind, speaker, oracle_omn
     # The prompt's vectors and the logits of the first code.
     cfg, params = speaker.config.talker, speaker.params["talker"]
     table = speaker.params["thinker"]["model"]["embed_tokens"]["weight"]
-    first, _ = talker.reply_vectors(cfg, table, *speech.reply_arrays(recorder, [reply]))
+    first, _ = talker.reply_vectors(cfg, table, *speech.reply_arrays(trace, [reply]))
     voice = pick_voice(speaker.voices)
-    batch = recorder.batch
+    batch = trace.batch
     asked = talker.TalkerPrompt(
-        recorder.embeddings, recorder.hidden, batch.positions, batch.start, batch.next_position, batch.media_index,
+        trace.embeddings, trace.hidden, batch.positions, batch.start, batch.next_position, batch.media_index,
         np.array([voice.bos_token]), first,
     )  # fmt: skip
     sums = talker.prompt_vectors(cfg, params, table, asked)[:, batch.start[0] :]
@@ -78,13 +78,13 @@ def test_prompt_vectors_logits_and_codes_of_every_kind(kind, speaker, oracle_omn
 
 def test_positions_of_the_first_code(speaker):
     """Mark and first vector continue the prompt's last segment; codes continue after the largest id of all."""
-    replies, _, recorder = codes_of(speaker, KINDS["text"], GREEDY, 24)
+    replies, _, trace = codes_of(speaker, KINDS["text"], GREEDY, 24)
     cfg, table = speaker.config.talker, speaker.params["thinker"]["model"]["embed_tokens"]["weight"]
-    first, _ = talker.reply_vectors(cfg, table, *speech.reply_arrays(recorder, replies))
-    batch = recorder.batch
+    first, _ = talker.reply_vectors(cfg, table, *speech.reply_arrays(trace, replies))
+    batch = trace.batch
     for largest, want in ((batch.next_position, batch.positions[0, :, -1] + 3), (np.array([900], np.int32), [900])):
         asked = talker.TalkerPrompt(
-            recorder.embeddings, recorder.hidden, batch.positions, batch.start, largest, None, np.array([5]), first
+            trace.embeddings, trace.hidden, batch.positions, batch.start, largest, None, np.array([5]), first
         )
         read = talker.prefill(cfg, speaker.params["talker"], table, asked, capacity=1024, cache_dtype=jnp.float32)
         assert read.position.tolist() == list(want)
@@ -170,10 +170,10 @@ def test_a_batch_of_four_equals_the_four_alone(speaker):
 def test_one_code_at_a_time_and_no_compilation(speaker):
     """However many codes a call of the loop draws; other settings, lengths and voices compile nothing."""
     settings = SpeechSettings(max_codes=40, seed=3)
-    replies, [whole], recorder = codes_of(speaker, KINDS["text"], settings, 24)
+    replies, [whole], trace = codes_of(speaker, KINDS["text"], settings, 24)
     with count_compiles() as n:
         builders = speaker.speech.builders(replies, [settings])
-        calls = sum(1 for _ in speaker.speech.codes(recorder, replies, [settings], builders, steps=1))
+        calls = sum(1 for _ in speaker.speech.codes(trace, replies, [settings], builders, steps=1))
         codes_of(speaker, KINDS["text"], SpeechSettings("Ethan", 0.5, 7, 0.6, 1.3, 100, 9), 30)
     assert builders[0].codes == whole.codes
     assert calls >= len(whole.codes)
@@ -221,7 +221,7 @@ def test_cache_grows(speaker, monkeypatch):
     """A cache that grows while the Talker speaks gives the same codes as one that is large from the start."""
     settings = dataclasses.replace(GREEDY, max_codes=90, watchdog=None)
     _, [want], _ = codes_of(speaker, KINDS["text"], settings, 24)
-    monkeypatch.setattr(speech, "GROWTH", 16)
+    monkeypatch.setattr(speech, "TALKER_CACHE_STEP", 16)
     monkeypatch.setattr(buckets, "CACHE", buckets.steps(4096, 4, 128))
     grown = []
     monkeypatch.setattr(

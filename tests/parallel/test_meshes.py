@@ -356,7 +356,7 @@ def test_hosts_without_work_are_refused():
     with pytest.raises(MeshError, match="chips of several hosts"):
         meshes.place(CONFIGS["3b"], "2x4", "2x4", pod)
     own = meshes.place(CONFIGS["3b"], "1x2", "1x2", pod[:4])
-    assert own.apart
+    assert own.has_speech_mesh
     assert [d.id for d in own.thinker.devices.flat] == [0, 1]
     assert [d.id for d in own.speech.devices.flat] == [2, 3]
     assert own.thinker.axis_names == MESH_AXES

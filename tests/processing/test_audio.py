@@ -11,10 +11,10 @@ import pytest
 import soundfile
 
 from omni_jax.processing import audio
-from omni_jax.processing.audio import MelConfig, Part, load_sound, log_mel, mel_config, mel_filters
+from omni_jax.processing.audio import MelConfig, TimeRange, load_audio, log_mel, mel_config, mel_filters
 from omni_jax.processing.media import MediaError
 from tests import oracle_prompt
-from tests.media import encode_clip, encode_sound, grey_levels, picture, tone
+from tests.media import encode_sound, encode_video, grey_levels, picture, tone
 
 EDGES = [k * 32000 + d for k in (1, 2) for d in (-161, -160, -1, 0, 1, 159, 160)]
 
@@ -102,18 +102,18 @@ def test_common_formats(form, codec, rate, error, channels):
     mono = tone(1.0, rate)
     # Two channels that differ: their mean is the sound.
     both = mono if channels == 1 else np.stack([mono * 1.2, mono * 0.8], axis=1)
-    found = load_sound(encode_sound(both, rate, form.lower() if codec else form, codec))
+    found = load_audio(encode_sound(both, rate, form.lower() if codec else form, codec))
     assert found.dtype == np.float32
     assert abs(len(found) - 16000) <= (2048 if codec == "aac" else 200)
     if error is not None:
-        expected = load_sound((mono, rate))
+        expected = load_audio((mono, rate))
         length = min(len(found), len(expected))
         assert np.abs(found[:length] - expected[:length]).max() < error
 
 
 def test_resampling_keeps_a_tone_and_its_length():
     for rate in (8000, 22050, 44100, 48000):
-        found = load_sound((np.sin(2 * np.pi * 300 * np.arange(rate) / rate), rate))
+        found = load_audio((np.sin(2 * np.pi * 300 * np.arange(rate) / rate), rate))
         expected = np.sin(2 * np.pi * 300 * np.arange(16000) / 16000)
         assert len(found) == 16000
         assert np.abs(found - expected)[500:-500].max() < 1e-3
@@ -124,19 +124,19 @@ def test_arrays_of_any_type(kind):
     wave = tone(0.5)
     scale = {np.int16: 32768, np.int32: 2**31, np.uint8: 128, np.float64: 1}[kind]
     stored = (wave.astype(np.float64) * scale + (128 if kind is np.uint8 else 0)).astype(kind)
-    assert np.abs(load_sound((stored, 16000)) - wave).max() <= (1 / 64 if kind is np.uint8 else 1e-4)
+    assert np.abs(load_audio((stored, 16000)) - wave).max() <= (1 / 64 if kind is np.uint8 else 1e-4)
 
 
 def test_part_of_a_sound():
     wave = tone(2.0)
     file = encode_sound(wave, 16000, "FLAC")
-    stored = load_sound(file)
+    stored = load_audio(file)
     for source, whole in (((wave, 16000), wave), (file, stored)):
-        np.testing.assert_array_equal(load_sound(source, part=Part(0.5, 1.25)), whole[8000:20000])
-        np.testing.assert_array_equal(load_sound(source, part=Part(1.5, 99)), whole[24000:])
-        np.testing.assert_array_equal(load_sound(source, part=Part(1.9)), whole[30400:])
+        np.testing.assert_array_equal(load_audio(source, part=TimeRange(0.5, 1.25)), whole[8000:20000])
+        np.testing.assert_array_equal(load_audio(source, part=TimeRange(1.5, 99)), whole[24000:])
+        np.testing.assert_array_equal(load_audio(source, part=TimeRange(1.9)), whole[30400:])
         with pytest.raises(MediaError, match=r"no sound between 5.0 s and its end"):
-            load_sound(source, part=Part(5.0))
+            load_audio(source, part=TimeRange(5.0))
 
 
 def test_only_the_wanted_part_is_kept(monkeypatch):
@@ -145,23 +145,23 @@ def test_only_the_wanted_part_is_kept(monkeypatch):
     convert = audio._float
     monkeypatch.setattr(audio, "_float", lambda samples, frame: kept.append(frame.samples) or convert(samples, frame))
     hour = encode_sound(np.zeros(16000 * 600, np.float32), 16000, "FLAC")
-    assert len(load_sound(hour, part=Part(500.0, 501.0, 5.0))) == 16000
+    assert len(load_audio(hour, part=TimeRange(500.0, 501.0, 5.0))) == 16000
     assert sum(kept) < 3 * 16000
     kept.clear()
     with pytest.raises(MediaError, match=r"lasts more than the 5 s that the model's context can hold; give a part"):
-        load_sound(hour, part=Part(most=5.0))
+        load_audio(hour, part=TimeRange(most=5.0))
     assert sum(kept) < 6 * 16000
     slow = bytearray(encode_sound(np.zeros(4000, np.float32), 16000, "WAV"))
     slow[24:28] = (1).to_bytes(4, "little")
     with pytest.raises(MediaError, match="lasts more than the 1300 s"):
-        load_sound(bytes(slow), part=Part(most=1300.0))
+        load_audio(bytes(slow), part=TimeRange(most=1300.0))
     with pytest.raises(MediaError, match="lasts more than the 1300 s"):
-        load_sound((np.zeros(4000, np.float32), 1), part=Part(most=1300.0))
+        load_audio((np.zeros(4000, np.float32), 1), part=TimeRange(most=1300.0))
 
 
 def test_sound_track_of_a_clip():
-    clip = encode_clip(grey_levels(20), sound=tone(2.0))
-    assert abs(len(load_sound(clip)) - 32000) < 2100
+    clip = encode_video(grey_levels(20), sound=tone(2.0))
+    assert abs(len(load_audio(clip)) - 32000) < 2100
 
 
 def test_short_sounds():
@@ -185,7 +185,7 @@ BAD_ARRAYS = {
 @pytest.mark.parametrize("message", BAD_ARRAYS)
 def test_bad_arrays(message):
     with pytest.raises(MediaError) as e:
-        load_sound(BAD_ARRAYS[message])
+        load_audio(BAD_ARRAYS[message])
     assert message in str(e.value)
     assert "\n" not in str(e.value)
 
@@ -203,12 +203,12 @@ def test_bad_samples_in_a_file(value, tmp_path):
     file = tmp_path / "broken.wav"
     file.write_bytes(float_wav(wave))
     with pytest.raises(MediaError, match=r"broken.wav has samples that are NaN or infinite"):
-        load_sound(file)
+        load_audio(file)
 
 
 def test_a_file_of_zero_samples():
     with pytest.raises(MediaError, match="holds no samples"):
-        load_sound(float_wav(np.zeros(0, np.float32)))
+        load_audio(float_wav(np.zeros(0, np.float32)))
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_truncated_files(form, codec, part, tmp_path):
     file = tmp_path / "call.audio"
     file.write_bytes(whole[: int(len(whole) * part)])
     with pytest.raises(MediaError, match=r"call.audio is (damaged or cut short|not sound)"):
-        load_sound(file)
+        load_audio(file)
 
 
 def test_not_sound(tmp_path):
@@ -229,10 +229,10 @@ def test_not_sound(tmp_path):
     (tmp_path / "playlist.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:3,\nfile:///etc/passwd\n")
     for name in ("a.txt", "playlist.m3u8"):
         with pytest.raises(MediaError, match=f"{name} is not sound that FFmpeg can read"):
-            load_sound(tmp_path / name)
-    silent = encode_clip([picture(56, 56)] * 4)
+            load_audio(tmp_path / name)
+    silent = encode_video([picture(56, 56)] * 4)
     with pytest.raises(MediaError, match="has no sound track"):
-        load_sound(silent)
+        load_audio(silent)
 
 
 def test_a_title_that_is_no_utf8():
@@ -240,7 +240,7 @@ def test_a_title_that_is_no_utf8():
     info = b"INFOINAM" + struct.pack("<I", 4) + "Café".encode("latin-1")
     tagged = whole[:36] + b"LIST" + struct.pack("<I", len(info)) + info + whole[36:]
     tagged = tagged[:4] + struct.pack("<I", len(tagged) - 8) + tagged[8:]
-    np.testing.assert_array_equal(load_sound(tagged), load_sound(whole))
+    np.testing.assert_array_equal(load_audio(tagged), load_audio(whole))
 
 
 def test_a_wav_of_unknown_length_is_read():
@@ -248,4 +248,4 @@ def test_a_wav_of_unknown_length_is_read():
     whole = bytearray(float_wav(tone(1.0)))
     at = whole.index(b"data") + 4
     whole[at : at + 4] = b"\xff\xff\xff\xff"
-    assert len(load_sound(bytes(whole))) == 16000
+    assert len(load_audio(bytes(whole))) == 16000

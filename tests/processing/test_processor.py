@@ -16,12 +16,12 @@ from PIL import Image
 from omni_jax.config import ConfigError
 from omni_jax.processing import chat
 from omni_jax.processing import positions as P
-from omni_jax.processing.audio import load_sound
+from omni_jax.processing.audio import load_audio
 from omni_jax.processing.chat import ConversationError
 from omni_jax.processing.media import Access, MediaError
 from omni_jax.processing.processor import Processor, Prompt
 from tests import oracle_prompt
-from tests.media import encode_clip, encode_sound, grey_levels, picture, tone
+from tests.media import encode_sound, encode_video, grey_levels, picture, tone
 from tests.tokenizer import config_with_tokenizer, trained, write_tokenizer
 
 CFG = config_with_tokenizer()
@@ -51,7 +51,7 @@ def processor(folder) -> Processor:
 
 def clip(seconds: float, sound: float | None = None) -> bytes:
     """A clip of 10 frames a second, with `sound` seconds of sound."""
-    return encode_clip(grey_levels(round(seconds * 10)), 10, sound=None if sound is None else tone(sound))
+    return encode_video(grey_levels(round(seconds * 10)), 10, sound=None if sound is None else tone(sound))
 
 
 def user(*content) -> dict:
@@ -143,13 +143,13 @@ def test_audio_in_video(processor, sound):
 
 
 def test_each_clip_decides_on_its_sound(processor):
-    with_sound = {"type": "video", "video": clip(1.0, 1.0), **SMALL}
-    silent = with_sound | {"use_audio_in_video": False}
-    prompt = processor([user(with_sound, silent, audio(0.3), with_sound)], use_audio_in_video=True)
+    with_audio = {"type": "video", "video": clip(1.0, 1.0), **SMALL}
+    silent = with_audio | {"use_audio_in_video": False}
+    prompt = processor([user(with_audio, silent, audio(0.3), with_audio)], use_audio_in_video=True)
     kinds = [type(s) for s in prompt.segments if not isinstance(s, P.Text)]
     assert kinds == [P.AudioVideo, P.Video, P.Audio, P.AudioVideo]
     # A clip's sound takes its place among the sounds, in the order of their tokens.
-    track = load_sound(with_sound["video"])
+    track = load_audio(with_audio["video"])
     assert [len(a) for a in prompt.audios] == [-(-len(track) // 160), 30, -(-len(track) // 160)]
     check_counts(prompt)
     np.testing.assert_array_equal(prompt.positions, P.position_ids(prompt.segments, T))

@@ -16,9 +16,9 @@ from omni_jax.config import VisionConfig
 from omni_jax.processing import video
 from omni_jax.processing.images import resize
 from omni_jax.processing.media import MediaError
-from omni_jax.processing.video import Clip, Sampling, frame_count, frame_range, frame_size, load_clip
+from omni_jax.processing.video import Clip, Sampling, frame_count, frame_range, frame_size, load_video
 from tests import oracle_prompt
-from tests.media import encode_clip, encode_sound, grey_levels, picture, tone
+from tests.media import encode_sound, encode_video, grey_levels, picture, tone
 
 VISION = VisionConfig()
 
@@ -97,7 +97,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats(name):
-    clip, sound = load_clip(encode_clip(grey_levels(30), 10, **FORMATS[name]), VISION)
+    clip, sound = load_video(encode_video(grey_levels(30), 10, **FORMATS[name]), VISION)
     assert sound is None
     assert clip.grid == (3, 20, 28)
     assert clip.seconds_per_grid == pytest.approx(2 / (6 / 30 * 10))
@@ -107,13 +107,13 @@ def test_formats(name):
 
 def test_pixels_equal_the_oracle_s_patches():
     frames = [picture(60, 90, seed) for seed in range(3)]
-    clip, _ = load_clip([Image.fromarray(f) for f in frames], VISION, sampling=Sampling(fps=4.0))
+    clip, _ = load_video([Image.fromarray(f) for f in frames], VISION, sampling=Sampling(fps=4.0))
     assert clip.seconds_per_grid == 0.5
     size = frame_size(60, 90, 4, VISION, Sampling())
     pixels, grid = oracle_prompt.video_features(np.stack([resize(Image.fromarray(f), size) for f in frames]))
     assert clip.grid == grid
     np.testing.assert_array_equal(clip.pixels, pixels)
-    np.testing.assert_array_equal(load_clip(np.stack(frames), VISION)[0].pixels, pixels)
+    np.testing.assert_array_equal(load_video(np.stack(frames), VISION)[0].pixels, pixels)
 
 
 def test_resizing_differs_by_at_most_two_levels_from_torch():
@@ -133,7 +133,7 @@ def test_resizing_differs_by_at_most_two_levels_from_torch():
 @pytest.mark.parametrize("form", ["mp4", "gif"])
 def test_a_clip_of_one_frame(form):
     options = FORMATS["gif"] if form == "gif" else {}
-    clip, _ = load_clip(encode_clip(grey_levels(2)[:1], 10, **options), VISION)
+    clip, _ = load_video(encode_video(grey_levels(2)[:1], 10, **options), VISION)
     assert clip.grid == (1, 20, 28)
     first, second = greys(clip)
     assert first == second == pytest.approx(20, abs=3)
@@ -142,14 +142,14 @@ def test_a_clip_of_one_frame(form):
 
 def test_a_still_picture_is_a_clip_of_one_frame(tmp_path):
     Image.fromarray(picture(56, 84)).save(tmp_path / "a.png")
-    assert load_clip(tmp_path / "a.png", VISION)[0].grid == (1, 20, 28)
+    assert load_video(tmp_path / "a.png", VISION)[0].grid == (1, 20, 28)
 
 
 @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
 def test_part_of_a_clip(codec):
     """libx264 has frames out of order and key frames far apart: seeking must land on the right frame."""
-    data = encode_clip(grey_levels(100), 10, codec=codec, sound=tone(10.0))
-    clip, sound = load_clip(data, VISION, sampling=Sampling(start=6.0, end=8.0), with_sound=True)
+    data = encode_video(grey_levels(100), 10, codec=codec, sound=tone(10.0))
+    clip, sound = load_video(data, VISION, sampling=Sampling(start=6.0, end=8.0), with_audio=True)
     indices = np.round(np.linspace(60, 80, 4)).astype(int)
     np.testing.assert_allclose(greys(clip), expected_greys(100, indices), atol=4)
     assert clip.seconds_per_grid == pytest.approx(2 / (4 / 21 * 10))
@@ -157,11 +157,11 @@ def test_part_of_a_clip(codec):
 
 
 def test_options():
-    data = encode_clip(grey_levels(40), 10)
-    assert load_clip(data, VISION, sampling=Sampling(fps=5))[0].grid[0] == 10
-    assert load_clip(data, VISION, sampling=Sampling(fps=5, max_frames=6))[0].grid[0] == 3
-    assert load_clip(data, VISION, sampling=Sampling(max_pixels=28 * 28 * 6))[0].grid == (4, 4, 6)
-    assert load_clip(data, VISION, sampling=Sampling(min_pixels=28 * 28 * 300))[0].grid[1:] == (30, 44)
+    data = encode_video(grey_levels(40), 10)
+    assert load_video(data, VISION, sampling=Sampling(fps=5))[0].grid[0] == 10
+    assert load_video(data, VISION, sampling=Sampling(fps=5, max_frames=6))[0].grid[0] == 3
+    assert load_video(data, VISION, sampling=Sampling(max_pixels=28 * 28 * 6))[0].grid == (4, 4, 6)
+    assert load_video(data, VISION, sampling=Sampling(min_pixels=28 * 28 * 300))[0].grid[1:] == (30, 44)
 
 
 def test_only_sampled_frames_are_kept(monkeypatch):
@@ -169,13 +169,13 @@ def test_only_sampled_frames_are_kept(monkeypatch):
     converted = []
     picture_of = video._picture
     monkeypatch.setattr(video, "_picture", lambda frame: converted.append(frame.pts) or picture_of(frame))
-    load_clip(encode_clip(grey_levels(60), 10), VISION)
+    load_video(encode_video(grey_levels(60), 10), VISION)
     assert len(converted) == 12
 
 
 def test_sound_of_a_clip():
-    data = encode_clip(grey_levels(30), 10, sound=tone(3.0, 44100), rate=44100)
-    _, sound = load_clip(data, VISION, with_sound=True)
+    data = encode_video(grey_levels(30), 10, sound=tone(3.0, 44100), rate=44100)
+    _, sound = load_video(data, VISION, with_audio=True)
     assert sound.dtype == np.float32
     assert abs(len(sound) - 48000) < 1100
 
@@ -185,14 +185,14 @@ def test_rotation_in_the_file_is_applied(turns):
     """Phones write pictures sideways and say so in the track header's matrix."""
     frame = np.zeros((56, 112, 3), np.uint8)
     frame[:28, :56] = 255  # top left
-    data = bytearray(encode_clip([frame] * 4, 10))
+    data = bytearray(encode_video([frame] * 4, 10))
     a = round(math.cos(math.pi / 2 * turns))
     b = round(math.sin(math.pi / 2 * turns))
     # tkhd, version 0: the matrix stands 40 bytes after the version. [a b 0; −b a 0] turns clockwise by 90° × turns.
     at = data.index(b"tkhd") + 4 + 40
     matrix = [a, b, 0, -b, a, 0, 0, 0]
     data[at : at + 32] = b"".join((v * 65536).to_bytes(4, "big", signed=True) for v in matrix)
-    clip, _ = load_clip(bytes(data), VISION, sampling=Sampling(max_pixels=28 * 28 * 8))
+    clip, _ = load_video(bytes(data), VISION, sampling=Sampling(max_pixels=28 * 28 * 8))
     t, h, w = clip.grid
     assert (h > w) == (turns % 2 == 1)
     image = clip.pixels.reshape(t, h // 2, w // 2, 2, 2, 3, 2, 14, 14)[0, :, :, :, :, 0, 0]
@@ -205,14 +205,14 @@ def test_transparent_frames_go_over_white():
     frames = [Image.new("RGBA", (56, 84), (255, 0, 0, 255)), Image.new("RGBA", (56, 84), (0, 0, 0, 0))]
     file = io.BytesIO()
     frames[0].save(file, "PNG", save_all=True, append_images=frames[1:], duration=500, blend=0, disposal=1)
-    clip, _ = load_clip(file.getvalue(), VISION)
+    clip, _ = load_video(file.getvalue(), VISION)
     assert greys(clip)[-1] == pytest.approx(255, abs=1)
 
 
 @functools.lru_cache
 def noisy_clip(name: str) -> bytes:
     options = {"options": {"movflags": "faststart"}} if name == "faststart" else FORMATS[name]
-    return encode_clip([picture(56, 84, s) for s in range(30)], 10, **options)
+    return encode_video([picture(56, 84, s) for s in range(30)], 10, **options)
 
 
 @pytest.mark.parametrize("name", ["mp4 H.264", "webm VP9", "mkv H.264", "avi", "gif", "faststart"])
@@ -222,37 +222,37 @@ def test_truncated_clips(name, part, tmp_path):
     file = tmp_path / "party.clip"
     file.write_bytes(whole[: int(len(whole) * part)])
     with pytest.raises(MediaError, match=r"party.clip is (damaged or cut short|not a video)"):
-        load_clip(file, VISION)
+        load_video(file, VISION)
 
 
 def test_frames_that_an_avi_leaves_out():
     """Its encoder writes an empty chunk for a frame that only repeats or comes late, and counts it."""
     options = {"form": "avi", "codec": "libx264", "options": {}}
-    whole = encode_clip([picture(56, 84, s) for s in range(20)], 10, **options)
+    whole = encode_video([picture(56, 84, s) for s in range(20)], 10, **options)
     at = whole.index(b"strh") + 8 + 32  # the number of frames, and the same in the main header
     (count,) = struct.unpack_from("<I", whole, at)
     assert count >= 20
     more = bytearray(whole)
     struct.pack_into("<I", more, at, count + 1)
-    assert load_clip(bytes(more), VISION)[0].grid == load_clip(whole, VISION)[0].grid
+    assert load_video(bytes(more), VISION)[0].grid == load_video(whole, VISION)[0].grid
 
 
 def test_damage_inside_a_clip_is_told(tmp_path):
-    whole = bytearray(encode_clip([picture(56, 84, s) for s in range(30)], 10, codec="libx264"))
+    whole = bytearray(encode_video([picture(56, 84, s) for s in range(30)], 10, codec="libx264"))
     at = whole.index(b"mdat") + 4
     whole[at : at + 20000] = bytes(20000)
     with pytest.raises(MediaError, match="damaged"):
-        load_clip(bytes(whole), VISION)
+        load_video(bytes(whole), VISION)
 
 
 def test_bad_requests(tmp_path):
-    silent = encode_clip(grey_levels(10), 10)
+    silent = encode_video(grey_levels(10), 10)
     file = tmp_path / "silent.mp4"
     file.write_bytes(silent)
     with pytest.raises(MediaError, match=r"silent.mp4 has no sound track, though its sound is asked for"):
-        load_clip(file, VISION, with_sound=True)
+        load_video(file, VISION, with_audio=True)
     with pytest.raises(MediaError, match="pictures has no sound track"):
-        load_clip([picture(28, 28)], VISION, with_sound=True)
+        load_video([picture(28, 28)], VISION, with_audio=True)
     for options, message in (
         ({"start": 5.0}, r"no frame between 5.0 s"),
         ({"start": 0.5, "end": 0.2}, r"video_end 0.2 is not after video_start 0.5"),
@@ -265,13 +265,13 @@ def test_bad_requests(tmp_path):
         ({"most_tokens": 32768, "min_pixels": 1 << 26}, r"tokens, and the model's context holds 32768"),
     ):
         with pytest.raises(MediaError, match=message):
-            load_clip(file, VISION, sampling=Sampling(**options))
+            load_video(file, VISION, sampling=Sampling(**options))
     with pytest.raises(MediaError, match="holds no frames"):
-        load_clip([], VISION)
+        load_video([], VISION)
     with pytest.raises(MediaError, match="is not a video that FFmpeg can read"):
-        load_clip(b"not a clip at all, only text", VISION)
+        load_video(b"not a clip at all, only text", VISION)
 
 
 def test_sound_is_no_video():
     with pytest.raises(MediaError, match="has no pictures; give a video, or use it as audio"):
-        load_clip(encode_sound(tone(1.0), 16000, "WAV"), VISION)
+        load_video(encode_sound(tone(1.0), 16000, "WAV"), VISION)

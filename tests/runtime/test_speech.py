@@ -345,7 +345,7 @@ def test_voices_command(checkpoint, speaker, monkeypatch, capsys, tmp_path):
 def test_sound_files(name, tmp_path):
     tone = (0.3 * np.sin(np.arange(24000) * 2 * np.pi * 440 / 24000)).astype(np.float32)
     for samples in (tone, tone[:0]):
-        encode.write_sound(tmp_path / f"x.{name}", samples, 24000)
+        encode.write_audio(tmp_path / f"x.{name}", samples, 24000)
         got, rate = soundfile.read(tmp_path / f"x.{name}")
         assert rate == 24000
         if len(samples):
@@ -353,7 +353,7 @@ def test_sound_files(name, tmp_path):
             assert (len(got) >= 24000, spectrum.argmax()) == (True, 440)
         else:
             assert len(got) == (0 if name == "wav" else 240)
-    encode.write_sound(tmp_path / "y.bin", tone, 24000, name)
+    encode.write_audio(tmp_path / "y.bin", tone, 24000, name)
     assert soundfile.info(tmp_path / "y.bin").format == {"opus": "OGG"}.get(name, name.upper())
 
 
@@ -364,7 +364,7 @@ def test_a_sound_file_is_whole_or_absent(tmp_path, monkeypatch):
 
     monkeypatch.setattr(soundfile, "write", full)
     with pytest.raises(encode.OutputError, match="No space left"):
-        encode.write_sound(tmp_path / "x.wav", np.zeros(10, np.float32), 24000)
+        encode.write_audio(tmp_path / "x.wav", np.zeros(10, np.float32), 24000)
     assert not list(tmp_path.iterdir())
 
 
@@ -374,8 +374,8 @@ def test_solvers(checkpoint, monkeypatch, capsys):
     code, out, err = run(monkeypatch, capsys, "solvers", "--model", checkpoint, "--json")
     assert code == 0, err
     default, nearly, one = json.loads(out)
-    assert default["mel_error"] == default["sound_error"] == 0
+    assert default["mel_error"] == default["audio_error"] == 0
     assert 0 < nearly["mel_error"] < one["mel_error"]
-    assert 0 < nearly["sound_error"] < one["sound_error"]
+    assert 0 < nearly["audio_error"] < one["audio_error"]
     assert [row["evaluations"] for row in (default, nearly, one)] == [36, 32, 1]
     assert all(row["seconds"] > 0 for row in (default, nearly, one))

@@ -194,13 +194,13 @@ def test_packed_batches_point_to_their_media(model, checkpoint):
     import jax
     import jax.numpy as jnp
 
-    from omni_jax.train.losses import How, media_vectors
+    from omni_jax.train.losses import ForwardOptions, media_vectors
 
     read = training.reader(model, checkpoint)
     rows = [training.samples(read, ["turns", "text"]), training.samples(read, ["long sound in video"])]
     batch = training.batch(model, rows)
     params, cfg = model.params["thinker"], model.config.thinker
-    run = jax.jit(lambda p, m: media_vectors(cfg, p, m, How(jnp.float32, "none")))
+    run = jax.jit(lambda p, m: media_vectors(cfg, p, m, ForwardOptions(jnp.float32, "none")))
     vectors = np.asarray(run(params, batch.media))
     for row, kinds in enumerate((["turns", "text"], ["long sound in video"])):
         at = 0

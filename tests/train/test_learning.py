@@ -37,7 +37,7 @@ def _medium(kind, which, rng):
         return media.encode_sound(media.tone(0.4, hertz=hertz, seed=int(rng.integers(1 << 30))), 16000, "WAV")
     levels = np.linspace(20, 200, 4)[:: 1 if which else -1] + rng.uniform(-10, 10)
     frames = [(noise * 0.5 + level).clip(0, 255).astype(np.uint8) for level in levels]
-    return media.encode_clip(frames, 2)
+    return media.encode_video(frames, 2)
 
 
 def _records(folder, count, seed):
@@ -126,14 +126,14 @@ def _say(model, record, settings):
             [prompt.positions, prompt.positions.max() + 1 + np.broadcast_to(np.arange(len(text)), (3, len(text)))], 1
         ).astype(np.int32),
     )  # fmt: skip
-    recorder, full = speech.Recorder(), speech.Recorder()
-    next(model.run([prompt], [GenerationSettings(max_new_tokens=1)], recorder=recorder))
-    next(model.run([whole], [GenerationSettings(max_new_tokens=1)], recorder=full))
+    trace, full = speech.ThinkerTrace(), speech.ThinkerTrace()
+    next(model.run([prompt], [GenerationSettings(max_new_tokens=1)], trace=trace))
+    next(model.run([whole], [GenerationSettings(max_new_tokens=1)], trace=full))
     hidden = np.asarray(full.hidden)[:, -len(text) - 1 :]
-    recorder.steps = [np.moveaxis(hidden, 0, 1)]
+    trace.steps = [np.moveaxis(hidden, 0, 1)]
     reply = Reply("", tuple(ids), len(prompt.ids), "eos")
     builders = model.speech.builders([reply], [settings])
-    for _ in model.speech.codes(recorder, [reply], [settings], builders):
+    for _ in model.speech.codes(trace, [reply], [settings], builders):
         continue
     return builders[0]
 

@@ -139,7 +139,7 @@ def test_remat_changes_no_gradient(model, checkpoint):
     params = training.stacked(checkpoint, model)
     loss, grads = {}, {}
     for remat in ("none", "dots", "full"):
-        how = losses.How(training.FLOAT32.dtype, remat)
+        how = losses.ForwardOptions(training.FLOAT32.dtype, remat)
         (loss[remat], _), grads[remat] = _value_and_grad(model.config, params, batch, how)
     for remat in ("dots", "full"):
         assert abs(float(loss[remat]) - float(loss["none"])) < 1e-6

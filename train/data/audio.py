@@ -12,7 +12,7 @@ from omni_jax.buckets import bucket
 from omni_jax.checkpoint.speakers import pick_voice
 from omni_jax.errors import InputError
 from omni_jax.model import bigvgan, token2wav
-from omni_jax.processing.audio import load_sound
+from omni_jax.processing.audio import load_audio
 from omni_jax.train.audio_losses import FlowBatch, VocoderBatch, shortest_crop
 from omni_jax.train.data.jsonl import DataError, Reader
 
@@ -89,7 +89,7 @@ def _crop(reader: Reader, record: Mapping[str, Any], crop: int, rng: np.random.G
     if crop < least:
         raise DataError(f"data.crop is {crop}; the spectral loss needs at least {least} mel frames")
     mel = _mel(reader, record, cfg.mel_dim)
-    wave = load_sound(str(reader.folder / str(record["audio"])), token2wav.SAMPLE_RATE)
+    wave = load_audio(str(reader.folder / str(record["audio"])), token2wav.SAMPLE_RATE)
     frames = min(len(mel), len(wave) // hop)
     if abs(len(wave) - len(mel) * hop) > hop or frames < crop:
         raise DataError(
