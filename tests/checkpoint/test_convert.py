@@ -298,10 +298,10 @@ def test_no_room_on_the_disk(nano, tmp_path, monkeypatch):
 
 FULL = """
 import resource, sys
-from omni_jax import cli
+from omni_jax.cli.main import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 sys.argv[0] = "omni-jax"
-cli.main()
+main()
 """
 
 

@@ -142,11 +142,11 @@ def test_other_input_or_settings_are_refused(checkpoint, tmp_path):
 
 
 def test_a_part_has_one_writer(tmp_path):
-    first = records.Part(tmp_path / "o", 0)
+    first = records.OutputShard(tmp_path / "o", 0)
     with pytest.raises(InputError, match="being written by another job"):
-        records.Part(tmp_path / "o", 0)
+        records.OutputShard(tmp_path / "o", 0)
     first.close()
-    records.Part(tmp_path / "o", 0).close()
+    records.OutputShard(tmp_path / "o", 0).close()
 
 
 def test_prompts_of_a_bucket_share_batches(model, checkpoint, tmp_path):

@@ -16,14 +16,14 @@ from omni_jax.config import VisionConfig
 from omni_jax.processing import video
 from omni_jax.processing.images import resize
 from omni_jax.processing.media import MediaError
-from omni_jax.processing.video import Clip, Sampling, frame_count, frame_range, frame_size, load_video
+from omni_jax.processing.video import Sampling, Video, frame_count, frame_range, frame_size, load_video
 from tests import oracle_prompt
 from tests.media import encode_sound, encode_video, grey_levels, picture, tone
 
 VISION = VisionConfig()
 
 
-def greys(clip: Clip) -> list[float]:
+def greys(clip: Video) -> list[float]:
     """The grey of each sampled frame, from 0 to 255."""
     t, h, w = clip.grid
     red = clip.pixels.reshape(t, h * w, 3, 2, 196)[:, :, 0]
