@@ -20,6 +20,7 @@ from rich.filesize import decimal
 
 from omni_jax.checkpoint import adapter as adapters
 from omni_jax.checkpoint import keys, orbax_io
+from omni_jax.checkpoint.fingerprint import weights_digest
 from omni_jax.checkpoint.folder import Stored, open_checkpoint, progress_bar, read_block, row_blocks
 from omni_jax.checkpoint.orbax_io import ARRAYS, FORMAT, MANIFEST, ArrayWriter, chunk_shape, put_file, reason, within
 from omni_jax.checkpoint.safetensors_io import CheckpointError, Tensor, write_checkpoint
@@ -308,7 +309,11 @@ def convert(
                 name: origin | {"crc32": f"{checksums[name]:08x}"}
                 for name, origin in _origins(files, tensors, parts == have).items()
             }
-            put_file(place, MANIFEST, _json({"format": FORMAT, "dtype": dtype, "parts": parts, "tensors": listed}))
+            about: dict[str, Any] = {"format": FORMAT, "dtype": dtype, "parts": parts}
+            same = all(_holds(kinds[path], tensors[n].dtype) for path, names in leaves.items() for n in names.values())
+            if same and parts == have and (adapter is None or keep_adapter):
+                about["weights"] = weights_digest(files, tensors)
+            put_file(place, MANIFEST, _json(about | {"tensors": listed}))
     return total
 
 

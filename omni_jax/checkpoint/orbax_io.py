@@ -188,7 +188,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """`omni_jax.json` of a converted folder, checked.
 
     Returns:
-      `{"format", "dtype", "tensors": {published name: {"dtype", "crc32", "file"?}}, …}`.
+      `{"format", "dtype", "weights"?, "tensors": {published name: {"dtype", "crc32", "file"?}}, …}`.
     Raises:
       CheckpointError: it is not what `convert` writes.
     """
@@ -204,6 +204,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
         tensors = raw.get("tensors")
         if not isinstance(tensors, dict) or not tensors:
             raise ValueError("it lists no tensors")
+        if not isinstance(raw.get("weights", ""), str):
+            raise ValueError("its weights are no digest")
         for name, entry in tensors.items():
             texts = [entry.get(key) for key in ("dtype", "crc32")] if isinstance(entry, dict) else [None]
             if not all(isinstance(text, str) for text in texts):

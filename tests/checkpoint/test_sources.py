@@ -95,7 +95,8 @@ def start(hub, tmp_path, *args):
     env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     # The library writes what has come in pieces of 10 MB, more than this checkpoint has.
     code = (
-        "import huggingface_hub.constants as c; c.DOWNLOAD_CHUNK_SIZE = 1 << 18; from omni_jax.cli.main import main; main()"
+        "import huggingface_hub.constants as c; c.DOWNLOAD_CHUNK_SIZE = 1 << 18\n"
+        "from omni_jax.cli.main import main; main()"
     )
     run = [sys.executable, "-c", code, *map(str, args)]
     return subprocess.Popen(run, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
