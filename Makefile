@@ -62,7 +62,7 @@ solvers: $(VENV)/.installed out/3b/config.json
 full-size: $(VENV)/.installed-test out/3b/config.json
 	$(BIN)/python -m tests.full_size out/3b
 
-# The figures of docs/training.md and of the docstrings in configs/.
+# The speed in docs/training.md.
 bench-training: $(VENV)/.installed-test
 	$(BIN)/python -m omni_jax.train.bench
 
@@ -84,12 +84,19 @@ aot: $(VENV)-aot/.installed
 	  done; } > out/pods-tables.md
 	mv out/pods-tables.md docs/pods-tables.md
 
+# docs/training-plans.md: what the compilers say of a step of each run in configs/.
+PLANS := v5e-8=v5e:2x4 v5e-64=v5e:8x8 v6e-8=v6e:2x4 h100-8=h100:8
 plans: $(VENV)/.installed-test $(VENV)-aot/.installed
-	for c in configs/*_v5e8.py; do $(BIN)/omni-jax finetune --config $$c --plan v5e:2x4; done
-	for c in configs/*_v6e8.py; do $(BIN)/omni-jax finetune --config $$c --plan v6e:2x4; done
-	for c in configs/*_v5e64.py; do $(BIN)/omni-jax finetune --config $$c --plan v5e:8x8; done
-	for c in configs/*_h100x8.py; do JAX_PLATFORMS=cpu $(VENV)-aot/bin/omni-jax finetune --config $$c --plan h100:8; done
-	$(BIN)/omni-jax finetune --config configs/qwen3b_full_v5e64.py --set mesh=fsdp=16 --set data.batch=16 --plan v5e:4x4
+	@mkdir -p out
+	{ for run in full.py:3b full.py:7b lora.py:3b lora.py:7b talker.py:3b; do for plan in $(PLANS); do \
+	    case $$run,$$plan in talker*,v5e-8=*) ;; talker*) continue ;; esac; \
+	    case $$plan in h100*) bin=$(VENV)-aot/bin ;; *) bin=$(BIN) ;; esac; \
+	    JAX_PLATFORMS=cpu $$bin/omni-jax finetune --config configs/$$run,$${plan%=*} --plan $${plan#*=} || exit 1; \
+	  done; done; \
+	  $(BIN)/omni-jax finetune --config configs/full.py:3b,v5e-64 --set mesh=fsdp=16 --set data.batch=16 \
+	    --plan v5e:4x4; } > out/plans.jsonl
+	$(BIN)/python -m omni_jax.train.plans < out/plans.jsonl > out/training-plans.md
+	mv out/training-plans.md docs/training-plans.md
 
 # Of omni-jax plan: the coefficients in omni_jax/runtime/memory_model.py, and the table of docs/plan.md. The TPU compiler must be
 # installed; each compiles some dozens of programs at first, and goes on where it was cut off.

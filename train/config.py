@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+import inspect
 import json
 import math
 import pathlib
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omni_jax.errors import InputError
 
@@ -236,23 +237,46 @@ def _check(settings: Any, prefix: str) -> None:
             _check(value, f"{name}.")
 
 
-def load(path: str | pathlib.Path, changes: Sequence[str] = ()) -> Run:
-    """Runs `get_config()` of a file and applies changes such as "data.batch=4".
+T = TypeVar("T")
+
+
+def choose(arg: str, table: Mapping[tuple[str, ...], T]) -> tuple[tuple[str, ...], T]:
+    """The entry of a config file's table that its argument names, words in any order: "7b,v5e-64".
 
     Raises:
-      RunError: no such file or function, a setting that does not exist, or a value that cannot be.
+      RunError: no entry, or several, have all of these words; the message lists the right arguments.
     """
-    path = pathlib.Path(path)
+    words = [word.strip() for word in arg.split(",") if word.strip()]
+    fitting = [key for key in table if all(word in key for word in words)]
+    if len(fitting) != 1:
+        known = "; ".join(",".join(key) for key in fitting or table)
+        raise RunError(f"the argument {arg!r} names {'several runs' if fitting else 'no run'}; there are {known}")
+    return fitting[0], table[fitting[0]]
+
+
+def load(path: str | pathlib.Path, changes: Sequence[str] = ()) -> Run:
+    """Runs `get_config()` of a file, or `get_config(arg)` for "FILE:arg", and applies changes such as "data.batch=4".
+
+    Raises:
+      RunError: no such file or function, an argument that names no run, a setting that does not exist, or a value that
+        cannot be.
+    """
+    path, arg = pathlib.Path(path), None
+    if not path.exists() and ":" in str(path):
+        name, _, arg = str(path).rpartition(":")
+        path = pathlib.Path(name)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise RunError(f"{path} is no Python file; name one like configs/qwen3b_lora_v5e8.py")
+        raise RunError(f"{path} is no Python file; name one like configs/lora.py:3b,v5e-8")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         make = getattr(module, "get_config", None)
-        run = None if make is None else make()
-    except InputError:
-        raise
+        if make is not None and arg is not None and not inspect.signature(make).parameters:
+            raise RunError(f"its get_config() takes no argument; leave out :{arg}")
+        run = None if make is None else make() if arg is None else make(arg)
+    except InputError as e:
+        raise RunError(f"{path}: {e}") from None
     except Exception as e:
         raise RunError(f"{path} cannot be run ({type(e).__name__}: {' '.join(str(e).split())}); correct it") from None
     if make is None:

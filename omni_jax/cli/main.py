@@ -345,7 +345,9 @@ def _print_plan(config: pathlib.Path, changes: Strings, topology: str) -> None:
         "peak_gib": memory.peak_memory_in_bytes / 2**30, "arguments_gib": memory.argument_size_in_bytes / 2**30,
         "temporary_gib": memory.temp_size_in_bytes / 2**30, "step_gib": module.hbm_bytes() / 2**30,
     }  # fmt: skip
-    shown = {"config": str(config), "topology": topology} | {k: round(v, 2) for k, v in figures.items()}
+    shown = {"config": str(config), "changes": list(changes), "topology": topology} | {
+        k: round(v, 2) for k, v in figures.items()
+    }
     print(json.dumps(shown | {"collectives": dict(sorted(counted.items()))}))
 
 
@@ -364,7 +366,8 @@ def finetune(
     It goes on where the run's folder stops. SIGTERM and Ctrl-C save and end; metrics go to stderr and metrics.jsonl.
 
     Args:
-      config: A Python file with get_config(), such as configs/qwen3b_lora_v5e8.py.
+      config: A Python file with get_config(), such as configs/lora.py:3b,v5e-8; after
+        the colon stands the argument of get_config, where it takes one.
       changes: A setting of train/config.py to change, as name=value: --set model=DIR --set data.batch=4.
       coordinator: On several hosts: auto on a TPU pod, else host:port,processes,process.
       plan: Only compile the step, for chips that need not be there, v5e:2x4 or h100:8, and print what it needs. A model

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
 import pathlib
 
 import jax
@@ -10,33 +12,72 @@ import pytest
 
 from omni_jax import config as C
 from omni_jax.parallel import meshes
-from omni_jax.train import config, metrics
+from omni_jax.train import config, metrics, plans
 from omni_jax.train import step as S
 from omni_jax.train.config import Data, Lora, Run, RunError
 
 ROOT = pathlib.Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_shipped_runs_fit_their_models(path):
-    """Names that exist, rows that the mesh divides, adapters where the name says so, and the command that starts it."""
-    run = config.load(path)
-    size, kind, _ = path.stem.removeprefix("qwen").split("_")
+def _shipped():
+    """Every run of configs/ as (file, model, machine)."""
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert f"omni-jax finetune --config configs/{path.name}:" in module.__doc__
+        yield from ((path, *key) for key in module.RUNS)
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "machine"), [pytest.param(*r, id=f"{r[0].stem}:{r[1]},{r[2]}") for r in _shipped()]
+)
+def test_shipped_runs_fit_their_models(path, size, machine):
+    """Names that exist, rows that the mesh divides, adapters where the name says so, and a row of compiled figures."""
+    named = f"configs/{path.name}:{size},{machine}"
+    run = config.load(ROOT / named)
+    assert run.model == f"Qwen2.5-Omni-{size.upper()}"
     model = C.preset(size)
     sizes = meshes.axis_sizes(run.mesh, model)
+    assert math.prod(sizes.values()) == int(machine.rpartition("-")[2])
     assert (run.data.batch // run.data.accumulate) % (sizes["data"] * sizes["fsdp"]) == 0
     trainer = S.make_trainer(Run(**{**vars(run), "mesh": None}), model)
-    assert (run.lora is not None) == (kind == "lora")
-    decoder = model.talker.decoder if kind == "talker" else model.thinker.text
-    assert len(trainer.trained) == {"lora": 14, "full": 15, "talker": 17}[kind]
+    assert (run.lora is not None) == (path.stem == "lora")
+    decoder = model.talker.decoder if path.stem == "talker" else model.thinker.text
+    assert len(trainer.trained) == {"lora": 14, "full": 15, "talker": 17}[path.stem]
     assert trainer.trained[min(trainer.trained)].shape[0] in (decoder.num_hidden_layers, decoder.vocab_size)
-    learns = ("talker.",) if kind == "talker" else ("thinker.model.", "thinker.lm_head.")
+    learns = ("talker.",) if path.stem == "talker" else ("thinker.model.", "thinker.lm_head.")
     assert all(n.startswith(learns) for n in trainer.trained)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert f"omni-jax finetune --config configs/{path.name}" in module.__doc__
+    assert f"| `{named}` | `{machine.partition('-')[0]}:" in (ROOT / "docs" / "training-plans.md").read_text("utf-8")
+
+
+def test_a_wrong_argument_lists_the_right_ones(tmp_path):
+    lora = ROOT / "configs" / "lora.py"
+    assert config.load(f"{lora}:v5e-64,7b", ["steps=3"]).mesh == "data=8,fsdp=8"
+    assert config.load(lora).model == "Qwen2.5-Omni-3B"
+    for arg, message in (
+        ("7b,v4-8", "lora.py: the argument '7b,v4-8' names no run; there are 3b,v5e-8; 3b,v5e-64;"),
+        ("7b", "names several runs; there are 7b,v5e-8; 7b,v5e-64; 7b,v6e-8; 7b,h100-8$"),
+        ("", "names several runs"),
+    ):
+        with pytest.raises(RunError, match=message) as e:
+            config.load(f"{lora}:{arg}")
+        assert "\n" not in str(e.value)
+    with pytest.raises(RunError, match=r"run.py: its get_config\(\) takes no argument; leave out :7b"):
+        config.load(f"{_file(tmp_path, GOOD)}:7b")
+    with pytest.raises(RunError, match="is no Python file"):
+        config.load(tmp_path / "none.py:7b")
+
+
+def test_the_page_of_plans_has_a_row_for_each_line():
+    plan = {
+        "config": "configs/full.py:3b,v5e-8", "changes": ["mesh=fsdp=16"], "topology": "v5e:4x4", "peak_gib": 4.912,
+        "arguments_gib": 2.37, "temporary_gib": 1.0, "step_gib": 1161.2, "collectives": {"all-gather": 1620},
+    }  # fmt: skip
+    page = plans.table([json.dumps(plan)])
+    row = "| `configs/full.py:3b,v5e-8` `--set mesh=fsdp=16` | `v5e:4x4` | 4.91 | 2.37 | 1,161 | 1,620 | 0 | 0 | 0 |"
+    assert page.splitlines()[-1] == row
+    assert page.startswith(plans.HEAD)
 
 
 def _file(folder, text):

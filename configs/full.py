@@ -1,0 +1,37 @@
+"""The whole decoder and head of the Thinker; towers frozen, 4096 tokens a row.
+
+    omni-jax finetune --config configs/full.py:3b,v5e-8 --set model=CHECKPOINT --set data.train=train.jsonl
+
+The argument names the model (3b, 7b) and the machine (v5e-8, v5e-64, v6e-8, h100-8). A v5e-64 has 16 hosts: start the
+command on each, with `--coordinator auto`. docs/training-plans.md has the memory and traffic of each run.
+"""
+
+from typing import Any
+
+from omni_jax.train.config import Data, Optimizer, Run, choose
+
+# Model and machine: rows of a step, mesh, and what else differs. AdamW's two moments of 7B do not fit eight v5e.
+RUNS: dict[tuple[str, ...], dict[str, Any]] = {
+    ("3b", "v5e-8"): {"batch": 8, "mesh": "fsdp=8"},
+    ("3b", "v5e-64"): {"batch": 64, "mesh": "data=8,fsdp=8"},
+    ("3b", "v6e-8"): {"batch": 16, "mesh": "fsdp=8"},
+    ("3b", "h100-8"): {"batch": 16, "mesh": "fsdp=8", "remat": "dots"},
+    ("7b", "v5e-8"): {"batch": 8, "mesh": "fsdp=8", "optimizer": Optimizer("adafactor", warmup=100)},
+    ("7b", "v5e-64"): {"batch": 64, "mesh": "data=4,fsdp=16"},
+    ("7b", "v6e-8"): {"batch": 16, "mesh": "fsdp=8"},
+    ("7b", "h100-8"): {"batch": 16, "mesh": "fsdp=8", "remat": "dots"},
+}
+
+
+def get_config(arg: str = "3b,v5e-8") -> Run:
+    """The run; `--set` changes it."""
+    (size, machine), given = choose(arg, RUNS)
+    settings = {"optimizer": Optimizer("adamw", warmup=100, weight_decay=0.01)} | given
+    return Run(
+        model=f"Qwen2.5-Omni-{size.upper()}",
+        out=f"runs/full-{size}-{machine}",
+        data=Data(train="train.jsonl", sequence=4096, sizes=(1024, 2048), batch=settings.pop("batch")),
+        rates={"thinker.model": 1e-5, "thinker.lm_head": 1e-5},
+        steps=1000,
+        **settings,
+    )
