@@ -64,7 +64,7 @@ full-size: $(VENV)/.installed-test out/3b/config.json
 
 # The speed in docs/training.md.
 bench-training: $(VENV)/.installed-test
-	$(BIN)/python -m omni_jax.train.bench
+	$(BIN)/python -m tests.training_speed
 
 # docs/pods-tables.md: what the compilers of TPUs and of an H100 say. An environment of its own, since jax looks for a
 # GPU where the latter's compiler is installed.
@@ -101,10 +101,10 @@ plans: $(VENV)/.installed-test $(VENV)-aot/.installed
 # Of omni-jax plan: the coefficients in omni_jax/runtime/memory_model.py, and the table of docs/plan.md. The TPU compiler must be
 # installed; each compiles some dozens of programs at first, and goes on where it was cut off.
 plan-fit: $(VENV)/.installed-test
-	$(BIN)/python -m omni_jax.infer.analysis.plan_fit fit --keep out/compiled
+	$(BIN)/python -m tests.plan_fit fit --keep out/compiled
 
 plan-check: $(VENV)/.installed-test
-	$(BIN)/python -m omni_jax.infer.analysis.plan_fit check --keep out/compiled
+	$(BIN)/python -m tests.plan_fit check --keep out/compiled
 
 clean:
-	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf out build dist *.egg-info src/*.egg-info site .pytest_cache .mypy_cache .ruff_cache

@@ -28,9 +28,7 @@ RANK = {part: rank for rank, parts in enumerate(LEVELS) for part in parts}
 UNSEEN_BY = {"model": {"processing"}}
 # Only the tests and the benchmarks may run the reference.
 REFERENCE = {"torch", "torchvision", "torchaudio", "transformers"}
-BENCHMARKS = {
-    ROOT / f for f in ("infer/bench/text.py", "infer/bench/speech.py", "infer/bench/reference.py", "train/bench.py")
-}
+BENCHMARKS = {ROOT / f for f in ("infer/bench/text.py", "infer/bench/speech.py", "infer/bench/reference.py")}
 # Importing the package, or asking the command for help, must not load these.
 HEAVY = ("jax", "flax", "orbax", "tensorstore", "grain", "av", "soundfile", "PIL", "tokenizers", "huggingface_hub")
 

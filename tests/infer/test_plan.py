@@ -16,14 +16,14 @@ from omni_jax import config as C
 from omni_jax import load
 from omni_jax.checkpoint import keys
 from omni_jax.infer.analysis import plan as command
-from omni_jax.infer.analysis import plan_fit, programs
+from omni_jax.infer.analysis import programs
 from omni_jax.infer.analysis.compiled import Compiled, compile_program
 from omni_jax.model import audio, vision
 from omni_jax.parallel import meshes
 from omni_jax.runtime import admission, memory_model
 from omni_jax.runtime.speech import PARTS
 from omni_jax.settings import GenerationSettings, SpeechSettings
-from tests import media
+from tests import media, plan_fit
 from tests.ahead import needs_compiler
 from tests.cli.test_main import run
 from tests.compile_counter import count_compiles

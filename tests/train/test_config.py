@@ -154,9 +154,9 @@ def test_identity_gives_the_run_back():
 
 def test_counted_arithmetic_is_the_compilers():
     """`flops_per_token` against XLA's count of a step without remat, on a decoder whose head is small beside it."""
-    from omni_jax.train import bench
+    from tests import training_speed
 
-    cfg, length = bench.small(layers=4, hidden=256), 256
+    cfg, length = training_speed.small(layers=4, hidden=256), 256
     rates = {"thinker.model": 1e-5, "thinker.lm_head": 1e-5}
     data = Data("x", sequence=length, batch=2)
     for lora in (None, Lora(4)):

@@ -1,4 +1,4 @@
-"""Speed of a small full fine-tune against transformers on torch, in turn: `python -m omni_jax.train.bench`.
+"""Speed of a small full fine-tune against transformers on torch, in turn: `python -m tests.training_speed`.
 
 Both sides do the same work: the Thinker's decoder and head in float32, a batch of full rows of text, loss on every
 token, gradients of every weight, clipping of the global norm, AdamW. Needs the `bench` extra.
