@@ -22,7 +22,7 @@ from omni_jax.errors import InputError
 from omni_jax.model import bigvgan, token2wav
 from omni_jax.model.talker import EXTRA
 from omni_jax.parallel import meshes
-from omni_jax.processing import audio, images, video
+from omni_jax.processing import audio, images, video_sampling
 from omni_jax.processing.media import MediaError
 from omni_jax.runtime import memory_model as M
 from omni_jax.runtime.speech import TALKER_CACHE_STEP, cache_slots
@@ -84,7 +84,7 @@ def _seen(name: str, v: C.VisionConfig, t: int, h: int, w: int) -> Medium:
     return Medium(name, what, math.prod(grid) // v.spatial_merge_size**2, grid)
 
 
-def clip(name: str, cfg: C.ThinkerConfig, sampling: video.Sampling) -> tuple[Medium, float]:
+def clip(name: str, cfg: C.ThinkerConfig, sampling: video_sampling.Sampling) -> tuple[Medium, float]:
     """A clip of WIDTHxHEIGHT:SECONDS or WIDTHxHEIGHT:SECONDS@FPS; the rate is the file's own, not the one it is read
     at. Returns it and its seconds. Raises InputError for what is none of these, or what processing refuses."""
     size, _, rest = name.partition(":")
@@ -95,10 +95,10 @@ def clip(name: str, cfg: C.ThinkerConfig, sampling: video.Sampling) -> tuple[Med
     seconds = _number(f"--video {name}", "seconds", length)
     native = _number(f"--video {name}", "frames a second", rate) if at else NATIVE_FPS
     width, height = map(int, found.groups())
-    video.check_sampling(sampling, f"--video {name}")
-    count = video.frame_count(max(1, round(seconds * native)), native, sampling)
+    video_sampling.check_sampling(sampling, f"--video {name}")
+    count = video_sampling.frame_count(max(1, round(seconds * native)), native, sampling)
     v = cfg.vision
-    h, w = video.frame_size(height, width, count, v, sampling, f"--video {name}")
+    h, w = video_sampling.frame_size(height, width, count, v, sampling, f"--video {name}")
     return _seen(f"video {name}", v, -(-count // v.temporal_patch_size), h, w), seconds
 
 
@@ -151,7 +151,7 @@ def read_media(asked: Asked, cfg: C.ThinkerConfig, folder: pathlib.Path | None) 
             raise InputError(f"{file} cannot be read as JSON ({e}); fetch it again") from None
         image, mel = images.image_config(raw, file), audio.mel_config(raw, file)
     limits = {n: v for n in ("min_pixels", "max_pixels") if (v := getattr(asked, n)) is not None}
-    sampling = video.Sampling(asked.fps, None, asked.max_frames, asked.min_pixels, asked.max_pixels)
+    sampling = video_sampling.Sampling(asked.fps, max_frames=asked.max_frames, **limits)
     out = [picture(name, cfg, image, limits) for name in asked.image]
     for seconds in asked.audio:
         out.append(heard(f"audio {seconds:g} s", _number("--audio", "seconds", str(seconds)), cfg, mel))

@@ -26,7 +26,7 @@ from omni_jax.infer.bench.reference import SharedWeights
 from omni_jax.infer.bench.text import machine, measured
 from omni_jax.model import vision
 from omni_jax.model.kv_cache import init_cache
-from omni_jax.processing.video import FPS
+from omni_jax.processing.video_sampling import FPS
 from omni_jax.runtime.memory_model import thinker_slots
 
 IMPORTS = 5  # processes whose median start-up is taken

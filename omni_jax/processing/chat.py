@@ -8,7 +8,7 @@ import json
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -16,10 +16,8 @@ import jinja2.sandbox
 
 from omni_jax.errors import InputError
 from omni_jax.processing.media import MediaError, decode_base64
+from omni_jax.processing.options import Kind, check_option
 
-Kind = Literal["text", "image", "audio", "video"]
-
-MAX_NUMBER = 1e12  # of an option: far beyond any picture or clip, and float32 still holds it
 ROLES = ("system", "user", "assistant")
 # The system message under which the model was trained to speak; speech is only right under exactly this one.
 SPEECH_SYSTEM_MESSAGE = (
@@ -37,15 +35,6 @@ _TYPES: dict[str, tuple[Kind, tuple[str, ...]]] = {
     "audio_url": ("audio", ("audio_url",)),
     "video_url": ("video", ("video_url",)),
     "input_audio": ("audio", ("input_audio",)),
-}
-_OPTIONS: dict[Kind, frozenset[str]] = {
-    "text": frozenset(),
-    "image": frozenset({"min_pixels", "max_pixels"}),
-    "audio": frozenset({"audio_start", "audio_end"}),
-    "video": frozenset(
-        {"use_audio_in_video", "fps", "min_frames", "max_frames", "min_pixels", "max_pixels"}
-        | {"video_start", "video_end"}
-    ),
 }
 
 
@@ -90,15 +79,6 @@ def _source(value: Any, key: str, where: str) -> Any:
     return value
 
 
-def _check_option(key: str, value: Any, where: str) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if key == "use_audio_in_video" and not isinstance(value, bool):
-        raise ConversationError(f"{where}: use_audio_in_video is {value!r}; give true or false")
-    # Compared, not converted: JSON may hold whole numbers that no float can.
-    if key != "use_audio_in_video" and not (number and abs(value) <= MAX_NUMBER):
-        raise ConversationError(f"{where}: {key} is {value!r}; give a number")
-
-
 def _text(value: Any, where: str) -> Part:
     if not isinstance(value, str):
         raise ConversationError(f"{where}: text is {type(value).__name__}; give a string")
@@ -126,11 +106,11 @@ def _part(item: Any, where: str) -> Part:
     if kind == "text":
         return _text(item[key], where)
     options = {k: v for k, v in item.items() if k not in ("type", key) and v is not None}
-    for name, value in options.items():
-        if name not in _OPTIONS[kind]:
-            known = ", ".join(sorted(_OPTIONS[kind]))
-            raise ConversationError(f"{where} has {name!r}, which {kind} items do not know; they know {known}")
-        _check_option(name, value, where)
+    try:
+        for name, value in options.items():
+            check_option(name, value, where, kind)
+    except InputError as e:
+        raise ConversationError(str(e)) from None
     return Part(kind, _source(item[key], key, where), options)
 
 

@@ -22,6 +22,7 @@ from omni_jax.processing.media import ANYTHING, Access, MediaError, describe, fe
 from omni_jax.processing.positions import Grid
 
 MAX_RATIO = 200
+EXPLICIT_TOKENS = (4, 16384)  # limits of a size that is asked for
 MAX_MIN_PIXELS = 1 << 26  # beyond this a request could fill the memory by enlarging a small picture
 
 
@@ -169,6 +170,8 @@ def image_patches(
     *,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    resized_height: int | None = None,
+    resized_width: int | None = None,
     most_tokens: int | None = None,
     access: Access = ANYTHING,
 ) -> Patches:
@@ -177,16 +180,18 @@ def image_patches(
     Args:
       source: see `load_image`.
       min_pixels, max_pixels: instead of the config's; where only one is given, the other gives way to it.
+      resized_height, resized_width: the size itself, rounded to whole patches, instead of those limits.
       most_tokens: that it may take; None for any number.
     Raises:
       MediaError: see `load_image`; limits that contradict each other; too many tokens.
     """
     name = describe(source)
     low, high = pixel_limits(name, min_pixels, max_pixels, config.min_pixels, config.max_pixels)
-    image = load_image(source, access)
     factor = vision.patch_size * vision.spatial_merge_size
+    size = explicit_size(name, resized_height, resized_width, factor)
+    image = load_image(source, access)
     try:
-        size = smart_resize(image.height, image.width, factor, low, high)
+        size = size or smart_resize(image.height, image.width, factor, low, high)
     except MediaError as e:
         raise MediaError(f"{name}: {e}") from None
     tokens = size[0] * size[1] // factor**2
@@ -196,6 +201,23 @@ def image_patches(
             "max_pixels"
         )
     return patchify([resize(image, size)], vision, config)
+
+
+def explicit_size(name: str, height: int | None, width: int | None, factor: int) -> tuple[int, int] | None:
+    """The size that `resized_height` and `resized_width` ask for, in whole patches; None where neither is given.
+
+    Raises:
+      MediaError: only one of them, or a size that is no picture's.
+    Source: `fetch_image` of qwen-omni-utils 0.0.9, whose own limits of 4 and 16384 tokens hold.
+    """
+    if height is None and width is None:
+        return None
+    if height is None or width is None or min(height, width) < 1:
+        raise MediaError(f"{name}: resized_height is {height} and resized_width {width}; give two positive numbers")
+    try:
+        return smart_resize(height, width, factor, *(tokens * factor**2 for tokens in EXPLICIT_TOKENS))
+    except MediaError as e:
+        raise MediaError(f"{name}: {e}") from None
 
 
 def pixel_limits(

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from omni_jax.config import ConfigError, OmniConfig, ThinkerConfig
-from omni_jax.processing import audio, chat, images
+from omni_jax.processing import audio, chat, images, options
 from omni_jax.processing import positions as P
 from omni_jax.processing.audio import MelConfig, TimeRange, load_audio, log_mel, mel_config
 from omni_jax.processing.images import ImageConfig, Patches, image_config, image_patches
 from omni_jax.processing.media import ANYTHING, Access, MediaError, describe
 from omni_jax.processing.tokenizer import Tokenizer
-from omni_jax.processing.video import Sampling, Video, load_video
+from omni_jax.processing.video import Video, load_video
+from omni_jax.processing.video_sampling import Sampling
 
 MAX_POSITION = 1 << 30  # position ids are int32
 CONTROLS = ("audio", "image", "video", "audio_start", "audio_end", "vision_start", "vision_end")
@@ -79,6 +80,12 @@ class Prompt:
     videos: tuple[Video, ...]
     audios: tuple[np.ndarray, ...]
     segments: tuple[P.Segment, ...]
+
+
+def _options(part: chat.Part, defaults: dict[str, Any]) -> dict[str, Any]:
+    """The options that hold for a medium: its own, and those defaults that its kind knows."""
+    known = {name: value for name, value in defaults.items() if name in options.names(part.kind)}
+    return options.merge_options(known, part.options)
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,7 @@ class Processor:
             "use_audio_in_video": use_audio_in_video, "fps": fps, "min_frames": min_frames, "max_frames": max_frames,
             "min_pixels": min_pixels, "max_pixels": max_pixels,
         }  # fmt: skip
-        media = [self._read(p, defaults | dict(p.options), access) for p in parts]
+        media = [self._read(p, _options(p, defaults), access) for p in parts]
 
         ids: list[np.ndarray] = []
         segments: list[P.Segment] = []
@@ -229,30 +236,23 @@ class Processor:
             )
         return runs
 
-    def _read(self, part: chat.Part, options: dict[str, Any], access: Access) -> _Medium:
+    def _read(self, part: chat.Part, chosen: dict[str, Any], access: Access) -> _Medium:
         if part.kind == "image":
             patches = image_patches(
                 part.source, self.cfg.vision, self.image,
-                min_pixels=options["min_pixels"], max_pixels=options["max_pixels"],
-                most_tokens=self.cfg.text.max_position_embeddings, access=access,
+                most_tokens=self.cfg.text.max_position_embeddings, access=access, **chosen,
             )  # fmt: skip
             return _Medium(P.Image(patches.grid), image=patches)
         if part.kind == "audio":
-            wanted = TimeRange(options.get("audio_start"), options.get("audio_end"), self._most_seconds)
+            wanted = TimeRange(chosen.get("audio_start"), chosen.get("audio_end"), self._most_seconds)
             samples = load_audio(part.source, self.mel.rate, wanted, access=access)
             mel = log_mel(samples, self.mel, describe(part.source))
             return _Medium(P.Audio(self._tokens(mel, part)), audio=mel)
-        names = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels")
-        sampling = Sampling(
-            **{n: options[n] for n in names},
-            start=options.get("video_start"),
-            end=options.get("video_end"),
-            most_tokens=self.cfg.text.max_position_embeddings,
-        )
+        sampling = Sampling.from_options(chosen, self.cfg.text.max_position_embeddings)
         clip, track = load_video(
             part.source, self.cfg.vision, self.image, sampling,
-            with_audio=options["use_audio_in_video"], audio_rate=self.mel.rate, most_seconds=self._most_seconds,
-            access=access,
+            with_audio=chosen.get("use_audio_in_video", False), audio_rate=self.mel.rate,
+            most_seconds=self._most_seconds, access=access,
         )  # fmt: skip
         seconds = clip.seconds_per_grid * clip.grid[0]
         if seconds * self.cfg.position_id_per_seconds >= MAX_POSITION:

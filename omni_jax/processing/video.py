@@ -25,46 +25,23 @@ from omni_jax.processing.images import (
     ImageConfig,
     load_image,
     patchify,
-    pixel_limits,
     resize,
-    smart_resize,
     to_rgb,
 )
 from omni_jax.processing.media import ANYTHING, Access, MediaError, describe, fetch
 from omni_jax.processing.positions import Grid
+from omni_jax.processing.video_sampling import (
+    DEFAULT,
+    FPS,
+    MAX_FRAMES,
+    Sampling,
+    check_sampling,
+    frame_count,
+    frame_range,
+    frame_size,
+)
 
-FPS = 2.0
-MIN_FRAMES = 4
-MAX_FRAMES = 768
-FRAME_MIN_TOKENS = 128
-FRAME_MAX_TOKENS = 768
-TOTAL_TOKENS = 128000 * 0.9  # of a whole clip, two frames to a grid step
 NO_SOUND = "has no sound track, though its sound is asked for; give a clip with sound or leave use_audio_in_video off"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a clip is read; None is the default of qwen-omni-utils.
-
-    Attributes:
-      fps: frames to take a second (2); for a list of pictures, the rate at which they were taken.
-      min_frames, max_frames: limits of their number (4, 768).
-      min_pixels, max_pixels: limits of one frame's size (128·28², 768·28²); the clip's total budget also holds.
-      start, end: seconds; the part in between is taken.
-      most_tokens: what a clip may take; None for any number. Known before its frames are kept, so that memory holds.
-    """
-
-    fps: float | None = None
-    min_frames: int | None = None
-    max_frames: int | None = None
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    start: float | None = None
-    end: float | None = None
-    most_tokens: int | None = None
-
-
-DEFAULT = Sampling()
 
 
 @dataclass(frozen=True)
@@ -75,81 +52,6 @@ class Video:
     pixels: np.ndarray
     grid: Grid
     seconds_per_grid: float
-
-
-def check_sampling(sampling: Sampling, name: str) -> None:
-    """Raises MediaError where the options of a clip make no sense."""
-    for key in ("fps", "min_frames", "max_frames"):
-        value = getattr(sampling, key)
-        if value is not None and not 0 < value < math.inf:
-            raise MediaError(f"{name}: {key} is {value}; give a positive number")
-    for key in ("start", "end"):
-        if not math.isfinite(getattr(sampling, key) or 0.0):
-            raise MediaError(f"{name}: video_{key} is {getattr(sampling, key)}; give a number of seconds")
-    if sampling.max_frames is not None and sampling.max_frames < 2:
-        raise MediaError(f"{name}: max_frames is {sampling.max_frames}; frames come in pairs, give 2 or more")
-    if sampling.end is not None and not sampling.end > (sampling.start or 0.0):
-        raise MediaError(f"{name}: video_end {sampling.end} is not after video_start {sampling.start or 0.0}")
-
-
-def frame_count(total: int, native_fps: float, sampling: Sampling) -> int:
-    """How many of `total` frames to take: an even number, or 1 where there is only one.
-
-    Source: `smart_nframes` of qwen-omni-utils 0.0.9.
-    """
-    if total < 2:
-        return total
-    least = math.ceil((sampling.min_frames or MIN_FRAMES) / 2) * 2
-    most = math.floor((sampling.max_frames or min(MAX_FRAMES, total)) / 2) * 2
-    count = total / native_fps * (sampling.fps or FPS)
-    return math.floor(min(max(count, least), most, total) / 2) * 2
-
-
-def frame_range(total: int, native_fps: float, sampling: Sampling, name: str) -> tuple[int, int]:
-    """First and last frame between `start` and `end`.
-
-    Raises:
-      MediaError: no frame lies there.
-    Source: `calculate_video_frame_range` of qwen-omni-utils 0.0.9, which however wants at least two.
-    """
-    seconds = total / native_fps
-    first = math.ceil(min(max(sampling.start or 0.0, 0.0), seconds) * native_fps)
-    last = total - 1
-    if sampling.end is not None:
-        last = min(last, math.floor(min(max(sampling.end, 0.0), seconds) * native_fps))
-    if first > last:
-        raise MediaError(
-            f"{name} has no frame between {sampling.start or 0.0} s and {sampling.end} s; it lasts {seconds:.2f} s"
-        )
-    return first, last
-
-
-def frame_size(
-    height: int, width: int, count: int, vision: VisionConfig, sampling: Sampling, name: str = "clip"
-) -> tuple[int, int]:
-    """(height, width) of `count` resized frames: the frame's limits and the clip's total budget hold.
-
-    Raises:
-      MediaError: limits that contradict each other, or more tokens than `sampling.most_tokens`.
-    """
-    factor = vision.patch_size * vision.spatial_merge_size
-    unit = factor * factor
-    low, high = pixel_limits(
-        name, sampling.min_pixels, sampling.max_pixels, FRAME_MIN_TOKENS * unit, FRAME_MAX_TOKENS * unit
-    )
-    # The budget holds for whatever was asked, but never goes below the least size.
-    budget = max(min(FRAME_MAX_TOKENS * unit, TOTAL_TOKENS * unit / count * 2), int(low * 1.05))
-    try:
-        size = smart_resize(height, width, factor, low, min(high, budget))
-    except MediaError as e:
-        raise MediaError(f"{name}: {e}") from None
-    tokens = -(-count // vision.temporal_patch_size) * size[0] * size[1] // unit
-    if sampling.most_tokens is not None and tokens > sampling.most_tokens:
-        raise MediaError(
-            f"{name} would take {tokens} tokens, and the model's context holds {sampling.most_tokens}; "
-            "lower fps, max_frames or max_pixels, or give a part of it"
-        )
-    return size
 
 
 def _timeline(container: Any, stream: Any, name: str) -> tuple[list[int], float]:
@@ -198,7 +100,7 @@ def _decode(file: BinaryIO, name: str, vision: VisionConfig, sampling: Sampling)
         times, native_fps = _timeline(container, pictures[0], name)
     first, last = frame_range(len(times), native_fps, sampling, name)
     total = last - first + 1
-    count = frame_count(total, native_fps, sampling)
+    count = frame_count(total, native_fps, sampling, name)
     wanted = deque(np.round(np.linspace(first, last, count)).astype(int).tolist())
     rate = count / total * native_fps if count > 1 else sampling.fps or FPS
     file.seek(0)

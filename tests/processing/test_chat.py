@@ -194,9 +194,17 @@ BAD = [
     ),
     (
         [{"role": "user", "content": [{"type": "video", "video": "a", "max_frame": 3}]}],
-        "has 'max_frame', which video items do not know; they know fps, max_frames",
+        "has 'max_frame', which video items do not know; did you mean 'max_frames'? known are fps, max_frames",
     ),
     ([{"role": "user", "content": [{"type": "video", "video": "a", "fps": "2"}]}], "item 0: fps is '2'; give a number"),
+    (
+        [{"role": "user", "content": [{"type": "video", "video": "a", "nframes": 2.5}]}],
+        "item 0: nframes is 2.5; give a whole number",
+    ),
+    (
+        [{"role": "user", "content": [{"type": "audio", "audio": "a", "fps": 2}]}],
+        "item 0 has 'fps', which audio items do not know; known are audio_end, audio_start",
+    ),
     (
         [{"role": "user", "content": [{"type": "video", "video": "a", "use_audio_in_video": "yes"}]}],
         "use_audio_in_video is 'yes'; give true or false",

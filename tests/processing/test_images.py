@@ -62,6 +62,16 @@ def test_one_limit_alone_moves_the_other():
     assert grid[1] * grid[2] * 196 >= 8000
 
 
+def test_a_size_that_is_asked_for():
+    """As `fetch_image` of qwen-omni-utils rounds it: 100 × 300 are 4 × 11 tokens of 28 pixels."""
+    options = {"resized_height": 100, "resized_width": 300}
+    assert image_patches(picture(50, 60), VISION, max_pixels=3136, **options).grid == (1, 8, 22)
+    with pytest.raises(MediaError, match="resized_height is 100 and resized_width None; give two positive numbers"):
+        image_patches(picture(50, 60), VISION, resized_height=100)
+    with pytest.raises(MediaError, match="too narrow"):
+        image_patches(picture(50, 60), VISION, resized_height=1, resized_width=300)
+
+
 def test_frames_are_paired_and_the_last_one_doubled():
     frames = [picture(28, 56, seed) for seed in range(3)]
     ours = patchify(frames, VISION)

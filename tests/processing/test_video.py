@@ -16,7 +16,8 @@ from omni_jax.config import VisionConfig
 from omni_jax.processing import video
 from omni_jax.processing.images import resize
 from omni_jax.processing.media import MediaError
-from omni_jax.processing.video import Sampling, Video, frame_count, frame_range, frame_size, load_video
+from omni_jax.processing.video import Video, load_video
+from omni_jax.processing.video_sampling import Sampling, frame_count, frame_range, frame_size
 from tests import oracle_prompt
 from tests.media import encode_sound, encode_video, grey_levels, picture, tone
 
@@ -40,6 +41,7 @@ COUNTS = [
     (5, 1, {}, 4), (100000, 25, {}, 768), (300, 30, {"fps": 1.0}, 10), (300, 30, {"fps": 0.1}, 4),
     (300, 30, {"max_frames": 9}, 8), (300, 30, {"max_frames": 2}, 2), (300, 30, {"min_frames": 33}, 34),
     (7, 10, {"fps": 30.0}, 6), (719, 23.976, {}, 58), (451, 30000 / 1001, {}, 30),
+    (300, 30, {"nframes": 7}, 8), (300, 30, {"nframes": 300}, 300),
 ]  # fmt: skip
 
 
@@ -67,6 +69,8 @@ SIZES = [
     ((1080, 1920, 20, {}), (560, 1008)), ((100, 100, 4, {}), (336, 336)), ((1080, 1920, 768, {}), (336, 644)),
     ((480, 640, 10, {"max_pixels": 50176}), (168, 252)), ((480, 640, 10, {"min_pixels": 400000}), (560, 756)),
     ((480, 640, 10, {"max_pixels": 99999999}), (476, 644)),
+    ((480, 640, 10, {"total_pixels": 1000000}), (364, 504)),
+    ((480, 640, 10, {"resized_height": 100, "resized_width": 300}), (112, 308)),
 ]  # fmt: skip
 
 
@@ -254,10 +258,13 @@ def test_bad_requests(tmp_path):
     with pytest.raises(MediaError, match="pictures has no sound track"):
         load_video([picture(28, 28)], VISION, with_audio=True)
     for options, message in (
-        ({"start": 5.0}, r"no frame between 5.0 s"),
+        ({"start": 5.0}, r"no frame between 5.0 s and its end; it lasts 1.00 s"),
         ({"start": 0.5, "end": 0.2}, r"video_end 0.2 is not after video_start 0.5"),
         ({"fps": 0}, r"fps is 0; give a positive number"),
         ({"fps": float("nan")}, r"fps is nan"),
+        ({"nframes": 30}, r"nframes is 30; its part that is read has 10 frames"),
+        ({"nframes": 4, "fps": 2.0}, r"fps and nframes both say"),
+        ({"resized_height": 40}, r"resized_height is 40 and resized_width None; give two"),
         ({"end": float("inf")}, r"video_end is inf"),
         ({"max_frames": 1}, r"max_frames is 1; frames come in pairs"),
         ({"min_pixels": 9, "max_pixels": 4}, r"min_pixels 9 is above"),
