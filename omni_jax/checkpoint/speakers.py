@@ -1,9 +1,8 @@
 """Voices: reading and writing the published `spk_dict.pt`, and our safetensors voice packs.
 
-`spk_dict.pt` is a torch zip archive whose `data.pkl` is a pickle, and a pickle from the network is a program. It is
-read here without `pickle`: an interpreter of the few opcodes that `torch.save` writes for such a dictionary, which can
-build dicts, lists, tuples, numbers, strings and tensors and has nothing else to call. Whatever else a file asks for is
-refused by name. Nothing is ever extracted to disk.
+`spk_dict.pt` is a torch zip archive whose `data.pkl` is a pickle, and a pickle from the network is a program. Before it
+runs, its opcodes must be those that `torch.save` writes for a dictionary of tensors; while it runs, `find_class` knows
+nothing but tensors. Whatever else a file asks for is refused by name. Nothing is ever extracted to disk.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import io
 import json
 import math
 import pathlib
+import pickle
 import pickletools
 import re
 import struct
@@ -35,31 +35,31 @@ PACK_FORMAT = "omni-jax-voices-1"
 MAX_ARCHIVE_BYTES = 256 << 20
 MAX_PICKLE_BYTES = 1 << 20
 MAX_MEMBERS = 4096
+MAX_TUPLES = 10_000  # five a tensor; hashing one that nests much deeper overflows the stack
 
 _MEMBER = re.compile(r"[^/\\]+/(data\.pkl|data/\d+|version|byteorder|\.[\w.]+(/[\w.]+)?)")
 _STORAGES = {
     "FloatStorage": "f4", "DoubleStorage": "f8", "HalfStorage": "f2", "BFloat16Storage": "bf16", "LongStorage": "i8",
     "IntStorage": "i4", "ShortStorage": "i2", "CharStorage": "i1", "ByteStorage": "u1", "BoolStorage": "?",
 }  # fmt: skip
-_REBUILD = ("torch._utils", "_rebuild_tensor_v2")
-_ORDERED = ("collections", "OrderedDict")
+_STRINGS = ("BINUNICODE", "SHORT_BINUNICODE")
+_TUPLES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
+_PUTS, _GETS = ("BINPUT", "LONG_BINPUT"), ("BINGET", "LONG_BINGET")
+_OPCODES = frozenset((
+    *_STRINGS, *_TUPLES, *_PUTS, *_GETS, "PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1",
+    "BININT2", "BINFLOAT", "LONG1", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "SETITEM", "SETITEMS", "APPEND",
+    "APPENDS", "GLOBAL", "BINPERSID", "REDUCE",
+))  # fmt: skip
+
+# Whatever a damaged or hostile file provokes in the parsers, it is the file's fault and reported as such.
+_DAMAGE = (
+    zipfile.BadZipFile, pickle.UnpicklingError, struct.error, OSError, EOFError, MemoryError, ValueError, TypeError,
+    LookupError, ArithmeticError, AttributeError, RuntimeError,
+)  # fmt: skip
 
 
 class VoiceError(InputError):
     """A voice file that cannot be used, or a voice that is not there; the message says which and why."""
-
-
-class _Marker:
-    """A name that the pickle may mention: a storage type, the tensor constructor, or OrderedDict."""
-
-    def __init__(self, module: str, name: str):
-        self.path = (module, name)
-
-
-def _global(module: str, name: str) -> _Marker:
-    if (module, name) in (_REBUILD, _ORDERED) or (module == "torch" and name in _STORAGES):
-        return _Marker(module, name)
-    raise VoiceError(f"the pickle asks for {module}.{name}, which a voice file has no use for; it is refused")
 
 
 def _view(storage: Any, offset: Any, size: Any, stride: Any) -> np.ndarray:
@@ -82,107 +82,70 @@ def _values(data: bytes, storage: str, order: Literal["<", ">"]) -> np.ndarray:
     return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
-class _Interpreter:
-    """Runs the opcodes of one pickle over a stack that can only hold data."""
+def _check_program(program: bytes) -> None:
+    """Raises VoiceError for a pickle that `torch.save` would not write, before any of it runs."""
+    reusable: dict[Any, bool] = {}
+    before, tuples = "", 0
+    for opcode, argument, _ in pickletools.genops(program):
+        name = opcode.name
+        tuples += name in _TUPLES
+        if name not in _OPCODES:
+            raise VoiceError(f"the pickle uses opcode {name}, which a voice file has no use for; it is refused")
+        if name in _PUTS:
+            reusable[argument] = before in (*_STRINGS, "GLOBAL")
+        # A tuple of a tuple twice over, and so on, takes for ever to hash; an index is memory that is taken at once.
+        if (name in _GETS and not reusable.get(argument)) or (
+            name in _PUTS and not 0 <= (argument or 0) <= len(program)
+        ):
+            raise VoiceError("the pickle refers back to something that torch.save writes each time; it is refused")
+        if tuples > MAX_TUPLES:
+            raise VoiceError(f"the pickle has more than {MAX_TUPLES} tuples; it is refused")
+        before = name
 
-    def __init__(self, members: Mapping[str, bytes], order: Literal["<", ">"]):
+
+class _Unpickler(pickle.Unpickler):
+    """Reads a program that `_check_program` has let through; it has nothing to call but the making of tensors."""
+
+    def __init__(self, program: bytes, members: Mapping[str, bytes], order: Literal["<", ">"]):
+        super().__init__(io.BytesIO(program))
         self.members, self.order = members, order
         self.storages: dict[str, np.ndarray] = {}
         self.room = MAX_ARCHIVE_BYTES
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
 
-    def to_mark(self) -> list[Any]:
-        mark = self.marks.pop()
-        items = self.stack[mark:]
-        del self.stack[mark:]
-        return items
+    def find_class(self, module: str, name: str) -> Any:
+        """What a name in the pickle stands for. Raises VoiceError for all that is not about tensors."""
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return self.tensor
+        if (module, name) == ("collections", "OrderedDict"):
+            return lambda: {}
+        if module == "torch" and name in _STORAGES:
+            return name
+        raise VoiceError(f"the pickle asks for {module}.{name}, which a voice file has no use for; it is refused")
 
-    def pop(self) -> Any:
-        if self.marks and len(self.stack) <= self.marks[-1]:
-            raise VoiceError("the pickle takes more than it put")
-        return self.stack.pop()
-
-    def storage(self, identity: Any) -> np.ndarray:
-        if not isinstance(identity, tuple) or len(identity) != 5 or identity[0] != "storage":
+    def persistent_load(self, pid: Any) -> np.ndarray:
+        """The values of a tensor storage."""
+        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
             raise VoiceError("the pickle refers to something that is not a tensor storage")
-        _, kind, key, _, count = identity
-        if not isinstance(kind, _Marker) or kind.path[1] not in _STORAGES or not isinstance(key, str):
+        _, kind, key, _, count = pid
+        if not isinstance(kind, str) or kind not in _STORAGES or not isinstance(key, str):
             raise VoiceError("a tensor storage has no known element type, or no name")
         if key not in self.storages:
             if f"data/{key}" not in self.members:
                 raise VoiceError(f"tensor storage {key!r} is missing from the archive")
-            self.storages[key] = _values(self.members[f"data/{key}"], kind.path[1], self.order)
+            self.storages[key] = _values(self.members[f"data/{key}"], kind, self.order)
         values = self.storages[key]
         if count != values.size:
             raise VoiceError(f"tensor storage {key!r} does not hold the number of values that the pickle says")
         return values
 
-    def tensor(self, arguments: tuple) -> np.ndarray:
-        view = _view(*arguments[:4])
-        # Many tensors over one storage: again a small file that unfolds.
+    def tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> np.ndarray:
+        """What `torch._utils._rebuild_tensor_v2` makes."""
+        view = _view(storage, offset, size, stride)
+        # Many tensors over one storage: a small file that unfolds.
         self.room -= view.nbytes
         if self.room < 0:
             raise VoiceError("the tensors hold more than a voice file can; it is refused")
         return view.copy()
-
-    def call(self) -> Any:
-        arguments, function = self.pop(), self.pop()
-        path = function.path if isinstance(function, _Marker) else None
-        if path == _REBUILD and isinstance(arguments, tuple):
-            return self.tensor(arguments)
-        if path == _ORDERED and arguments == ():
-            return {}
-        raise VoiceError("the pickle calls something that a voice file has no use for; it is refused")
-
-    def fill(self, values: list[Any]) -> None:
-        target = self.stack[-1]
-        if isinstance(target, dict):
-            # Hashing a nested tuple can take for ever.
-            if not all(isinstance(key, str) for key in values[::2]):
-                raise VoiceError("the pickle has a dictionary whose keys are not strings")
-            target.update(zip(values[::2], values[1::2], strict=True))
-        elif isinstance(target, list):
-            target.extend(values)
-        else:
-            raise VoiceError("the pickle fills something that is neither a dict nor a list")
-
-    def step(self, name: str, argument: Any) -> None:
-        push = self.stack.append
-        if name in ("BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1"):
-            push(argument)
-        elif name in ("NONE", "NEWTRUE", "NEWFALSE"):
-            push({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
-        elif name in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE"):
-            push({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[name]())
-        elif name == "MARK":
-            self.marks.append(len(self.stack))
-        elif name == "TUPLE":
-            push(tuple(self.to_mark()))
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            push(tuple([self.pop() for _ in range(int(name[-1]))][::-1]))
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            self.memo[argument] = self.stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            push(self.memo[argument])
-        elif name in ("SETITEMS", "APPENDS"):
-            self.fill(self.to_mark())
-        elif name in ("SETITEM", "APPEND"):
-            self.fill([self.pop() for _ in range(2 if name == "SETITEM" else 1)][::-1])
-        elif name == "GLOBAL":
-            push(_global(*argument.split(" ", 1)))
-        elif name == "BINPERSID":
-            push(self.storage(self.pop()))
-        elif name == "REDUCE":
-            push(self.call())
-        elif name not in ("PROTO", "STOP"):
-            raise VoiceError(f"the pickle uses opcode {name}, which a voice file has no use for; it is refused")
-
-    def run(self, program: bytes) -> Any:
-        for opcode, argument, _ in pickletools.genops(io.BytesIO(program)):
-            self.step(opcode.name, argument)
-        return self.pop()
 
 
 def _archive_members(file: zipfile.ZipFile) -> dict[str, bytes]:
@@ -218,32 +181,32 @@ def read_torch_dict(path: str | pathlib.Path) -> Any:
         if program is None or len(program) > MAX_PICKLE_BYTES:
             raise VoiceError("the archive has no data.pkl of a plausible size")
         order: Literal["<", ">"] = ">" if members.get("byteorder", b"little").strip() == b"big" else "<"
-        return _Interpreter(members, order).run(program)
+        _check_program(program)
+        return _Unpickler(program, members, order).load()
     except VoiceError as e:
         raise VoiceError(f"{path}: {e}") from None
     except FileNotFoundError:
         raise VoiceError(f"{path} does not exist") from None
-    # Whatever a damaged or hostile file provokes in the parsers, it is the file's fault and reported as such.
-    except (zipfile.BadZipFile, OSError, ValueError, TypeError, KeyError, IndexError, MemoryError) as e:
-        raise VoiceError(f"{path} is not a readable torch archive ({type(e).__name__}: {e})") from None
-    except (NotImplementedError, RuntimeError, OverflowError, AttributeError, EOFError, struct.error) as e:
+    except _DAMAGE as e:
         raise VoiceError(f"{path} is not a readable torch archive ({type(e).__name__}: {e})") from None
 
 
 def _voice(where: str, name: Any, entry: Any) -> Voice:
     if not isinstance(name, str) or not isinstance(entry, Mapping):
-        raise VoiceError(f"{where}: voices are named dictionaries; {name!r} is not")
+        raise VoiceError(f"{where}: voices are named dictionaries, not {type(name).__name__}: {type(entry).__name__}")
     missing = [key for key in ("bos_token", "cond", "ref_mel") if key not in entry]
     if missing:
         raise VoiceError(f"{where}: voice {name!r} lacks {', '.join(missing)}")
-    bos, cond, mel = entry["bos_token"], np.asarray(entry["cond"]), np.asarray(entry["ref_mel"])
-    if np.ndim(bos) or not np.issubdtype(np.asarray(bos).dtype, np.integer):
+    bos, cond, mel = (entry[key] for key in ("bos_token", "cond", "ref_mel"))
+    bos = bos.item() if isinstance(bos, np.ndarray) and bos.size == 1 else bos
+    if type(bos) is not int:
         raise VoiceError(f"{where}: bos_token of voice {name!r} is not a whole number")
     for key, value, shape in (("cond", cond, "(1, size)"), ("ref_mel", mel, "(1, frames, mel bins)")):
-        right = value.ndim == shape.count(",") + 1 and value.shape[0] == 1 and value.size > 0
-        if not right or not np.issubdtype(value.dtype, np.floating) or not np.isfinite(value).all():
+        whole = isinstance(value, np.ndarray) and value.size and value.ndim == shape.count(",") + 1
+        floats = whole and value.shape[0] == 1 and np.issubdtype(value.dtype, np.floating)
+        if not floats or not np.isfinite(value).all():
             raise VoiceError(f"{where}: {key} of voice {name!r} must be finite floats of shape {shape}")
-    return Voice(name, int(bos), cond[0].astype(np.float32), mel[0].astype(np.float32))
+    return Voice(name, bos, cond[0].astype(np.float32), mel[0].astype(np.float32))
 
 
 def read_speakers(path: str | pathlib.Path) -> dict[str, Voice]:

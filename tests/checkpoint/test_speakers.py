@@ -145,12 +145,41 @@ def test_odd_programs_are_refused(tmp_path, program):
         S.read_speakers(_archive(tmp_path / "bad.pt", b"\x80\x02" + program))
 
 
-def _tensor(count, offset, size, stride, key="0"):
-    return ("storage", S._Marker("torch", "FloatStorage"), key, "cpu", count), offset, size, stride
+def _global(module, name):
+    return f"c{module}\n{name}\n".encode()
+
+
+def _text(text):
+    return b"X" + len(text).to_bytes(4, "little") + text.encode()
+
+
+def _numbers(values):
+    return b"(" + b"".join(b"\x8a\x08" + v.to_bytes(8, "little", signed=True) for v in values) + b"t"
+
+
+def _tensor(count, offset, size, stride, key="0", kind=None):
+    """The program of a tensor over `data/KEY`."""
+    kind = kind or _global("torch", "FloatStorage")
+    storage = b"(" + _text("storage") + kind + _text(key) + _text("cpu") + _numbers([count])[1:-1] + b"tQ"
+    arguments = storage + _numbers([offset])[1:-1] + _numbers(size) + _numbers(stride)
+    return (
+        _global("torch._utils", "_rebuild_tensor_v2")
+        + b"("
+        + arguments
+        + b"\x89"
+        + _global("collections", "OrderedDict")
+        + b")RtR"
+    )
+
+
+def _voices(tmp_path, *tensors, data=bytes(16)):
+    """An archive whose pickle is a dictionary with these values."""
+    items = b"".join(_text(str(i)) + tensor for i, tensor in enumerate(tensors))
+    return _archive(tmp_path / "t.pt", b"\x80\x02}(" + items + b"u.", {"spk/data/0": data})
 
 
 @pytest.mark.parametrize(
-    ("arguments", "match"),
+    ("program", "match"),
     [
         (_tensor(4, 0, (1, 2**40), (0, 0)), "lie within"),
         (_tensor(4, 0, (1, 5), (5, 1)), "lie within"),
@@ -161,22 +190,38 @@ def _tensor(count, offset, size, stride, key="0"):
         (_tensor(9, 0, (1, 4), (4, 1)), "number of values"),
         (_tensor(4, 0, (1, 4), (4, 1), key="7"), "missing"),
         (_tensor(4, 0, (1, 4), (4, 1), key="../../etc/passwd"), "missing"),
+        (_tensor(4, 0, (1, 4), (4, 1), kind=_text("O")), "element type"),
+        (_tensor(4, 0, (1, 4), (4, 1), kind=_global("torch._utils", "_rebuild_tensor_v2")), "element type"),
     ],
 )
-def test_tensors_stay_within_their_storage(arguments, match):
-    interpreter = S._Interpreter({"data/0": bytes(16)}, "<")
-    identity, *rest = arguments
+def test_tensors_stay_within_their_storage(tmp_path, program, match):
+    got = S.read_torch_dict(_voices(tmp_path, _tensor(4, 0, (1, 4), (4, 1))))
+    np.testing.assert_array_equal(got["0"], np.zeros((1, 4), np.float32))
     with pytest.raises(S.VoiceError, match=match):
-        interpreter.tensor((interpreter.storage(identity), *rest))
+        S.read_torch_dict(_voices(tmp_path, program))
 
 
-def test_many_tensors_over_one_storage_are_refused(monkeypatch):
-    monkeypatch.setattr(S, "MAX_ARCHIVE_BYTES", 100)
-    interpreter = S._Interpreter({"data/0": bytes(64)}, "<")
-    storage = interpreter.storage(("storage", S._Marker("torch", "FloatStorage"), "0", "cpu", 16))
-    interpreter.tensor((storage, 0, (16,), (1,)))
+def test_many_tensors_over_one_storage_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(S, "MAX_ARCHIVE_BYTES", 9000)
+    tensor = _tensor(1024, 0, (1024,), (1,))
+    assert len(S.read_torch_dict(_voices(tmp_path, tensor, tensor, data=bytes(4096)))) == 2
     with pytest.raises(S.VoiceError, match="more than a voice file"):
-        interpreter.tensor((storage, 0, (16,), (1,)))
+        S.read_torch_dict(_voices(tmp_path, tensor, tensor, tensor, data=bytes(4096)))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        b")" + b"\x85" * 500_000,  # one tuple in another: hashing it overflows the stack
+        b")q\x00" + b"".join(b"h%cq%c\x86" % (i, i + 1) for i in range(99)),  # hashing it takes 2^99 steps
+        b")q\x00" + b"h\x00h\x00\x86q\x00" * 99,
+    ],
+    ids=["deep", "unfolding", "unfolding in place"],
+)
+def test_keys_that_cannot_be_hashed_are_refused(tmp_path, key):
+    path = _archive(tmp_path / "bad.pt", b"\x80\x02}" + key + b"K\x01s.")
+    with pytest.raises(S.VoiceError, match="refused"):
+        S.read_torch_dict(path)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +269,9 @@ def test_bombs_and_damage_are_refused(tmp_path, monkeypatch):
         ({"bos_token": 1, "cond": torch.zeros(4), "ref_mel": torch.zeros(1, 5, 4)}, "cond"),
         ({"bos_token": 1, "cond": torch.zeros(1, 4), "ref_mel": torch.full((1, 5, 4), torch.nan)}, "ref_mel"),
         ({"bos_token": 1, "cond": torch.zeros(1, 4), "ref_mel": torch.zeros(1, 5, 4).long()}, "ref_mel"),
+        ({"bos_token": [[1], [2, 3]], "cond": torch.zeros(1, 4), "ref_mel": torch.zeros(1, 5, 4)}, "whole number"),
+        ({"bos_token": 1, "cond": [[1], [2, 3]], "ref_mel": torch.zeros(1, 5, 4)}, "cond"),
+        ({"bos_token": 1, "cond": torch.tensor(1.0), "ref_mel": torch.zeros(1, 5, 4)}, "cond"),
         (7, "named dictionaries"),
     ],
 )
