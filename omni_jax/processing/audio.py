@@ -17,7 +17,7 @@ import av
 import numpy as np
 import soxr
 
-from omni_jax.processing.container import check_length, damaged, declared_seconds, open_container, reason
+from omni_jax.processing.container import Damage, check_loss, decode, missing_seconds, open_container
 from omni_jax.processing.media import ANYTHING, Access, MediaError, describe, fetch
 
 MIN_FRAMES = 3  # fewer mel frames become no token at all
@@ -88,29 +88,34 @@ def _decode(file: BinaryIO, name: str, missing: str, part: TimeRange) -> tuple[n
         if not container.streams.audio:
             raise MediaError(f"{name} {missing}")
         stream = container.streams.audio[0]
-        blocks: list[np.ndarray] = []
-        rate = skipped = total = 0
-        first, last = 0, math.inf
-        try:
-            for frame in container.decode(stream):
-                if rate and frame.sample_rate != rate:
-                    raise MediaError(f"{name} changes its sample rate within; convert it to WAV or FLAC")
-                rate = frame.sample_rate
-                first, last = part.samples(rate)
-                if total >= last:
-                    break
-                total += frame.samples
-                if total > first:
-                    blocks.append(_float(frame.to_ndarray(), frame))
-                    part.check(name, int(min(total, last)) - first, rate)
-                else:
-                    skipped = total
-        except (av.FFmpegError, OSError) as e:
-            raise damaged(name, reason(e)) from None
-        samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+        if stream.codec_context is None:
+            raise MediaError(f"{name} has audio of a codec that this FFmpeg cannot decode; convert it to WAV or FLAC")
+        runs: list[tuple[int, list[np.ndarray]]] = []  # of one sample rate each
+        rate = skipped = total = first = 0
+        last: float = math.inf
+        damage = Damage()
+        for frame in decode(container, stream, damage):
+            rate = rate or frame.sample_rate
+            first, last = part.samples(rate)
+            if total >= last:
+                break
+            total += round(frame.samples * rate / frame.sample_rate)
+            if total > first:
+                if not runs or runs[-1][0] != frame.sample_rate:
+                    runs.append((frame.sample_rate, []))
+                runs[-1][1].append(_float(frame.to_ndarray(), frame))
+                part.check(name, int(min(total, last)) - first, rate)
+            else:
+                skipped = total
+        blocks = [np.concatenate(run) if own == rate else _resampled(run, own, rate) for own, run in runs]
         if total < last:
-            check_length(name, total / (rate or 1), declared_seconds(container, stream))
-    return samples, rate, skipped
+            there = total / (rate or 1)
+            check_loss(name, there, damage, missing_seconds(file, container, stream, there, damage.start))
+    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32), rate, skipped
+
+
+def _resampled(blocks: list[np.ndarray], own: int, rate: int) -> np.ndarray:
+    return soxr.resample(np.concatenate(blocks), own, rate, quality="HQ").astype(np.float32)
 
 
 def _float(samples: np.ndarray, frame: av.AudioFrame) -> np.ndarray:

@@ -1,9 +1,17 @@
-"""Media files through FFmpeg (PyAV): opening them, and seeing whether they are whole."""
+"""Media files through FFmpeg (PyAV): opening them, decoding around damage, and telling how much is missing.
+
+What FFmpeg plays is read. A length in a header is a hint, and packets end where the file ends; a packet that cannot be
+decoded is skipped with a warning. A file is refused where nothing can be decoded, or where more than half a second and
+more than a tenth of it is lost.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import av
@@ -12,7 +20,12 @@ from av.container import InputContainer
 from omni_jax.processing.media import MediaError
 
 NOT_MEDIA = ("tty", "hls", "concat", "dash")  # plain text drawn as video; lists of other files
+LOST_SECONDS, LOST_SHARE = 0.5, 0.1  # what may be lost of a file
+SCAN = 4096  # bytes before the first packet in which an MP3's own header stands
 UNKNOWN_SIZE = 0x7FFFF000  # writers that cannot seek back leave 0 or a size beyond this
+
+
+logger = logging.getLogger(__name__)
 
 
 def reason(error: Exception) -> str:
@@ -39,57 +52,160 @@ def open_container(file: BinaryIO, name: str, what: str, better: str) -> InputCo
     if container.format.name in NOT_MEDIA:
         container.close()
         raise MediaError(f"{name} is not {what} that FFmpeg can read; convert it to {better}")
-    at = file.tell()
-    whole = _is_whole(file, container.format.name)
-    file.seek(at)
-    if not whole:
-        container.close()
-        raise damaged(name, "its end is missing")
     return container
 
 
-def _is_whole(file: BinaryIO, form: str) -> bool:
-    """Looks for the end of the file in formats whose end FFmpeg does not miss."""
-    size = file.seek(0, os.SEEK_END)
+@dataclass
+class Damage:
+    """What could not be decoded of a stream.
+
+    Attributes:
+      packets: their number.
+      seconds: how long they last, where decodable ones follow them.
+      first: time of the first one, in seconds; None where it has none.
+      start: where the stream's first packet lies in the file; None where that is not known.
+    """
+
+    packets: int = 0
+    seconds: float = 0.0
+    first: float | None = None
+    start: int | None = None
+    _pending: float = 0.0
+
+    def skip(self, packet: Any) -> None:
+        """Notes a packet that cannot be decoded."""
+        unit = packet.time_base or 0
+        if not self.packets and packet.pts is not None:
+            self.first = float(packet.pts * unit)
+        self.packets += 1
+        self._pending += float((packet.duration or 0) * unit)
+
+    def follow(self) -> None:
+        """Notes that what was skipped lies within the stream: beyond its last frame is often no media at all."""
+        self.seconds += self._pending
+        self._pending = 0.0
+
+
+def decode(container: InputContainer, stream: Any, damage: Damage) -> Iterator[Any]:
+    """The frames of a stream that can be decoded, in the decoder's order; the rest is noted in `damage`.
+
+    Where the file cannot be read on, it ends, as it does for FFmpeg's own command.
+    """
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except (av.FFmpegError, OSError):  # unreadable from here on: what the decoder still holds is all
+            packet = None
+        if packet is not None and damage.start is None:
+            damage.start = packet.pos
+        try:
+            frames = stream.codec_context.decode(packet if packet is not None and packet.size else None)
+        except EOFError:
+            return
+        except av.FFmpegError:
+            if packet is None:
+                return
+            damage.skip(packet)
+            continue
+        if frames:
+            damage.follow()
+        yield from frames
+        if packet is None:
+            return
+
+
+def check_loss(name: str, there: float, damage: Damage, missing: float = 0.0) -> None:
+    """Warns of what was lost, and refuses a file of which too much is.
+
+    Args:
+      there: seconds that were decoded.
+      missing: seconds that the file promises beyond its end.
+    Raises:
+      MediaError: nothing is there, or too much is lost.
+    """
+    lost = damage.seconds + missing
+    if lost > max(LOST_SECONDS, LOST_SHARE * (there + lost)) or (damage.packets and not there):
+        raise damaged(name, f"{there:.1f} s of {there + max(lost, 0.1):.1f} s can be read")
+    if damage.packets:
+        where = "" if damage.first is None else f" from {damage.first:.2f} s on"
+        logger.warning("%s: %d packets%s cannot be decoded and are skipped", name, damage.packets, where)
+    if missing:
+        logger.warning("%s is cut short: its last %.2f s are missing", name, missing)
+
+
+def missing_seconds(file: BinaryIO, container: InputContainer, stream: Any, there: float, start: int | None) -> float:
+    """Seconds that a file promises beyond what is there, by more than one word of its headers; 0 for none.
+
+    Args:
+      there: seconds of the stream that are there.
+      start: where its first packet lies in the file, if known.
+    """
+    form, at = container.format.name, file.tell()
+    try:
+        size = file.seek(0, os.SEEK_END)
+        if form == "flac":
+            declared = declared_seconds(container, stream)
+            return declared - there if declared - there > 0.05 else 0.0
+        share = _share(file, form, size, stream, start or 0)
+    finally:
+        file.seek(at)
+    return there * (1 / share - 1) if 0 < share < 0.999 else 0.0
+
+
+def _share(file: BinaryIO, form: str, size: int, stream: Any, start: int) -> float:
+    """The share of a stream's bytes that the file holds; 1 where nothing says otherwise."""
     if form == "wav":
-        return _wav_is_whole(file, size)
+        return _wav_share(file, size)
     if form == "avi":
         file.seek(4)
-        return 8 + int.from_bytes(file.read(4), "little") <= size
+        return min(size / max(8 + int.from_bytes(file.read(4), "little"), 1), 1.0)
     if form.startswith("matroska"):
         file.seek(0)
-        return _matroska_is_whole(file.read(4096), size)
-    file.seek(max(0, size - (1 << 17)))
-    tail = file.read()
-    if form == "gif":
-        return tail.rstrip(b"\0")[-1:] == b";"
-    if form == "ogg":  # the last page is complete and flagged as the end of its stream
-        page = tail[max(tail.rfind(b"OggS"), 0) :]
-        if len(page) < 27 or len(page) < 27 + page[26]:
-            return False
-        return bool(page[5] & 4) and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
-    return True
+        return _matroska_share(file.read(4096), size)
+    if form.startswith("mov"):
+        entries = [(e.pos, e.size) for e in stream.index_entries]
+        return sum(at + length <= size for at, length in entries) / max(len(entries), 1) if entries else 1.0
+    if form == "mp3":
+        file.seek(max(start - SCAN, 0))
+        return _xing_share(file.read(min(start, SCAN)), size - start)
+    return 1.0
 
 
-def _wav_is_whole(file: BinaryIO, size: int) -> bool:
-    at = 12
-    while at + 8 <= size:
+def _xing_share(head: bytes, size: int) -> float:
+    """By the number of bytes in the header of an MP3's encoder, which stands before the first packet."""
+    at = max(head.rfind(b"Xing"), head.rfind(b"Info"))
+    if at < 0 or len(head) < at + 16:
+        return 1.0
+    flags, *numbers = struct.unpack_from(">III", head, at + 4)
+    if not flags & 2:
+        return 1.0
+    return min(size / max(numbers[flags & 1], 1), 1.0)
+
+
+def _wav_share(file: BinaryIO, size: int) -> float:
+    """Both lengths, the file's and the data's, must lie beyond the end: one alone is a wrong number."""
+    file.seek(4)
+    whole, at = 8 + int.from_bytes(file.read(4), "little"), 12
+    while at + 8 <= size and whole > size:
         file.seek(at)
         kind, length = struct.unpack("<4sI", file.read(8))
         if kind == b"data":
-            return length >= UNKNOWN_SIZE or at + 8 + length <= size
+            return min((size - at - 8) / length, 1.0) if 0 < length < UNKNOWN_SIZE else 1.0
         at += 8 + length + length % 2
-    return False
+    return 1.0
 
 
-def _matroska_is_whole(head: bytes, size: int) -> bool:
+def _matroska_share(head: bytes, size: int) -> float:
     at = head.find(b"\x18\x53\x80\x67") + 4  # the segment, which holds all; its length follows
     width = 9 - head[at].bit_length() if 4 <= at < len(head) and head[at] else 0
     if not width:
-        return True
+        return 1.0
     limit = (1 << 7 * width) - 1
     length = int.from_bytes(head[at : at + width], "big") & limit
-    return length == limit or at + width + length <= size  # all ones: written without knowing
+    return 1.0 if length == limit else min(size / (at + width + length), 1.0)  # all ones: written without knowing
 
 
 def declared_seconds(container: InputContainer, stream: Any) -> float:
@@ -104,12 +220,3 @@ def declared_seconds(container: InputContainer, stream: Any) -> float:
             return 0.0
     alone = len(container.streams) == 1
     return container.duration / av.time_base if alone and container.duration is not None else 0.0
-
-
-def check_length(name: str, there: float, declared: float) -> None:
-    """Raises MediaError where `there` seconds are missing some of the `declared` ones (0: none declared).
-
-    Encoders pad and trim some frames at either end, so a quarter of a second and 2 % are forgiven.
-    """
-    if there < 0.98 * declared - 0.25:
-        raise damaged(name, f"{there:.1f} s of {declared:.1f} s are there")

@@ -7,9 +7,9 @@ those by one level and none by more than two (a test measures it). And clips of 
 
 from __future__ import annotations
 
-import math
+import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -19,7 +19,16 @@ from PIL import Image as Pillow
 
 from omni_jax.config import VisionConfig
 from omni_jax.processing.audio import TimeRange, read_audio
-from omni_jax.processing.container import check_length, damaged, declared_seconds, open_container, reason
+from omni_jax.processing.container import (
+    LOST_SHARE,
+    Damage,
+    check_loss,
+    damaged,
+    decode,
+    missing_seconds,
+    open_container,
+    reason,
+)
 from omni_jax.processing.images import (
     PUBLISHED,
     ImageConfig,
@@ -41,6 +50,8 @@ from omni_jax.processing.video_sampling import (
     frame_size,
 )
 
+logger = logging.getLogger(__name__)
+
 NO_SOUND = "has no sound track, though its sound is asked for; give a clip with sound or leave use_audio_in_video off"
 
 
@@ -54,33 +65,70 @@ class Video:
     seconds_per_grid: float
 
 
-def _timeline(container: Any, stream: Any, name: str) -> tuple[list[int], float]:
-    """Presentation times of all frames in the stream's unit (or just their numbers), and frames a second.
+REWIND = 0.5  # seconds by which times go back where another recording begins
 
-    Reads packets without decoding them.
+
+@dataclass(frozen=True)
+class _Timeline:
+    """The frames of a stream in display order, from its packets alone.
+
+    Attributes:
+      times: presentation time of each, in the stream's unit; None where there are none.
+      joined: recordings follow each other, whose times begin anew.
+      rate: frames a second, on average.
     """
-    times: list[int | None] = []
-    begin, end = math.inf, 0.0
-    for packet in container.demux(stream):
-        if not packet.size or packet.is_discard:
-            continue
-        times.append(packet.pts)
-        if packet.pts is not None:
-            begin = min(begin, float(packet.pts * stream.time_base))
-            end = max(end, float((packet.pts + (packet.duration or 0)) * stream.time_base))
-    if end:
-        check_length(name, end - begin, declared_seconds(container, stream))
-    # AVI also counts the frames that it leaves out; whether it is whole is known from its header.
-    if len(times) < stream.frames and container.format.name != "avi":
-        raise damaged(name, f"{len(times)} of {stream.frames} frames are there")
+
+    times: list[int | None]
+    joined: bool
+    rate: float
+
+    @property
+    def seconds(self) -> float:
+        return len(self.times) / self.rate
+
+
+def _timeline(container: Any, stream: Any, name: str) -> _Timeline:
+    """Reads packets without decoding them. Frames that an edit list hides do not count.
+
+    Within a recording, times order the frames; recordings that were joined follow each other as they are stored.
+    """
+    runs: list[list[int | None]] = [[]]
+    last = None
+    unit = float(stream.time_base)
+    try:
+        for packet in container.demux(stream):
+            if not packet.size or packet.is_discard:
+                continue
+            if last is not None and packet.dts is not None and (packet.dts - last) * unit < -REWIND:
+                runs.append([])
+            last = packet.dts if packet.dts is not None else last
+            runs[-1].append(packet.pts)
+    except (av.FFmpegError, OSError):
+        logger.debug("%s cannot be read beyond its packet %d", name, sum(map(len, runs)))
+    times = [t for run in runs for t in (sorted(run) if None not in run else run)]  # type: ignore[type-var]
     if not times:
         raise MediaError(f"{name} holds no frames; fetch or save it again")
-    known = [t for t in times if t is not None]
-    in_order = sorted(known) if len(known) == len(times) else list(range(len(times)))
+    known = [t for run in runs[:1] for t in run if t is not None]
     rate = float(stream.average_rate or 0)
     if not 0 < rate < 1000 and len(known) > 1:
-        rate = (len(known) - 1) / max(float((max(known) - min(known)) * stream.time_base), 1e-3)
-    return in_order, rate if rate > 0 else FPS
+        rate = (len(known) - 1) / max((max(known) - min(known)) * unit, 1e-3)
+    return _Timeline(times, len(runs) > 1, rate if rate > 0 else FPS)
+
+
+def _numbered(frames: Iterable[Any], times: Sequence[int | None]) -> Iterator[tuple[int, Any]]:
+    """Each decoded frame with its place in the timeline: the next one of its time, or else the next one."""
+    places: dict[int, deque[int]] = {}
+    for place, time in enumerate(times):
+        if time is not None:
+            places.setdefault(time, deque()).append(place)
+    following = 0
+    for frame in frames:
+        mine = places.get(frame.pts, deque())
+        while mine and mine[0] < following:
+            mine.popleft()
+        place = mine.popleft() if mine else following
+        following = place + 1
+        yield place, frame
 
 
 def _picture(frame: av.VideoFrame) -> Pillow.Image:
@@ -97,25 +145,29 @@ def _decode(file: BinaryIO, name: str, vision: VisionConfig, sampling: Sampling)
         if not pictures:
             raise MediaError(f"{name} has no pictures; give a video, or use it as audio")
         index = pictures[0].index
-        times, native_fps = _timeline(container, pictures[0], name)
-    first, last = frame_range(len(times), native_fps, sampling, name)
+        if pictures[0].codec_context is None:
+            raise MediaError(f"{name} has frames of a codec that this FFmpeg cannot decode; convert it to MP4 (H.264)")
+        line = _timeline(container, pictures[0], name)
+        missing = missing_seconds(file, container, pictures[0], line.seconds, None)
+        check_loss(name, line.seconds, Damage(), missing)
+    first, last = frame_range(len(line.times), line.rate, sampling, name)
     total = last - first + 1
-    count = frame_count(total, native_fps, sampling, name)
+    count = frame_count(total, line.rate, sampling, name)
     wanted = deque(np.round(np.linspace(first, last, count)).astype(int).tolist())
-    rate = count / total * native_fps if count > 1 else sampling.fps or FPS
+    rate = count / total * line.rate if count > 1 else sampling.fps or FPS
     file.seek(0)
     frames: list[np.ndarray] = []
+    damage = Damage()
     with open_container(file, name, "a video", "MP4") as container:
         stream = next(s for s in container.streams.video if s.index == index)
         stream.thread_type = "AUTO"
-        by_time = times != list(range(len(times)))
-        if by_time and wanted[0]:
-            container.seek(times[wanted[0]], stream=stream)  # to the key frame before
+        begin = line.times[wanted[0]]
+        if begin is not None and wanted[0] and not line.joined:
+            container.seek(begin, stream=stream)  # to the key frame before
         size = None
-        for number, frame in enumerate(container.decode(stream)):
-            time = frame.pts if by_time and frame.pts is not None else number
+        for place, frame in _numbered(decode(container, stream, damage), line.times):
             resized = None
-            while wanted and time >= times[wanted[0]]:
+            while wanted and place >= wanted[0]:
                 if resized is None:
                     picture = _picture(frame)
                     size = size or frame_size(picture.height, picture.width, count, vision, sampling, name)
@@ -124,7 +176,9 @@ def _decode(file: BinaryIO, name: str, vision: VisionConfig, sampling: Sampling)
                 wanted.popleft()
             if not wanted:
                 break
-    if not frames or len(wanted) > 1:
+    there = (total - damage.packets) / line.rate if frames else 0.0
+    check_loss(name, max(there, 0.0), damage)
+    if not frames or len(wanted) > 1 + LOST_SHARE * count:
         raise damaged(name, f"{len(frames)} of {count} frames could be read")
     return [*frames, *[frames[-1]] * len(wanted)], rate
 

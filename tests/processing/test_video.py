@@ -219,8 +219,8 @@ def noisy_clip(name: str) -> bytes:
     return encode_video([picture(56, 84, s) for s in range(30)], 10, **options)
 
 
-@pytest.mark.parametrize("name", ["mp4 H.264", "webm VP9", "mkv H.264", "avi", "gif", "faststart"])
-@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("name", ["mp4 H.264", "webm VP9", "mkv H.264", "avi", "faststart"])
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.75])
 def test_truncated_clips(name, part, tmp_path):
     whole = noisy_clip(name)
     file = tmp_path / "party.clip"
