@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from omni_jax.checkpoint.fingerprint import fingerprint
 from omni_jax.errors import InputError
 from omni_jax.infer.batch import launch, records
 from omni_jax.infer.batch.records import JobError, Line
@@ -36,6 +37,8 @@ REPORT, POLL = 30.0, 0.2
 RUN = (sys.executable, "-m", "omni_jax.infer.batch.job")
 FIELDS = tuple(f.name for f in dataclasses.fields(GenerationSettings))
 KEYS = ("messages", "id", "settings", "voice")
+# What a line can provoke: its record says so, and the job goes on. Failures of the machine are others and end the job.
+LINE_ERRORS = (ValueError, TypeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Job:
         """The lines of the input, each with the digest of all that its answer depends on."""
         data = dataclasses.asdict(self)
         what = {name: data[name] for name in ("settings", "speech", "speech_format", "media", "dtype")}
-        return records.read_lines(self.source, what | {"model": self.model.absolute().name})
+        return records.read_lines(self.source, what | {"model": str(fingerprint(self.model))})
 
     def to_json(self) -> str:
         """For another process; see `from_json`."""
@@ -122,22 +125,30 @@ def _record(line: Line, name: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     return {"line": line.number, **named, "digest": line.digest, **values}
 
 
-def parse(line: Line, job: Job) -> tuple[Any, Any, GenerationSettings, SpeechSettings | None]:
-    """A line's messages, its id, and the settings that it leads to.
-
-    A line is a list of messages, or an object: `messages`, and perhaps `id` (anything; the record repeats it),
-    `settings` (fields of `GenerationSettings`) and `voice`.
-
-    Raises:
-      InputError: it is something else.
-    """
+def read_object(line: Line) -> dict[str, Any]:
+    """A line as an object: a list of messages stands for `{"messages": …}`. Raises JobError where it is neither."""
     try:
         data = json.loads(line.text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise JobError(f"it is not JSON ({e})") from None
     if isinstance(data, list):
         data = {"messages": data}
-    if not isinstance(data, dict) or not isinstance(data.get("messages"), list) or set(data) - set(KEYS):
+    if not isinstance(data, dict):
+        raise JobError(f"it must be a list of messages, or an object with messages and perhaps {', '.join(KEYS[1:])}")
+    return data
+
+
+def parse(data: Mapping[str, Any], job: Job) -> tuple[Any, GenerationSettings, SpeechSettings | None]:
+    """A line's messages, and the settings that it leads to.
+
+    Args:
+      data: `messages`, and perhaps `id` (anything; the record repeats it), `settings` (fields of `GenerationSettings`)
+        and `voice`.
+      job: has the settings of lines without any.
+    Raises:
+      InputError: it is something else.
+    """
+    if not isinstance(data.get("messages"), list) or set(data) - set(KEYS):
         raise JobError(f"it must be a list of messages, or an object with messages and perhaps {', '.join(KEYS[1:])}")
     changes = data.get("settings", {})
     if not isinstance(changes, dict) or set(changes) - set(FIELDS):
@@ -156,18 +167,20 @@ def parse(line: Line, job: Job) -> tuple[Any, Any, GenerationSettings, SpeechSet
         if speech is None:
             raise JobError("it names a voice, but the job has no --speech")
         speech = dataclasses.replace(speech, voice=data["voice"])
-    return data["messages"], data.get("id"), dataclasses.replace(job.settings, **changes), speech
+    return data["messages"], dataclasses.replace(job.settings, **changes), speech
 
 
 def _make_ready(model: Any, job: Job, line: Line) -> Request | dict[str, Any]:
     """The request of a line, or the record of what is wrong with it."""
     name = None
     try:
-        messages, name, settings, speech = parse(line, job)
+        data = read_object(line)
+        name = data.get("id")
+        messages, settings, speech = parse(data, job)
         if speech is not None:
             model.speech.check([speech])
         return Request(line, name, model.prepare(messages, **job.media), settings, speech)
-    except InputError as e:
+    except LINE_ERRORS as e:
         return _record(line, name, {"error": f"line {line.number}: {e}"})
 
 
@@ -196,7 +209,7 @@ def _answers(model: Any, job: Job, made: Iterable[Sequence[Request] | dict[str, 
             columns = ([getattr(r, name) for r in requests] for name in ("prompt", "settings", "speech"))
             try:
                 speak = model.write(*columns)
-            except InputError as e:
+            except LINE_ERRORS as e:
                 speak = _raising(e)
             if apart:
                 before, waiting = waiting, (requests, speaker.submit(speak).result)
@@ -208,7 +221,7 @@ def _answers(model: Any, job: Job, made: Iterable[Sequence[Request] | dict[str, 
             yield from _spoken(model, job, *waiting)
 
 
-def _raising(error: InputError) -> Callable[[], list[Any]]:
+def _raising(error: Exception) -> Callable[[], list[Any]]:
     def speak() -> list[Any]:
         raise error
 
@@ -219,7 +232,7 @@ def _spoken(model: Any, job: Job, requests: Sequence[Request], speak: Callable[[
     """The records of a batch that is written. Where it fails over one of its conversations, each is tried alone."""
     try:
         replies = speak()
-    except InputError as e:
+    except LINE_ERRORS as e:
         if len(requests) > 1:
             return [record for r in requests for record in _answers(model, job, [[r]])]
         return [requests[0].answer({"error": f"line {requests[0].line.number}: {e}"})]

@@ -49,7 +49,7 @@ def read_lines(path: pathlib.Path, settings: Mapping[str, Any]) -> list[Line]:
       JobError: it cannot be read, or has no line.
     """
     try:
-        texts = path.read_text("utf-8").split("\n")
+        texts = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise JobError(f"{path} cannot be read ({e}); give a file with one conversation in JSON a line") from None
     salt = json.dumps(settings, sort_keys=True)
@@ -97,8 +97,8 @@ def answered(out: pathlib.Path, lines: Sequence[Line]) -> dict[int, dict[str, An
         for record in _records(path):
             if digests.get(record["line"]) != record.get("digest"):
                 raise JobError(
-                    f"{path} answers line {record['line']} of another input, or under other settings; "
-                    "name another output, or remove it"
+                    f"{path} answers line {record['line']} of another input, or under other settings or of "
+                    "another model; name another output, or remove it"
                 )
             found[record["line"]] = record
     return found

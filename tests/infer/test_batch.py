@@ -87,6 +87,8 @@ BAD = {
     json.dumps(user({"type": "image", "image": "none.jpg"})) + "\n": "none.jpg",
     json.dumps([{"role": "wizard", "content": "hi"}]) + "\n": "wizard",
     json.dumps(user(LONG * 2000)) + "\n": "the context of",
+    "[" * 3000 + "\n": "it is not JSON",
+    json.dumps({"messages": user("hi"), "settings": {"stop_ids": [2**31]}}) + "\n": str(2**31),
 }  # fmt: skip
 
 
@@ -95,8 +97,8 @@ def test_bad_lines_are_records_and_the_job_goes_on(monkeypatch, capsys, checkpoi
     flags = ("--model", checkpoint, "--dtype", "float32", "--max-new-tokens", 6)
     code, stdout, err = command(monkeypatch, capsys, "batch", source, out, *flags)
     assert (code, stdout) == (0, "")
-    assert "12 lines in" in err
-    assert "10 could not be answered" in err
+    assert "14 lines in" in err
+    assert "12 could not be answered" in err
     assert "line 2: it is not JSON" in err
     got = read(out)
     assert "text" in got[0]
@@ -141,6 +143,33 @@ def test_other_input_or_settings_are_refused(checkpoint, tmp_path):
     assert (tmp_path / "out.jsonl").read_text() == '{"mine": 1}\n'
 
 
+def test_error_records_keep_the_id_and_a_byte_order_mark_is_no_text(model, checkpoint, tmp_path):
+    bad = {"id": "mine", "messages": user("hi"), "settings": {"top_p": 7}}
+    wanted = make_job(
+        checkpoint, tmp_path, ["\ufeff" + json.dumps(bad) + "\n", json.dumps({"id": 5, "text": "hi"}) + "\n"]
+    )
+    first, second = (job._make_ready(model, wanted, line) for line in wanted.lines())
+    assert first["id"] == "mine"
+    assert "top_p is 7" in first["error"]
+    assert second["id"] == 5
+    assert "it must be a list of messages" in second["error"]
+
+
+def test_models_are_known_by_content_and_not_by_path(checkpoint, tmp_path):
+    """Two models whose folders have the same name do not share an output; a moved one goes on."""
+    here, moved, other = (tmp_path / place / "merged" for place in "abc")
+    for folder in (here, moved, other):
+        shutil.copytree(checkpoint, folder)
+    (shard,) = other.glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert job.work(make_job(here, tmp_path, LINES[:1])) == {"lines": 1, "failed": 0, "before": 0}
+    assert job.work(make_job(moved, tmp_path, LINES[:1])) == {"lines": 1, "failed": 0, "before": 1}
+    with pytest.raises(InputError, match="under other settings or of another model"):
+        job.work(make_job(other, tmp_path, LINES[:1]))
+
+
 def test_a_part_has_one_writer(tmp_path):
     first = records.OutputShard(tmp_path / "o", 0)
     with pytest.raises(InputError, match="being written by another job"):
@@ -178,7 +207,7 @@ def test_a_batch_that_cannot_be_spoken_is_tried_line_by_line(tmp_path, apart):
     written = []
 
     class Model:
-        placement = types.SimpleNamespace(apart=apart)
+        placement = types.SimpleNamespace(has_speech_mesh=apart)
 
         def write(self, prompts, settings, speech):
             written.append(prompts)
@@ -296,8 +325,7 @@ def test_a_host_that_cannot_begin_ends_the_job(checkpoint, tmp_path):
     source, out, port = write(tmp_path / "in.jsonl", LINES[:2]), tmp_path / "out.jsonl", launch.free_port()
     broken = tmp_path / checkpoint.name
     shutil.copytree(checkpoint, broken)
-    (shard,) = broken.glob("*.safetensors")
-    shard.unlink()
+    (broken / "tokenizer.json").write_text("{")
     flags = ("--dtype", "float32", "--max-new-tokens", 2, "--patience", 10)
     began = time.monotonic()
     hosts = [
@@ -307,7 +335,7 @@ def test_a_host_that_cannot_begin_ends_the_job(checkpoint, tmp_path):
     errors = [h.communicate(timeout=120)[1] for h in hosts]
     assert time.monotonic() - began < 10 + 80  # starting and loading included
     assert [h.returncode for h in hosts] == [1, 2]
-    assert shard.name in errors[1]
+    assert "tokenizer.json" in errors[1]
     assert "process 1 of 2 ended with exit code 2; 2 of 2 lines are left" in errors[1]
     assert "process 0 of 2 was ended by SIGABRT" in errors[0]
 
