@@ -122,7 +122,7 @@ def weights_digest(folder: pathlib.Path, tensors: Mapping[str, Stored]) -> str:
 
 
 def fingerprint(source: str | os.PathLike[str]) -> Fingerprint:
-    """Identifies a model by its content; the path does not enter. A 3B model takes about a second.
+    """Identifies a model by its content; the path does not enter.
 
     A folder that `convert` made is the same model as the one it was made from where it holds the same values. One whose
     values changed (`--dtype`, `--parts`, `--adapter`), or that an older version made, is known by its checksums.
