@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-import http.client
 import io
 import os
 import pathlib
+import re
 import tempfile
-import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
@@ -32,6 +30,8 @@ class Access:
     Attributes:
       files: local paths and file:// URLs.
       urls: http:// and https:// URLs.
+      private_urls: also private, loopback, link-local and metadata addresses, which a conversation from a stranger
+        must not reach.
       max_bytes: largest download.
       timeout: seconds to wait for the other side to send something.
       patience: seconds that a whole download may take.
@@ -39,6 +39,7 @@ class Access:
 
     files: bool = True
     urls: bool = True
+    private_urls: bool = False
     max_bytes: int = 1 << 30
     timeout: float = 30.0
     patience: float = 600.0
@@ -65,57 +66,31 @@ def describe(source: Any) -> str:
     return f"<{type(source).__name__} {shape}>" if shape != "" else f"<{type(source).__name__}>"
 
 
-class _WebOnly(urllib.request.HTTPRedirectHandler):
-    """Redirects may not leave http and https (the standard handler would also follow ftp)."""
-
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
-            raise urllib.error.URLError(f"it redirects to {newurl[:80]!r}")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
 def _download(url: str, access: Access) -> BinaryIO:
-    # Only web handlers: the standard opener also opens file:, ftp: and data:.
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        _WebOnly(),
-    ):
-        opener.add_handler(handler)
+    import httpx
+
+    from omni_jax.processing.download import download
+
     spool = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 — handed to the caller
+    file = cast(BinaryIO, spool)
     try:
-        request = urllib.request.Request(url, headers={"User-Agent": "omni-jax"})
-        with opener.open(request, timeout=access.timeout) as response:
-            declared = response.headers.get("Content-Length", "")
-            size, ends = 0, time.monotonic() + access.patience
-            too_large = MediaError(f"{describe(url)} is larger than {access.max_bytes} bytes; give a smaller file")
-            if declared.isdigit() and int(declared) > access.max_bytes:
-                raise too_large
-            while block := response.read1(1 << 20):  # what has come, so that drops of it do not add up for ever
-                size += len(block)
-                if size > access.max_bytes:
-                    raise too_large
-                if time.monotonic() > ends:
-                    raise OSError(f"only {size} bytes came in {access.patience:.0f} s")
-                spool.write(block)
-            if declared.isdigit() and size < int(declared):
-                raise OSError(f"{size} of {declared} bytes came")
-    except MediaError:
+        fits = download(
+            url, file, max_bytes=access.max_bytes, timeout=access.timeout, patience=access.patience,
+            private=access.private_urls,
+        )  # fmt: skip
+        if not fits:
+            raise MediaError(f"{describe(url)} is larger than {access.max_bytes} bytes; give a smaller file")
+    except (OSError, httpx.HTTPError, httpx.InvalidURL, ValueError) as e:
         spool.close()
-        raise
-    except (OSError, ValueError, http.client.HTTPException) as e:  # URLError is an OSError
-        spool.close()
-        reason = " ".join(str(getattr(e, "reason", None) or e).split()) or type(e).__name__  # one line
+        if isinstance(e, MediaError):
+            raise
+        reason = " ".join(str(e).split()) or type(e).__name__  # one line
         raise MediaError(f"{describe(url)} cannot be fetched ({reason}); check the address and the network") from None
     except BaseException:
         spool.close()
         raise
-    spool.seek(0)
-    return cast(BinaryIO, spool)
+    file.seek(0)
+    return file
 
 
 def _data_url(url: str) -> bytes:
@@ -168,7 +143,7 @@ def fetch(source: Any, access: Access = ANYTHING) -> BinaryIO:
         raise MediaError(f"{describe(source)}: local files are not allowed here; send the bytes as a data: URL")
     if scheme == "file":
         path = pathlib.Path(urllib.request.url2pathname(urllib.parse.urlsplit(text).path))
-    elif "://" in text and scheme.isalpha():
+    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text) and isinstance(source, str):
         raise MediaError(f"{describe(source)}: {scheme} addresses cannot be opened; use http, https, data or a path")
     else:
         path = pathlib.Path(text)
