@@ -249,3 +249,21 @@ def test_continuous_integration_runs_the_tests():
     run = ROOT / ".ci" / "run"
     assert os.access(run, os.X_OK)
     assert "make test" in run.read_text("utf-8")
+
+
+def test_repository_files():
+    """Templates and workflows have the keys that GitHub asks for; the workflows run targets of the Makefile."""
+    import yaml
+
+    folder = ROOT / ".github"
+    for file in (*folder.glob("ISSUE_TEMPLATE/bug.yml"), *folder.glob("ISSUE_TEMPLATE/feature.yml")):
+        assert {"name", "description", "body"} <= set(yaml.safe_load(file.read_text("utf-8"))), file
+    jobs = yaml.safe_load((folder / "workflows" / "ci.yml").read_text("utf-8"))["jobs"]
+    assert len(jobs["test"]["strategy"]["matrix"]["python"]) >= 2
+    steps = [step.get("run") for job in jobs.values() for step in job["steps"]]
+    assert {"make lint", "make test"} <= set(steps)
+    release = yaml.safe_load((folder / "workflows" / "release.yml").read_text("utf-8"))["jobs"]
+    assert release["publish"]["needs"] == "build"
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert f"## [{cited['version']}] - {cited['date-released']}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert "Reporting" in (ROOT / "SECURITY.md").read_text("utf-8")
