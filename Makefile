@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Options for pytest, e.g. make test PYTEST="tests/checkpoint/test_keys.py -x"
 PYTEST ?=
 
-.PHONY: demo test lint bench footprint full-size solvers bench-training aot plans plan-fit plan-check clean
+.PHONY: demo test lint docs bench footprint full-size solvers bench-training aot plans plan-fit plan-check clean
 .DELETE_ON_ERROR:
 
 # Stamps: installation is skipped until pyproject.toml changes.
@@ -41,7 +41,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: lint
+# The site under site/; `$(BIN)/mkdocs serve` shows it while it is edited.
+docs: $(VENV)/.installed-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+test: lint docs
 	$(BIN)/python -m pytest $(PYTEST)
 
 # The figures of docs/performance.md. bench takes the better part of an hour where the CPU has no bf16 instructions;
