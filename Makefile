@@ -43,7 +43,7 @@ lint: $(VENV)/.installed-test
 
 # The site under site/; `$(BIN)/mkdocs serve` shows it while it is edited.
 docs: $(VENV)/.installed-test
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # --quiet would hide the warnings from --strict
 
 test: lint docs
 	$(BIN)/python -m pytest $(PYTEST)
