@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -88,6 +89,8 @@ def test_seeds(batch):
     long, short = (np.asarray(W.draw_noise(np.array([[0, 3]], np.uint32), n, 20)) for n in (48, 24))
     np.testing.assert_array_equal(long[:, :24], short)
     assert abs(long.std() - 1) < 0.1
+    stretch = jax.jit(W.noise_at, static_argnums=(2, 3))(np.array([[0, 3]], np.uint32), np.array([24]), 24, 20)
+    np.testing.assert_array_equal(stretch, long[:, 24:])
 
 
 def test_no_codes_make_no_sound(batch):
