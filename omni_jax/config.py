@@ -73,7 +73,7 @@ class AudioConfig:
         return 2 * self.n_window
 
     def token_count(self, mel_frames: int) -> int:
-        """Tokens that a clip of `mel_frames` frames becomes: conv stride 2, then pairwise mean."""
+        """Number of audio tokens for `mel_frames` mel frames: conv stride 2, then pairwise mean."""
         return max(0, ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1)
 
 
@@ -175,7 +175,7 @@ class BigVGANConfig:
 
 @dataclass(frozen=True)
 class Token2WavConfig:
-    """Codes to sound: DiT, then BigVGAN."""
+    """Codec ids to waveform: DiT, then BigVGAN."""
 
     dit: DiTConfig = field(default_factory=DiTConfig)
     bigvgan: BigVGANConfig = field(default_factory=BigVGANConfig)

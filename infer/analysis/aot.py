@@ -1,4 +1,4 @@
-"""`omni-jax aot`: compiles every network for a machine that is not there, and says what the programs do.
+"""`omni-jax aot`: compiles every network for a target topology and reports what the programs do.
 
 The compiler is the real one, so memory, HBM traffic, collectives, copies and donation are facts about what a pod would
 run. They are not times.
@@ -32,7 +32,7 @@ SPEECH_CODES = 500  # 10 s
 def listed(
     cfg: C.OmniConfig, placement: meshes.Placement, keep: pathlib.Path | None = None
 ) -> dict[str, Callable[[], Facts]]:
-    """Everything that the table is made of, by name; `keep` as for `compile_program`."""
+    """The facts of every program of the table, by name; `keep` as for `compile_program`."""
     loop, context = generation.LOOP_STEPS, CONTEXT
     run: dict[str, Callable[[], Facts]] = {}
     said = partial(facts, keep=keep)

@@ -1,4 +1,4 @@
-"""What a compiler said of a program, kept: compiling for a pod takes minutes a program, reading its text a second.
+"""On-disk cache of compiler reports: compiling for a pod takes minutes a program, reading its text a second.
 
 A record is found by everything that the compiler saw (the lowered program, the chips, the versions and flags), so one
 of an older program is never taken for a new one's, and the same program of two models is compiled once.
@@ -32,7 +32,7 @@ UNTILED = "Couldn't find output tile sizes"
 
 @dataclass(frozen=True)
 class Compiled:
-    """The compiler's account of a program, in bytes on one device.
+    """The compiler's memory report of a program, in bytes on one device.
 
     Attributes:
       text: the optimised program; "" where there is none.
@@ -54,12 +54,12 @@ class Compiled:
 
     @property
     def total(self) -> int:
-        """All that the program has in HBM."""
+        """Everything that the program holds in HBM."""
         return self.arguments + self.results - self.shared + self.temp
 
 
 def compile_program(program: Program, keep: pathlib.Path | None = None) -> Compiled:
-    """Compiles a program, or finds what the compiler said of the same one before.
+    """Compiles a program, or returns the cached report of the same one.
 
     Args:
       program: which.

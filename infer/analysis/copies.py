@@ -1,4 +1,4 @@
-"""Weights that a compiled program writes anew: what scanning a stack of layers costs where a compiler slices it."""
+"""Weight copies in a compiled program: the cost of scanning a stack of layers where the compiler slices it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from omni_jax.infer.analysis.hlo import FREE, Computation, Instruction, Module
 
 Copy = tuple[str, int, int]
-# Bytes from which on a weight counts: the smallest matrix of a decoder layer of the 3B. Norms and biases are smaller.
+# Smallest weight that counts, in bytes: the smallest matrix of a decoder layer of the 3B. Norms and biases are smaller.
 SMALLEST = 1 << 20
 _HANDED_ON = ("bitcast", "opt-barrier", "copy-done", "slice-done", "dynamic-slice-done", "async-done", "async-update")
 _PRODUCTS = ("dot", "convolution", "custom-call")

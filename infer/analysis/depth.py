@@ -1,4 +1,4 @@
-"""Models of true widths and few layers, for what compiles or runs faster so and grows with the depth in a known way."""
+"""Models of full width and reduced depth, for measurements that scale with depth in a known way."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from omni_jax.config import OmniConfig
 
 
 def truncate_layers(cfg: OmniConfig, layers: int | None) -> OmniConfig:
-    """The configuration with each stack cut to `layers`, widths as they are; None leaves it whole.
+    """The configuration with each stack truncated to `layers` and widths unchanged; None leaves it whole.
 
     Layers that see more than others (full attention of the vision tower, neighbours in the DiT) stay so where they are
     kept. Where none of a kind is left, one takes its place: the last of the vision tower, the first of the DiT.

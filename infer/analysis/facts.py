@@ -1,4 +1,4 @@
-"""What a compiler made of one program: memory, traffic, copies, collectives, beside what the program should need."""
+"""Facts about one compiled program: memory, traffic, copies and collectives, beside the ideal."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from omni_jax.infer.analysis.hlo import Collective, Module
 
 GIB, MIB = 1 << 30, 1 << 20
 PICTURE_WINDOWS = 16  # 448 × 448
-VIDEO_FRAMES = 60  # 60 s at 2 pictures a second, of which the tower takes two as one frame
+VIDEO_FRAMES = 60  # 60 s at 2 frames a second, which the tower takes in pairs
 SOUND_CHUNKS = 150  # 300 s
-# What a table of parameters is called that a step reads a row of, not all of.
+# Names of embedding tables: a step reads rows of them, not the whole.
 LOOKED_UP = "embed_tokens"
 
 
@@ -107,7 +107,7 @@ def whole_bytes(tree: Any) -> int:
 
 
 def _read_in_full(weights: Any) -> int:
-    """Bytes of the weights that a step reads whole."""
+    """Bytes of the weights that a step reads in full."""
     total = 0
     for path, leaf in jax.tree_util.tree_flatten_with_path(weights)[0]:
         if LOOKED_UP not in [getattr(p, "key", None) for p in path]:
@@ -116,7 +116,7 @@ def _read_in_full(weights: Any) -> int:
 
 
 def facts(program: P.Program, what: str, steps: int = 1, keep: pathlib.Path | None = None) -> Facts:
-    """Compiles a program, and reads what became of it.
+    """Compiles a program and reads the facts out of its optimised HLO.
 
     Args:
       program: which.
@@ -155,7 +155,7 @@ def facts(program: P.Program, what: str, steps: int = 1, keep: pathlib.Path | No
 
 
 def clips(cfg: C.OmniConfig) -> dict[str, dict[str, tuple[int, int]]]:
-    """The calls of the towers that a clip is made of, as `encode_media` makes them.
+    """The tower calls that encode a video or an audio file, as `encode_media` makes them.
 
     Returns:
       for 60 s of `video` of 448×448, and for 300 s of `sound`: program → (frames or chunks of a call, number of calls).

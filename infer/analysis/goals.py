@@ -1,4 +1,4 @@
-"""The goals of `omni-jax aot`: what its programs should do, beside what they do."""
+"""The goals of `omni-jax aot`: targets for the compiled programs, and whether they are met."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def resident(cfg: C.OmniConfig, placement: meshes.Placement, found: dict[str, Fa
 def goals(
     cfg: C.OmniConfig, preset: str, topology: str, found: dict[str, Facts], sums: dict[str, int] | None
 ) -> list[Goal]:
-    """The goals that this model and this machine have a say in.
+    """The goals that apply to this model and this target.
 
     The ideal of a step is every weight but the embedding once and the whole cache once, over the devices.
     """
@@ -160,7 +160,7 @@ def _steps(good: dict[str, Facts], on_gpu: bool) -> list[Goal]:
 
 
 def _stated(cfg: C.OmniConfig, good: dict[str, Facts]) -> list[Goal]:
-    """Peaks and traffic of the networks that only have to compile, and of whole clips."""
+    """Peaks and traffic of the networks that only have to compile, and of whole videos and audio files."""
     out = []
 
     def say(metric: str, calls: Iterable[tuple[Facts, int]]) -> None:

@@ -1,4 +1,4 @@
-"""Machines that need not be there: what `omni-jax aot` compiles for.
+"""Target topologies for ahead-of-time compilation; no hardware required.
 
 A TPU topology is named as its compiler names it ("v5e:2x4"); "h100" is one NVIDIA H100, "h100:8" a machine of eight.
 Only the compilers are needed.
@@ -46,7 +46,7 @@ MACHINE = 8  # GPUs of one host
 
 
 def topology(name: str) -> list[Any]:
-    """The devices of a target, which need not be there: a TPU topology such as "v5e:2x4", "h100", or "h100:8".
+    """The devices of a target topology: a TPU slice such as "v5e:2x4", "h100", or "h100:8".
 
     Raises:
       InputError: no compiler for it, or no such target; the message says what to install or which names there are.
@@ -61,7 +61,7 @@ def mesh_name(name: str) -> str:
 
 
 def memory(name: str) -> int | None:
-    """Bytes that a program may use on one device; None where this package does not know."""
+    """Bytes that a program may use on one device; None for unknown devices."""
     kind = name.partition(":")[0]
     return H100_MEMORY if kind == GPU else CHIPS[kind].memory if kind in CHIPS else None
 
@@ -85,7 +85,7 @@ def _tpu(name: str) -> list[Any]:
     bounds = [*host, *[1] * (3 - len(host))]
     try:
         desc = topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=bounds)
-    except Exception as e:  # the plugin raises whatever it likes
+    except Exception as e:  # the plugin's exception types are not documented
         raise InputError(f"topology {name!r} is not known to libtpu: {' '.join(str(e).split())[:200]}") from None
     return list(desc.devices)
 

@@ -1,4 +1,4 @@
-"""A kernel on a mesh: the compiler cannot split it, so each device is handed its part."""
+"""Kernels on a mesh: the compiler cannot partition them, so `shard_map` runs each device on its shard."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def ways(name: str) -> int:
 
 
 def sharding(*names: str | None) -> NamedSharding:
-    """How an array whose axes bear these names lies in the active layout."""
+    """The PartitionSpec of an array with these logical axes in the active layout."""
     layout = active_layout()
     assert layout is not None
     return NamedSharding(layout.mesh, layout.rules.spec(names))
 
 
 def on_mesh(f: Callable[..., Any], ins: Sequence[Names | Any], outs: Sequence[Names]) -> Callable[..., Any]:
-    """`f` on each device's part of its arguments; `f` itself where there is no mesh.
+    """`f` on each device's shard of its arguments; `f` itself where there is no mesh.
 
     Args:
       f: takes the arguments' parts and returns a tuple of parts.

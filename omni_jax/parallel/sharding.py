@@ -62,7 +62,7 @@ class MeshError(InputError):
 
 @dataclass(frozen=True, eq=False)
 class Rules:
-    """Which mesh axes each logical axis is split over.
+    """The mesh axes that each logical axis is sharded over.
 
     Attributes:
       table: logical axis → mesh axes, () for replicated. Every logical axis must be named: what is replicated is so by
@@ -96,7 +96,7 @@ class Rules:
         return isinstance(other, Rules) and self._key() == other._key()
 
     def spec(self, names: Sequence[str | None]) -> PartitionSpec:
-        """The partition of an array whose axes bear these logical names; None is replicated.
+        """The PartitionSpec of an array with these logical axes; None is replicated.
 
         Raises:
           ValueError: an unknown name, or a mesh axis that would split two axes.
@@ -109,7 +109,7 @@ class Rules:
         return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in spec))
 
     def innermost(self, names: Sequence[str | None], local: Sequence[int]) -> int | None:
-        """Which of the last two axes of a weight has its place in a TPU's memory fixed to be the innermost.
+        """Which of the last two axes of a weight is pinned as the minor (innermost) one in TPU memory.
 
         Args:
           names, local: logical axes and sizes on one device.
@@ -121,7 +121,7 @@ class Rules:
         return self.minor_axis.get((names[-2], names[-1]))
 
     def stored_size(self, names: Sequence[str | None], local: Sequence[int]) -> int:
-        """Values that a weight takes of a TPU's memory, with the padding of an order that is fixed (`innermost`)."""
+        """Elements that a weight occupies in TPU memory, tile padding of a pinned order (`innermost`) included."""
         inner = self.innermost(names, local)
         if inner is None:
             return math.prod(local)
@@ -149,7 +149,7 @@ class Layout:
             raise ValueError(f"the mesh has axes {self.mesh.axis_names}; `meshes.make_mesh` gives it {MESH_AXES}")
 
     def sharding(self, names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
-        """How an array of this shape lies, its axes bearing these names.
+        """The NamedSharding of an array of this shape with these logical axes.
 
         Raises:
           ValueError: see `Rules.spec`; a count of names that is not the array's; an axis that the mesh does not divide.
@@ -194,7 +194,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def replicate(tree: Any) -> Any:
-    """Pins every array of a tree to be whole on each device, as what goes to the host must be."""
+    """Replicates every array of a tree, as results that the host reads must be."""
     return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), tree)
 
 

@@ -3,7 +3,7 @@
 Dimension letters: T tokens of the prompt; a grid is (t, h, w) in patches.
 
 A prompt is a sequence of segments. A media segment includes the tokens that open and close it. One walk over the
-segments yields the token ids, another the positions; both take the order of an audio-in-video clip from `interleave`,
+segments yields the token ids, another the positions; both take the order of audio and video from `interleave`,
 so they cannot disagree. (The reference computes that order twice: in float64 in its processor, and in float32 in
 `get_rope_index`. They differ where a step of time falls on a chunk's edge up to rounding, for example at 20.8 frames a
 second. Here it is float32 both times: positions always equal `get_rope_index`, and ids follow them.)
@@ -33,21 +33,21 @@ class Text:
 
 @dataclass(frozen=True)
 class Image:
-    """A picture of `grid` = (1, h, w) patches, between vision BOS and EOS."""
+    """An image of `grid` = (1, h, w) patches, between vision BOS and EOS."""
 
     grid: Grid
 
 
 @dataclass(frozen=True)
 class Audio:
-    """A sound of `tokens` tokens, between audio BOS and EOS."""
+    """Audio of `tokens` tokens, between audio BOS and EOS."""
 
     tokens: int
 
 
 @dataclass(frozen=True)
 class Video:
-    """A silent clip, between vision BOS and EOS; `seconds_per_grid` is the time of one step of t."""
+    """A video without audio, between vision BOS and EOS; `seconds_per_grid` is the duration of one step of t."""
 
     grid: Grid
     seconds_per_grid: float
@@ -55,7 +55,7 @@ class Video:
 
 @dataclass(frozen=True)
 class AudioVideo:
-    """A clip with its sound, interleaved in chunks, between vision BOS, audio BOS and audio EOS, vision EOS."""
+    """A video interleaved with its audio in chunks, between vision BOS, audio BOS and audio EOS, vision EOS."""
 
     grid: Grid
     seconds_per_grid: float
@@ -67,7 +67,7 @@ Segment = Text | Image | Audio | Video | AudioVideo
 
 @dataclass(frozen=True)
 class Chunk:
-    """The tokens `start` to `stop` of a clip's picture or of its sound."""
+    """The tokens `start` to `stop` of a video's frames or of its audio."""
 
     kind: Literal["video", "audio"]
     start: int
@@ -75,7 +75,7 @@ class Chunk:
 
 
 def vision_tokens(grid: Grid, cfg: ThinkerConfig) -> int:
-    """Tokens of a picture or clip, after the spatial merge."""
+    """Number of tokens of an image or video, after the spatial merge."""
     return grid[0] * grid[1] * grid[2] // cfg.vision.spatial_merge_size**2
 
 
@@ -104,12 +104,12 @@ def _split(times: np.ndarray, ids_per_chunk: int) -> list[tuple[int, int]]:
 
 
 def interleave(segment: AudioVideo, cfg: ThinkerConfig) -> list[Chunk]:
-    """The order of a clip's picture and sound tokens: chunk by chunk of `seconds_per_chunk`, the picture first.
+    """The order of a video's frame and audio tokens: chunks of `seconds_per_chunk`, the frames first in each.
 
     Returns:
-      Chunks that cover every picture token and every sound token once.
+      Chunks that cover every frame token and every audio token once.
     Raises:
-      ValueError: a clip without picture or sound tokens.
+      ValueError: a video without frame or audio tokens.
     """
     if segment.tokens < 1 or vision_tokens(segment.grid, cfg) < 1:
         raise ValueError(f"{segment} lacks picture or sound tokens; make it a Video or an Audio segment")
@@ -144,7 +144,7 @@ def media_ids(segment: Image | Audio | Video | AudioVideo, cfg: ThinkerConfig) -
 
 
 def _video_positions(segment: AudioVideo, start: int, cfg: ThinkerConfig) -> list[np.ndarray]:
-    """Picture and sound count from the same id; both BOS share one, and so do both EOS."""
+    """Frames and audio count from the same id; both BOS share one, and so do both EOS."""
     both = np.full((3, 2), start)
     of = {
         "video": _vision_positions(segment.grid, segment.seconds_per_grid, cfg) + start + 1,
@@ -157,9 +157,9 @@ def _video_positions(segment: AudioVideo, start: int, cfg: ThinkerConfig) -> lis
 def position_ids(segments: Iterable[Segment], cfg: ThinkerConfig, start: int = 0) -> np.ndarray:
     """TMRoPE ids of a prompt.
 
-    Text and sound count on all three axes alike; a picture has one temporal id; a clip's temporal ids follow its
+    Text and audio count on all three axes alike; an image has one temporal id; a video's temporal ids follow its
     time, `position_id_per_seconds` a second. A segment begins after the largest id of what was *appended last*, which
-    in an audio-in-video clip may be less than the largest id so far.
+    in an audio-in-video segment may be less than the largest id so far.
 
     Args:
       segments: the layout.
@@ -168,7 +168,7 @@ def position_ids(segments: Iterable[Segment], cfg: ThinkerConfig, start: int = 0
     Returns:
       int32 [3, T]: temporal, height and width ids.
     Raises:
-      ValueError: an audio-in-video clip without picture or sound tokens.
+      ValueError: an audio-in-video segment without frame or audio tokens.
     """
     parts: list[np.ndarray] = []
 

@@ -1,4 +1,4 @@
-"""Refusing what the devices' memory cannot hold, before it is read or run: one line with the numbers, not a crash.
+"""Admission control: refuses what the devices' memory cannot hold before it is read or run, in one line with numbers.
 
 A device says how much it has (TPUs and GPUs do, a CPU does not, and then nothing is refused). What is needed follows
 from shapes (`omni_jax.plan`): nothing is compiled, allocated or asked of the device.
@@ -33,13 +33,13 @@ SOUND_REMEDY = "lower --max-codes, speak fewer rows at a time, or choose a large
 
 
 def memory_limit(device: Any) -> int | None:
-    """Bytes that programs may use on a device; None where it does not say (CPU)."""
+    """Bytes that programs may use on a device; None where the device does not report it (CPU)."""
     stats = device.memory_stats()
     return None if stats is None else stats.get("bytes_limit")
 
 
 def placement_limit(placement: Placement | None) -> int | None:
-    """The least limit of this process's devices that a model lies on."""
+    """The smallest limit among this process's devices of a model's mesh."""
     if placement is None:
         return memory_limit(jax.local_devices()[0])
     mine = {d for mesh in (placement.thinker, placement.speech) for d in mesh.devices.flat}
@@ -146,7 +146,7 @@ class AdmissionControl:
         self._check(needed, RUN_REMEDY)
 
     def check_speech(self, counts: Sequence[int]) -> None:
-        """Refuses codes that the devices cannot make sound of, before that begins.
+        """Refuses codec ids that the devices cannot synthesize, before synthesis begins.
 
         Args:
           counts: codes of each row that speaks.

@@ -1,4 +1,4 @@
-"""From drawn ids to text, one id at a time: stop strings, finish reasons, and text that is safe to show."""
+"""Detokenization id by id: stop strings, finish reasons, and text that is safe to emit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ReplyBuilder:
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: GenerationSettings, eos: Sequence[int], room: int):
-        """`room`: ids that the context still holds."""
+        """`room`: number of ids that the context still has room for."""
         self._stream = Detokenizer(tokenizer)
         self._settings, self._eos = settings, frozenset(eos)
         self._limit = min(settings.max_new_tokens, room)
@@ -32,11 +32,11 @@ class ReplyBuilder:
 
     @property
     def left(self) -> int:
-        """Ids that may still be drawn."""
+        """Number of ids that may still be drawn."""
         return 0 if self.finish_reason else self._limit - len(self.ids)
 
     def feed(self, token: TokenLogprob) -> str:
-        """Takes the next id; returns the text that became certain with it."""
+        """Adds the next id; returns the text that is certain with it."""
         self.ids.append(token.id)
         self.logprobs.append(token)
         if token.id in self._eos:
@@ -66,7 +66,7 @@ class ReplyBuilder:
         return shown
 
     def _pending(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """Length of the longest suffix of the held text that is a prefix of a stop string."""
         longest = max((len(stop) - 1 for stop in self._settings.stop), default=0)
         for n in range(min(longest, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-n:]) for stop in self._settings.stop):

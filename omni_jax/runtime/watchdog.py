@@ -1,4 +1,4 @@
-"""From drawn codes to the speech of one reply, one code at a time: its end, its limit, and the watchdogs.
+"""Stopping rules of speech, applied code by code: end code, length limit and the watchdogs.
 
 The decision falls at a code, not at the end of a call of the decode loop, so it is the same alone, in a batch and in a
 stream.
@@ -13,11 +13,11 @@ import numpy as np
 
 from omni_jax.settings import SpeechFinishReason, SpeechSettings, Watchdog
 
-RUN = 4  # codes of the runs whose variety is counted
+RUN = 4  # length of the n-grams whose variety is counted
 
 
 class _Repeats:
-    """For each distance up to `longest`: how many codes up to now equal the one that far before."""
+    """For each lag up to `longest`: how many of the latest codes in a row equal the code that many places earlier."""
 
     def __init__(self, longest: int):
         self._past = np.full(longest, -1, np.int64)  # the latest first
@@ -29,7 +29,7 @@ class _Repeats:
 
 
 class _Variety:
-    """How many different runs of `RUN` codes the last `window` codes hold."""
+    """The number of distinct n-grams (n = `RUN`) among the last `window` of them."""
 
     def __init__(self, window: int):
         self._last: collections.deque[int] = collections.deque(maxlen=RUN)
@@ -52,19 +52,19 @@ class _Variety:
 
     @property
     def distinct(self) -> int | None:
-        """None while the window is not full."""
+        """The count, or None until the window is full."""
         return len(self._counts) if len(self._runs) == self._window else None
 
 
 class LoopDetector:
-    """Looks at the codes of one reply as they come.
+    """Watches the codes of one reply for loops, silence and excessive length.
 
     Attributes:
       keep: once `push` has given a reason: how many of the codes are worth speaking.
     """
 
     def __init__(self, settings: Watchdog, tokens: int):
-        """`tokens`: ids of the reply that is spoken."""
+        """`tokens`: number of text tokens in the spoken reply."""
         self._settings = settings
         self._most = max(settings.codes_at_least, settings.codes_per_token * tokens)
         self._repeats = _Repeats(settings.loop_longest)
@@ -77,7 +77,7 @@ class LoopDetector:
         self.keep = 0
 
     def push(self, code: int) -> SpeechFinishReason | None:
-        """Takes the next code; gives the reason to stop with it, or None."""
+        """Adds the next code; returns the reason to stop there, or None."""
         s = self._settings
         self._count += 1
         self._repeats.push(code)
@@ -108,7 +108,7 @@ class SpeechBuilder:
     """
 
     def __init__(self, settings: SpeechSettings, stop_ids: Iterable[int], tokens: int):
-        """`tokens`: ids of the reply; with less than two, the Talker has nothing to hear and says nothing."""
+        """`tokens`: ids of the reply; with fewer than two the Talker has no input, and the speech is empty."""
         self._most, self._stop = settings.max_codes, frozenset(stop_ids)
         self._watch = LoopDetector(settings.watchdog, tokens) if settings.watchdog is not None else None
         self.codes: list[int] = []
@@ -116,11 +116,11 @@ class SpeechBuilder:
 
     @property
     def left(self) -> int:
-        """Codes that may still be drawn."""
+        """Number of codes that may still be drawn."""
         return 0 if self.finish_reason else self._most - len(self.codes)
 
     def feed(self, code: int) -> None:
-        """Takes the next drawn id; ignored once the speech has ended."""
+        """Adds the next drawn id; ignored once the speech has ended."""
         if self.finish_reason is not None:
             return
         if code in self._stop:
