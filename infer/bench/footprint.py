@@ -35,7 +35,7 @@ STAGES = ("imports", "generate", "vision", "speech")
 RUNS = 3  # of an evaluation of the DiT
 SPEECH_SECONDS = (2, 60)  # between which its growth is taken
 PEAK_SECONDS = 10
-SIDE = 224  # pixels of the test clip's frames
+SIDE = 224  # pixels of the test video's frames
 QUESTION = "Name three things that a cat does in the morning."
 
 
@@ -87,7 +87,7 @@ def _generation(model: pathlib.Path) -> dict[str, Any]:
 
 
 def encode_video(preset: str, seconds: float, layers: int | None) -> None:
-    """The vision tower over a clip of random frames at the default sampling; run in a process of its own."""
+    """The vision tower over a video of random frames at the default sampling; run in a process of its own."""
     import ml_dtypes
 
     cfg = truncate_layers(C.preset(preset), layers)
@@ -166,7 +166,7 @@ def _rows(stage: str, found: dict[str, Any], size: str) -> list[tuple[str, str]]
         ]
     if stage == "vision":
         return [
-            (f"vision tower, {size}, {SIDE}×{SIDE} clip of 30 s: peak", f"{found['peak_30_s_bytes'] / gib:.2f} GiB"),
+            (f"vision tower, {size}, {SIDE}×{SIDE} video of 30 s: peak", f"{found['peak_30_s_bytes'] / gib:.2f} GiB"),
             ("the same, 60 s", f"{found['peak_60_s_bytes'] / gib:.2f} GiB"),
             ("peak at 60 s / peak at 30 s", f"{found['ratio']:.2f}"),
         ]

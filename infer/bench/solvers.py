@@ -79,8 +79,8 @@ def main(model: pathlib.Path, given: Any, voice: str | None, seed: int, runs: in
     if as_json:
         print(json.dumps(rows))
         return
-    print(f"{model}: {len(codes)} codes ({len(codes) / 50:.2f} s of sound); errors against the first row\n")
-    print("| time points | solver | evaluations | seconds | mel error | sound error |\n|---|---|---|---|---|---|")
+    print(f"{model}: {len(codes)} codes ({len(codes) / 50:.2f} s of speech); errors against the first row\n")
+    print("| time points | solver | evaluations | seconds | mel error | waveform error |\n|---|---|---|---|---|---|")
     for r in rows:
         print(
             f"| {r['time_points']} | {r['solver']} | {r['evaluations']} | {r['seconds']:.2f} | {r['mel_error']:.1%} "

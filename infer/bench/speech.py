@@ -226,7 +226,7 @@ def _vocoder_row(cfg: C.BigVGANConfig, params: Any, model: Any, pairs: int, tick
         with layout_for("bigvgan"):
             np.asarray(token2wav.vocode_mel(params, cfg, mel, np.array([frames], np.int32)))
 
-    what = f"BigVGAN, {SPEECH_SECONDS[0]} s of sound"
+    what = f"BigVGAN, {SPEECH_SECONDS[0]} s of audio"
     return Row("vocoder", what, *timed_pairs(theirs, ours, pairs, tick))
 
 
@@ -247,7 +247,7 @@ def _token2wav_row(
     def ours() -> None:
         token2wav.token2wav(cfg, params, [codes], voice, layout_for=layout_for)
 
-    return Row("token2wav", f"codes to sound, {seconds} s", *timed_pairs(theirs, ours, pairs, tick))
+    return Row("token2wav", f"codec ids to waveform, {seconds} s", *timed_pairs(theirs, ours, pairs, tick))
 
 
 def rows(

@@ -159,7 +159,7 @@ def _audio_row(cfg: C.OmniConfig, pairs: int, tick: Callable[[], None], placemen
     def ours() -> None:
         audio.audio_features(run, params, cfg.thinker.audio, [mel], ml_dtypes.bfloat16)
 
-    return Row("audio", f"audio tower, {AUDIO_FRAMES / 100:g} s of sound", *timed_pairs(theirs, ours, pairs, tick))
+    return Row("audio", f"audio tower, {AUDIO_FRAMES / 100:g} s of audio", *timed_pairs(theirs, ours, pairs, tick))
 
 
 def _vision_row(cfg: C.OmniConfig, pairs: int, tick: Callable[[], None], placement: Placement | None) -> Row:
@@ -185,7 +185,7 @@ def _vision_row(cfg: C.OmniConfig, pairs: int, tick: Callable[[], None], placeme
     def ours() -> None:
         vision.vision_features(run, params, part, [(patches, (1, side, side))], ml_dtypes.bfloat16)
 
-    return Row("vision", f"vision tower, one picture {PICTURE}×{PICTURE}", *timed_pairs(theirs, ours, pairs, tick))
+    return Row("vision", f"vision tower, one image {PICTURE}×{PICTURE}", *timed_pairs(theirs, ours, pairs, tick))
 
 
 def machine() -> dict[str, Any]:
