@@ -13,7 +13,6 @@ from unittest import mock
 import jax
 import numpy as np
 import torch
-from flax import linen as nn
 from transformers.models.qwen2_5_omni import configuration_qwen2_5_omni as oracle_config
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as oracle
 
@@ -58,7 +57,7 @@ def _leaf(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.nda
 
 def random_params(cfg: C.Token2WavConfig, seed: int = 0) -> Any:
     """The published tree, layers stacked, as numpy; `inv_freq` is rounded to bf16 as published checkpoints have it."""
-    shapes = nn.meta.unbox(jax.eval_shape(functools.partial(W.init, cfg), jax.random.key(0)))
+    shapes = jax.eval_shape(functools.partial(W.init, cfg), jax.random.key(0))
     rng = np.random.default_rng(seed)
 
     def leaf(path: Any, shape: Any) -> np.ndarray:

@@ -53,7 +53,7 @@ def ours(cfg: C.OmniConfig, ids: np.ndarray) -> Callable[[], float]:
     trainer = S.make_trainer(run, cfg)
     from omni_jax.model import thinker
 
-    params = S.flatten({"thinker": jax.jit(lambda k: S.meta.unbox(thinker.init(cfg.thinker, k)))(jax.random.key(0))})
+    params = S.flatten({"thinker": jax.jit(lambda k: thinker.init(cfg.thinker, k))(jax.random.key(0))})
     state, frozen = trainer.init_state(params), trainer.freeze(params)
     labels = np.concatenate([ids[:, 1:], np.full((rows, 1), -1, np.int32)], axis=1)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, 3, length))

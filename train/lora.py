@@ -13,37 +13,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from omni_jax.checkpoint import keys
+from omni_jax.model.declare import ParamSpec
+from omni_jax.model.parameters import stack_of
 from omni_jax.train.config import Lora, RunError
 
 Flat = dict[str, Any]
-# Tables are gathered from, not multiplied with.
-_TABLES = ("embed_tokens", "codec_embed", "audio_bos_eos_token")
 
 
 def is_stacked(name: str) -> bool:
     """Whether a parameter has a leading layers axis."""
-    return keys.stack_of(tuple(name.split("."))) is not None
+    return stack_of(tuple(name.split("."))) is not None
 
 
-def adaptable(shapes: Mapping[str, Any]) -> list[str]:
-    """The modules whose weight is a matrix that something is multiplied with."""
-    out = []
-    for name, array in shapes.items():
-        module, _, leaf = name.rpartition(".")
-        matrix = leaf == "weight" and len(array.shape) - is_stacked(name) == 2
-        if matrix and module.rpartition(".")[2] not in _TABLES:
-            out.append(module)
-    return out
+def adaptable(specs: Mapping[str, ParamSpec]) -> list[str]:
+    """The modules whose weight is a matrix that something is multiplied by."""
+    return [name.rpartition(".")[0] for name, spec in specs.items() if spec.matmul]
 
 
-def targets(shapes: Mapping[str, Any], lora: Lora, prefixes: Iterable[str]) -> list[str]:
+def targets(specs: Mapping[str, ParamSpec], lora: Lora, prefixes: Iterable[str]) -> list[str]:
     """The modules to adapt: those under the prefixes whose names end with one of `lora.targets`.
 
     Raises:
       RunError: a target that names none of them.
     """
-    inside = [m for m in adaptable(shapes) if any(f"{m}.".startswith(f"{p}.") for p in prefixes)]
+    inside = [m for m in adaptable(specs) if any(f"{m}.".startswith(f"{p}.") for p in prefixes)]
     found = {t: [m for m in inside if f".{m}".endswith(f".{t}")] for t in lora.targets}
     if absent := [t for t, modules in found.items() if not modules]:
         known = ", ".join(sorted({m.rpartition(".")[2] for m in inside})) or "none"

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct, traverse_util
-from flax.linen import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from omni_jax.config import OmniConfig
 from omni_jax.model import stages
+from omni_jax.model.parameters import param_specs
 from omni_jax.parallel import meshes
 from omni_jax.train import audio_losses, lora, losses, optimiser
 from omni_jax.train.config import Run, RunError
@@ -241,7 +241,7 @@ class Trainer:
 
     def frozen_shapes(self) -> Flat:
         """Shapes of `freeze`, on a mesh with their shardings."""
-        shapes = flatten(meta.unbox(stages.boxed_shapes(self.cfg, self.parts)))
+        shapes = flatten(param_specs(self.cfg, self.parts))
         at = self.shardings or {}
         return {n: jax.ShapeDtypeStruct(shapes[n].shape, self.dtype, sharding=at.get(n)) for n in self.frozen}
 
@@ -396,7 +396,7 @@ def make_trainer(run: Run, cfg: OmniConfig, placement: meshes.Placement | None =
                 f"data.batch / data.accumulate is {run.data.batch // run.data.accumulate} rows, which the mesh "
                 f"{run.mesh} cannot split {ways} ways; make it a multiple"
             )
-    shapes = flatten(meta.unbox(stages.boxed_shapes(cfg, parts)))
+    shapes = flatten(param_specs(cfg, parts))
     named = optimiser.trained(shapes, run.rates)
     if run.lora:
         weights = lora.targets(shapes, run.lora, [p for p, rate in run.rates.items() if rate > 0])

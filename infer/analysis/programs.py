@@ -12,15 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from omni_jax.config import DecoderConfig, OmniConfig
 from omni_jax.infer.analysis.targets import topology as topology  # of the devices that a Placement is made on
 from omni_jax.model import audio, talker, token2wav, vision
 from omni_jax.model.kv_cache import CACHE_AXES, KVCache
+from omni_jax.model.parameters import param_specs, stack_of
 from omni_jax.model.sampling import Sampling
-from omni_jax.model.stages import boxed_shapes, inner_part, use_unrolled_layers
+from omni_jax.model.stages import inner_part, use_unrolled_layers
 from omni_jax.parallel.meshes import Placement
 from omni_jax.parallel.sharding import Layout, param_formats
 from omni_jax.runtime import generation
@@ -69,14 +69,13 @@ def whole(layout: Layout, tree: Any) -> Any:
 
 def weights(cfg: OmniConfig, placement: Placement, part: str, dtype: Any, names: tuple[str, ...] | None = None) -> Any:
     """The parameters of a loaded part (or its subtrees `names`) as shapes with shardings."""
-    boxed = boxed_shapes(cfg, (part,))[part]
+    specs = param_specs(cfg, (part,))[part]
     out = {}
-    for name in names or tuple(boxed):
+    for name in names or tuple(specs):
         layout = placement.layout(inner_part(part, name))
-        shardings = param_formats(boxed[name], layout)
-        shapes = nn.meta.unbox(boxed[name])
-        tree = jax.tree.map(lambda s, h: jax.ShapeDtypeStruct(s.shape, dtype, sharding=h), shapes, shardings)
-        out[name] = _per_layer({name: tree}, {name: boxed[name]})[name] if _looped(layout) else tree
+        shardings = param_formats(specs[name], layout)
+        tree = jax.tree.map(lambda s, h: jax.ShapeDtypeStruct(s.shape, dtype, sharding=h), specs[name], shardings)
+        out[name] = _per_layer(tree, (part, name)) if _looped(layout) else tree
     return out
 
 
@@ -94,14 +93,13 @@ def _apart(stacked: Any) -> tuple[Any, ...]:
     return (jax.tree.map(one, stacked),) * jax.tree.leaves(stacked)[0].shape[0]
 
 
-def _per_layer(tree: Any, boxed: Any) -> Any:
-    """`tree` with its stacks in the form of `_apart`; `boxed` has the names of the axes."""
-    if not isinstance(boxed, Mapping):
+def _per_layer(tree: Any, path: tuple[str, ...]) -> Any:
+    """The tree at a path with its stacks in the form of `_apart`."""
+    if not isinstance(tree, Mapping):
         return tree
-    leaves = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
-    if all(isinstance(x, nn.Partitioned) and x.names[0] == "layers" for x in leaves):
+    if stack_of(path) == len(path):
         return _apart(tree)
-    return {key: _per_layer(tree[key], boxed[key]) for key in boxed}
+    return {key: _per_layer(child, (*path, key)) for key, child in tree.items()}
 
 
 def cache_shapes(d: DecoderConfig, layout: Layout, batch: int, capacity: int, dtype: Any) -> KVCache:

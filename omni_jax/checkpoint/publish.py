@@ -17,6 +17,7 @@ from omni_jax.checkpoint.folder import progress_bar
 from omni_jax.checkpoint.safetensors_io import BLOCK, CheckpointError, write_checkpoint
 from omni_jax.checkpoint.speakers import SPEAKERS_FILE, write_speakers
 from omni_jax.config import OmniConfig, to_dict
+from omni_jax.model.parameters import inv_freq
 from omni_jax.model.voice import Voice
 
 REFERENCE_FRAMES = (310, 257)  # of the two voices' reference mels: about three seconds
@@ -63,9 +64,8 @@ def random_blocks(
     """The values of one random tensor, in slices of about 32 MiB; they depend on the seed and the name only."""
     if name == keys.INV_FREQ:
         assert cfg.token2wav is not None
-        dim = cfg.token2wav.dit.head_dim
-        inv_freq = 1.0 / cfg.token2wav.dit.rope_theta ** (np.arange(0, dim, 2, dtype=np.float32) / dim)
-        yield inv_freq.astype(ml_dtypes.bfloat16).astype(dtype)  # the published files hold it rounded, too
+        exact = inv_freq(cfg.token2wav.dit)
+        yield exact.astype(ml_dtypes.bfloat16).astype(dtype)  # the published files hold it rounded, too
         return
     digest = np.frombuffer(hashlib.sha256(name.encode()).digest(), np.uint32)
     rng = np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed, *digest.tolist()])))

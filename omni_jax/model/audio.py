@@ -23,17 +23,17 @@ from flax import linen as nn
 
 from omni_jax import buckets
 from omni_jax.config import AudioConfig
+from omni_jax.model import parameters
 from omni_jax.model.attention import full_attention
+from omni_jax.model.declare import Declared
 from omni_jax.model.layers import (
-    INIT_STDDEV,
     LayerNorm,
     Linear,
     Params,
     activation,
+    declared,
     linear,
     run_layers,
-    sharded_init,
-    stacked_param,
 )
 from omni_jax.parallel.sharding import constrain, replicate
 
@@ -68,37 +68,34 @@ def conv1d(x: jax.Array, weight: jax.Array, bias: jax.Array, stride: int = 1) ->
 
 
 class Conv1d(nn.Module):
-    """`conv1d` with its `weight` and `bias`; `axes` are the logical names of (out, in)."""
+    """`conv1d` over its parameters (`declare.conv`)."""
 
-    features: int
-    axes: tuple[str | None, str | None]
+    specs: Declared
     stride: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = sharded_init(nn.initializers.normal(INIT_STDDEV), *self.axes, None)
-        weight = self.param("weight", init, (self.features, x.shape[-1], 3))
-        bias = self.param("bias", sharded_init(nn.initializers.zeros, self.axes[0]), (self.features,))
-        return conv1d(x, weight, bias, self.stride)
+        return conv1d(x, **declared(self, self.specs), stride=self.stride)
 
 
 class AudioAttention(nn.Module):
     """Attention within the chunk; the key projection has no bias."""
 
-    heads: int
+    cfg: AudioConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         C, S, D = x.shape
-        H = self.heads
+        H = self.cfg.encoder_attention_heads
+        own = parameters.audio_layer(self.cfg)["self_attn"]
 
-        def heads(name: str, use_bias: bool = True) -> jax.Array:
-            y = Linear(D, ("heads", "embed"), use_bias, name=name)(x).reshape(C, S, H, D // H)
+        def heads(name: str) -> jax.Array:
+            y = Linear(own[name], name=name)(x).reshape(C, S, H, D // H)
             return constrain(y, "attend_batch", "attend_length", "act_heads", None)
 
-        q, k, v = heads("q_proj"), heads("k_proj", use_bias=False), heads("v_proj")
+        q, k, v = heads("q_proj"), heads("k_proj"), heads("v_proj")
         out = constrain(full_attention(q, k, v, valid).reshape(C, S, D), "batch", "length", "act_proj")
-        return Linear(D, ("embed", "heads"), name="out_proj")(out)
+        return Linear(own["out_proj"], name="out_proj")(out)
 
 
 class AudioLayer(nn.Module):
@@ -108,31 +105,20 @@ class AudioLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, valid: jax.Array) -> jax.Array:
-        cfg = self.cfg
-        y = LayerNorm(cfg.layer_norm_eps, name="self_attn_layer_norm")(x)
-        y = AudioAttention(cfg.encoder_attention_heads, name="self_attn")(y, valid)
+        cfg, own = self.cfg, parameters.audio_layer(self.cfg)
+        y = LayerNorm(own["self_attn_layer_norm"], cfg.layer_norm_eps, name="self_attn_layer_norm")(x)
+        y = AudioAttention(cfg, name="self_attn")(y, valid)
         x = constrain(x + y, "batch", "length", "act_embed")
-        y = LayerNorm(cfg.layer_norm_eps, name="final_layer_norm")(x)
-        y = activation(cfg.activation_function)(Linear(cfg.encoder_ffn_dim, ("mlp", "embed"), name="fc1")(y))
-        y = Linear(cfg.d_model, ("embed", "mlp"), name="fc2")(constrain(y, "batch", "length", "act_mlp"))
+        y = LayerNorm(own["final_layer_norm"], cfg.layer_norm_eps, name="final_layer_norm")(x)
+        y = activation(cfg.activation_function)(Linear(own["fc1"], name="fc1")(y))
+        y = Linear(own["fc2"], name="fc2")(constrain(y, "batch", "length", "act_mlp"))
         return constrain(x + y, "batch", "length", "act_embed")
-
-
-class _Table(nn.Module):
-    """An embedding table that is only carried."""
-
-    shape: tuple[int, int]
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        return self.param("weight", sharded_init(nn.initializers.normal(INIT_STDDEV), None, "embed"), self.shape)
 
 
 class AudioTower(nn.Module):
     """The tower over a batch of chunks (`audio_calls` makes it).
 
-    Parameters: `conv1`, `conv2`, `layers` (stacked, or a tuple of layers), `ln_post`, `proj`, and
-    `audio_bos_eos_token`, which the checkpoints carry and the reference does not use.
+    Parameters: `parameters.audio`, `layers` stacked or a tuple of layers. `audio_bos_eos_token` is not read.
 
     Attributes:
       cfg: sizes.
@@ -154,7 +140,7 @@ class AudioTower(nn.Module):
         Raises:
           ValueError: chunks not of `cfg.chunk_frames` frames, or such that a pair of states would cross two chunks.
         """
-        cfg = self.cfg
+        cfg, own = self.cfg, parameters.audio(self.cfg)
         C, T, _ = mel.shape
         if cfg.chunk_frames != T or T % 4:
             raise ValueError(f"chunks must have {cfg.chunk_frames} frames, a multiple of 4; these have {T}")
@@ -164,25 +150,24 @@ class AudioTower(nn.Module):
         gelu = activation("gelu")
 
         # Masked before each convolution: beyond the end there are zeros, as at the end of the reference's tensors.
-        x = gelu(Conv1d(D, ("mlp", None), name="conv1")(jnp.where(frames, mel, 0)))
-        x = gelu(Conv1d(D, ("embed", "mlp"), stride=2, name="conv2")(jnp.where(frames, x, 0)))
+        x = gelu(Conv1d(own["conv1"], name="conv1")(jnp.where(frames, mel, 0)))
+        x = gelu(Conv1d(own["conv2"], stride=2, name="conv2")(jnp.where(frames, x, 0)))
         x = constrain(x + jnp.asarray(sinusoids(S, D), x.dtype), "batch", "length", "act_embed")
 
         layer = AudioLayer(cfg, parent=None)
-        layers = stacked_param(self, "layers", layer, cfg.encoder_layers, x, states)
+        layers = declared(self, {"layers": own["layers"]})["layers"]
 
         def body(params: Params, x: jax.Array, _: None) -> tuple[Any, None]:
             return layer.apply({"params": params}, x, states), None
 
         x, _ = run_layers(jax.checkpoint(body) if self.remat else body, layers, x)
         x = jnp.mean(x.reshape(C, S // 2, 2, D).astype(jnp.float32), axis=2).astype(x.dtype)
-        x = LayerNorm(cfg.layer_norm_eps, name="ln_post")(x)
-        _Table((2, cfg.output_dim), name="audio_bos_eos_token")()
-        return replicate(Linear(cfg.output_dim, (None, "embed"), name="proj")(x))
+        x = LayerNorm(own["ln_post"], cfg.layer_norm_eps, name="ln_post")(x)
+        return replicate(Linear(own["proj"], name="proj")(x))
 
 
 def audio_shapes(cfg: AudioConfig, chunks: int, dtype: Any = jnp.float32) -> tuple[Any, Any]:
-    """Shapes of the tower's inputs, for `init` under `jax.eval_shape` and for compiling ahead of time."""
+    """Shapes of the tower's inputs, for compiling ahead of time."""
     return (
         jax.ShapeDtypeStruct((chunks, cfg.chunk_frames, cfg.num_mel_bins), dtype),
         jax.ShapeDtypeStruct((chunks,), jnp.int32),

@@ -24,7 +24,6 @@ import numpy as np
 from jax import lax
 
 from omni_jax.config import BigVGANConfig
-from omni_jax.model.declare import Declared, conv, weight, zeros
 from omni_jax.model.layers import Params
 from omni_jax.parallel.on_mesh import REPLICATED, on_mesh
 from omni_jax.parallel.sharding import SUBLANES
@@ -35,26 +34,6 @@ REFERENCE_DB = 20.0
 SNAKE_FLOOR = 1e-9
 # Of `tap_conv`: most rows of a product.
 PIECE = 1024
-
-
-def _snake(channels: int) -> Declared:
-    return {"act": {"alpha": zeros(channels), "beta": zeros(channels)}}
-
-
-def declare(cfg: BigVGANConfig) -> Declared:
-    """The parameters under their published names (see `declare.ParamSpec`)."""
-    tree: dict[str, Any] = {"conv_pre": conv(cfg.upsample_initial_channel, cfg.mel_dim, 7), "ups": {}, "resblocks": {}}
-    channels = cfg.upsample_initial_channel
-    for i, width in enumerate(cfg.upsample_kernel_sizes):
-        # A transposed convolution stores (in, out, width).
-        tree["ups"][str(i)] = {"0": {"weight": weight(channels, channels // 2, width), "bias": zeros(channels // 2)}}
-        channels //= 2
-        for size, dilations in zip(cfg.resblock_kernel_sizes, cfg.resblock_dilation_sizes):
-            convs = {str(j): conv(channels, channels, size) for j in range(len(dilations))}
-            activations = {str(j): _snake(channels) for j in range(2 * len(dilations))}
-            block = {"convs1": convs, "convs2": convs, "activations": activations}
-            tree["resblocks"][str(len(tree["resblocks"]))] = block
-    return tree | {"activation_post": _snake(channels), "conv_post": {"weight": weight(1, channels, 7)}}
 
 
 def hop(cfg: BigVGANConfig) -> int:

@@ -1,61 +1,125 @@
-"""Parameters declared as data, for parts whose maths is plain functions over the published tree.
+"""How a parameter is declared: shape, logical axes, initialiser and use, together and as data.
 
-A part says shape, logical axes and initialiser of each parameter in one place; `init` makes the arrays, boxed with
-their axis names as Linen's own modules box them, so that the sharding rules treat both alike.
+`parameters` declares those of every part. Declarations are plain Python, so that the commands that only read shapes
+start without jax; the initialisers import it when they make an array.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
-from flax import linen as nn
+# The reference initialises every projection with a normal of this deviation (`initializer_range`).
+INIT_STDDEV = 0.02
 
-from omni_jax.model.layers import INIT_STDDEV, sharded_init
+Shape = tuple[int, ...]
+Axes = tuple[str | None, ...]
+Path = tuple[str, ...]
+Initializer = Callable[[Any, Shape], Any]  # (key, shape) -> float32 array
+Declared = dict[str, Any]  # nested; the leaves are `ParamSpec`
 
-NORMAL = nn.initializers.normal(INIT_STDDEV)
-Declared = Any  # a nested dict whose leaves are `ParamSpec`
+
+def normal(key: Any, shape: Shape) -> Any:
+    """Normal values of deviation INIT_STDDEV."""
+    import jax
+
+    return INIT_STDDEV * jax.random.normal(key, shape)
+
+
+def zeros(key: Any, shape: Shape) -> Any:
+    """Zeros; the key is not used."""
+    import jax.numpy as jnp
+
+    return jnp.zeros(shape)
+
+
+def ones(key: Any, shape: Shape) -> Any:
+    """Ones; the key is not used."""
+    import jax.numpy as jnp
+
+    return jnp.ones(shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: its shape, the logical name of each axis, and `(key, shape) -> array`."""
+    """One parameter.
 
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    init: Callable = NORMAL
+    Attributes:
+      shape: of the array; float32 where it is initialised.
+      axes: the logical name of each axis (`sharding.AXES`), None for replicated.
+      init: the initialiser.
+      matmul: a matrix [out, in] that `layers.dense` multiplies by; what LoRA adapts and int8 may quantize. Tables,
+        convolutions and vectors are not.
+    """
+
+    shape: Shape
+    axes: Axes
+    init: Initializer = normal
+    matmul: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for another number of axes than the shape has."""
+        if len(self.axes) != len(self.shape):
+            raise ValueError(f"{len(self.axes)} axis names {self.axes} for a parameter of shape {self.shape}")
 
 
-def weight(*shape: int, axes: tuple[str | None, ...] | None = None) -> ParamSpec:
-    """A projection or convolution weight; without `axes` it is replicated."""
+def weight(*shape: int, axes: Axes | None = None) -> ParamSpec:
+    """The weight of a convolution or a table; without `axes` it is replicated."""
     return ParamSpec(shape, axes or (None,) * len(shape))
 
 
-def zeros(size: int, axis: str | None = None) -> ParamSpec:
-    """A bias, or another vector that starts at zero."""
-    return ParamSpec((size,), (axis,), nn.initializers.zeros)
+def vector(size: int, axis: str | None = None, init: Initializer = zeros) -> ParamSpec:
+    """A bias, or another vector that starts at zero unless `init` says otherwise."""
+    return ParamSpec((size,), (axis,), init)
 
 
-def dense(out: int, into: int, axes: tuple[str | None, str | None] = (None, None)) -> Declared:
-    """`weight` (out, in) and `bias` (out)."""
-    return {"weight": weight(out, into, axes=axes), "bias": zeros(out, axes[0])}
+def dense(out: int, into: int, axes: tuple[str | None, str | None] = (None, None), *, bias: bool = True) -> Declared:
+    """`weight` (out, in) and perhaps `bias` (out) of `layers.dense`."""
+    tree = {"weight": ParamSpec((out, into), axes, matmul=True)}
+    return tree | {"bias": vector(out, axes[0])} if bias else tree
 
 
-def conv(out: int, into: int, width: int) -> Declared:
+def conv(out: int, into: int, width: int, axes: tuple[str | None, str | None] = (None, None)) -> Declared:
     """`weight` (out, in, width) and `bias` (out) of a one-dimensional convolution."""
-    return {"weight": weight(out, into, width), "bias": zeros(out)}
+    return {"weight": weight(out, into, width, axes=(*axes, None)), "bias": vector(out, axes[0])}
+
+
+def table(rows: int, features: int, axes: tuple[str | None, str | None] = (None, None)) -> Declared:
+    """`weight` (rows, features) that vectors are looked up in."""
+    return {"weight": weight(rows, features, axes=axes)}
+
+
+def norm(size: int, *, bias: bool = False) -> Declared:
+    """`weight` (size) of an RMS norm, or `weight` and `bias` of a layer norm."""
+    tree = {"weight": vector(size, init=ones)}
+    return tree | {"bias": vector(size)} if bias else tree
 
 
 def stacked(tree: Declared, length: int) -> Declared:
     """The same parameters for `length` equal layers, on a leading axis named "layers"."""
-    return jax.tree.map(lambda leaf: ParamSpec((length, *leaf.shape), ("layers", *leaf.axes), leaf.init), tree)
+
+    def stack(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {name: stack(child) for name, child in node.items()}
+        return dataclasses.replace(node, shape=(length, *node.shape), axes=("layers", *node.axes))
+
+    return {name: stack(child) for name, child in tree.items()}
 
 
-def init(tree: Declared, key: jax.Array) -> Any:
-    """Arrays for a declared tree, boxed with their axis names; `jax.eval_shape` gives the shapes for free."""
+def walk(tree: Any, path: Path = ()) -> Iterator[tuple[Path, ParamSpec]]:
+    """Every parameter of a declared tree with its path, in the order of the declaration."""
+    if isinstance(tree, ParamSpec):
+        yield path, tree
+        return
+    for name, child in tree.items():
+        yield from walk(child, (*path, name))
+
+
+def init(tree: Any, key: Any) -> Any:
+    """Float32 arrays for a declared tree (or for one `ParamSpec`), from a random key."""
+    import jax
+
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
-    arrays = [sharded_init(leaf.init, *leaf.axes)(k, leaf.shape) for leaf, k in zip(leaves, keys)]
-    return jax.tree.unflatten(treedef, arrays)
+    return jax.tree.unflatten(treedef, [leaf.init(k, leaf.shape) for leaf, k in zip(leaves, keys)])

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from omni_jax.config import DecoderConfig
+from omni_jax.model import parameters
 from omni_jax.model.attention import Past, causal_attention
 from omni_jax.model.kv_cache import KVCache, append_rows
-from omni_jax.model.layers import GatedMLP, Linear, RMSNorm, rematerialise, run_layers, stacked_param
+from omni_jax.model.layers import GatedMLP, Linear, RMSNorm, declared, rematerialise, run_layers
 from omni_jax.model.rope import mrope_angles, rotate
 from omni_jax.parallel.sharding import constrain
 
@@ -28,10 +29,9 @@ class Attention(nn.Module):
     def __call__(
         self, x: jax.Array, angles: jax.Array, old: Any, start: jax.Array, length: jax.Array, segments: Any = None
     ) -> Any:
-        cfg, (b, t, d) = self.cfg, x.shape
-        q = Linear(cfg.num_attention_heads * cfg.head_dim, ("heads", "embed"), name="q_proj")(x)
-        k = Linear(cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), name="k_proj")(x)
-        v = Linear(cfg.num_key_value_heads * cfg.head_dim, ("kv_heads", "embed"), name="v_proj")(x)
+        cfg, (b, t, _) = self.cfg, x.shape
+        own = parameters.decoder_layer(cfg)["self_attn"]
+        q, k, v = (Linear(own[name], name=name)(x) for name in ("q_proj", "k_proj", "v_proj"))
         q = constrain(q, "batch", "length", "act_proj").reshape(b, t, cfg.num_attention_heads, cfg.head_dim)
         k, v = (a.reshape(b, t, cfg.num_key_value_heads, cfg.head_dim) for a in (k, v))
         q = rotate(constrain(q, "attend_batch", "attend_length", "act_heads", None), angles)
@@ -43,7 +43,7 @@ class Attention(nn.Module):
         out = causal_attention(q, k, v, old, start, length, segments)
         out = constrain(out, "attend_batch", "attend_length", "act_heads", None).reshape(b, t, -1)
         out = constrain(out, "batch", "length", "act_proj")
-        return Linear(d, ("embed", "heads"), False, name="o_proj")(out), (k, v)
+        return Linear(own["o_proj"], name="o_proj")(out), (k, v)
 
 
 class DecoderLayer(nn.Module):
@@ -55,13 +55,18 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x: jax.Array, angles: jax.Array, old: Any, start: jax.Array, length: jax.Array, segments: Any = None
     ) -> Any:
-        cfg = self.cfg
+        cfg, own = self.cfg, parameters.decoder_layer(self.cfg)
         y, rows = Attention(cfg, name="self_attn")(
-            RMSNorm(cfg.rms_norm_eps, name="input_layernorm")(x), angles, old, start, length, segments
+            RMSNorm(own["input_layernorm"], cfg.rms_norm_eps, name="input_layernorm")(x),
+            angles,
+            old,
+            start,
+            length,
+            segments,
         )
         x = constrain(x + y, "batch", "length", "act_embed")
-        y = GatedMLP(cfg.intermediate_size, cfg.hidden_act, name="mlp")(
-            RMSNorm(cfg.rms_norm_eps, name="post_attention_layernorm")(x)
+        y = GatedMLP(own["mlp"], cfg.hidden_act, name="mlp")(
+            RMSNorm(own["post_attention_layernorm"], cfg.rms_norm_eps, name="post_attention_layernorm")(x)
         )
         return constrain(x + y, "batch", "length", "act_embed"), rows
 
@@ -97,12 +102,11 @@ class Decoder(nn.Module):
         Returns:
           hidden [B, T, D] after the final norm, and the new rows for `append_rows`.
         """
-        cfg = self.cfg
+        cfg, own = self.cfg, parameters.decoder(self.cfg)
         angles = mrope_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.mrope_section)
         layer = DecoderLayer(cfg)
         length = jnp.zeros((), jnp.int32) if cache is None else cache.length
-        example = (jnp.zeros((1, 1, cfg.hidden_size)), jnp.zeros((1, 1, cfg.head_dim // 2)), None, start[:1], length)
-        layers = stacked_param(self, "layers", layer, cfg.num_hidden_layers, *example)
+        layers = declared(self, {"layers": own["layers"]})["layers"]
 
         def body(params: Any, x: jax.Array, old: Any) -> tuple[jax.Array, Any]:
             if cache is not None and not isinstance(old, Past):
@@ -118,7 +122,7 @@ class Decoder(nn.Module):
                 # Each layer is told its number and reads its part of the whole: a slice would be a copy to a kernel.
                 old = jnp.arange(cfg.num_hidden_layers)
         x, rows = run_layers(rematerialise(body, self.remat), layers, x, old)
-        return RMSNorm(cfg.rms_norm_eps, name="norm")(x), rows
+        return RMSNorm(own["norm"], cfg.rms_norm_eps, name="norm")(x), rows
 
 
 def forward(

@@ -25,15 +25,12 @@ from jax import lax
 
 from omni_jax.config import DiTConfig
 from omni_jax.model import ecapa
-from omni_jax.model.declare import Declared, ParamSpec, dense, stacked, weight
-from omni_jax.model.layers import Params, linear, merged_weight, run_layers
-from omni_jax.model.layers import dense as _dense
+from omni_jax.model.layers import Params, dense, linear, merged_weight, run_layers
+from omni_jax.model.parameters import DIT_MODULATIONS
 from omni_jax.parallel.sharding import constrain, replicate
 
 NORM_EPS = 1e-6
 TIME_SCALE = 1000.0
-# Shifts, scales and gates of one layer: for attention, then for the feed-forward part.
-MODULATIONS = 6
 
 
 class Condition(NamedTuple):
@@ -58,38 +55,6 @@ class KeysValues(NamedTuple):
     v: jax.Array
 
 
-def _inv_freq(cfg: DiTConfig) -> np.ndarray:
-    return 1.0 / cfg.rope_theta ** (np.arange(0, cfg.head_dim, 2, dtype=np.float32) / cfg.head_dim)
-
-
-def declare(cfg: DiTConfig) -> Declared:
-    """The parameters under their published names, layers stacked (see `declare.ParamSpec`)."""
-    d, inner, ff = cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size * cfg.ff_mult
-    layer = {
-        "attn_norm": {"linear": dense(MODULATIONS * d, d, ("mlp", "embed"))},
-        "attn": {
-            "to_q": dense(inner, d, ("heads", "embed")),
-            "to_k": dense(inner, d, ("heads", "embed")),
-            "to_v": dense(inner, d, ("heads", "embed")),
-            "to_out": {"0": dense(d, inner, ("embed", "heads"))},
-        },
-        "ff": {"ff": {"0": dense(ff, d, ("mlp", "embed")), "3": dense(d, ff, ("embed", "mlp"))}},
-    }
-    into = cfg.mel_dim + cfg.enc_dim + cfg.emb_dim + cfg.enc_emb_dim
-    return {
-        "time_embed": {"time_mlp": {"0": dense(d, cfg.time_freq_dim), "2": dense(d, d)}},
-        "text_embed": {"codec_embed": {"weight": weight(cfg.num_embeds + 1, cfg.emb_dim, axes=("vocab", None))}},
-        "input_embed": {"proj": dense(d, into), "spk_encoder": ecapa.declare(cfg)},
-        # Stored, not computed: the published values are rounded to bf16, and the model was trained with those.
-        "rotary_embed": {
-            "inv_freq": ParamSpec((cfg.head_dim // 2,), (None,), lambda key, shape: jnp.asarray(_inv_freq(cfg)))
-        },
-        "transformer_blocks": stacked(layer, cfg.num_hidden_layers),
-        "norm_out": {"linear": dense(2 * d, d)},
-        "proj_out": dense(cfg.mel_dim, d),
-    }
-
-
 def _norm(x: jax.Array) -> jax.Array:
     y = x - jnp.mean(x, axis=-1, keepdims=True)
     return y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + NORM_EPS)
@@ -102,7 +67,7 @@ def time_embedding(params: Params, cfg: DiTConfig, times: jax.Array) -> jax.Arra
     angles = TIME_SCALE * times[:, None] * freqs
     x = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     mlp = params["time_embed"]["time_mlp"]
-    return _dense(mlp["2"], jax.nn.silu(_dense(mlp["0"], x)))
+    return dense(mlp["2"], jax.nn.silu(dense(mlp["0"], x)))
 
 
 def modulations(params: Params, cfg: DiTConfig, times: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -116,12 +81,12 @@ def modulations(params: Params, cfg: DiTConfig, times: jax.Array) -> tuple[jax.A
     t = jax.nn.silu(time_embedding(params, cfg, times))
 
     def project(layer: Params, t: jax.Array, _: Any) -> tuple[jax.Array, jax.Array]:
-        return t, replicate(_dense(layer["attn_norm"]["linear"], t))
+        return t, replicate(dense(layer["attn_norm"]["linear"], t))
 
     _, projected = run_layers(project, params["transformer_blocks"], t)
     layers = jnp.stack(projected, axis=0) if isinstance(projected, list) else projected
-    layers = layers.swapaxes(0, 1).reshape(len(times), cfg.num_hidden_layers, MODULATIONS, cfg.hidden_size)
-    return layers, _dense(params["norm_out"]["linear"], t).reshape(len(times), 2, cfg.hidden_size)
+    layers = layers.swapaxes(0, 1).reshape(len(times), cfg.num_hidden_layers, DIT_MODULATIONS, cfg.hidden_size)
+    return layers, dense(params["norm_out"]["linear"], t).reshape(len(times), 2, cfg.hidden_size)
 
 
 def layer_windows(cfg: DiTConfig) -> np.ndarray:
@@ -323,18 +288,18 @@ def dit_layer(
     attn, y = params["attn"], _norm(x) * (1 + scale) + shift
     split = (rows, frames // cfg.block_size, cfg.block_size, cfg.num_attention_heads, cfg.head_dim)
     q, k, v = (
-        constrain(_dense(attn[name], y).reshape(split), "attend_batch", None, None, "act_heads", None)
+        constrain(dense(attn[name], y).reshape(split), "attend_batch", None, None, "act_heads", None)
         for name in ("to_q", "to_k", "to_v")
     )
     q, k = rotate_first_head(q, given.cos, given.sin), rotate_first_head(k, given.cos, given.sin)
     y = constrain(
         blockwise_attention(q, k, v, visible, window, before).reshape(rows, frames, -1), "batch", "length", "act_proj"
     )
-    x = constrain(x + gate * _dense(attn["to_out"]["0"], y), "batch", "length", "act_embed")
+    x = constrain(x + gate * dense(attn["to_out"]["0"], y), "batch", "length", "act_embed")
 
     ff, y = params["ff"]["ff"], _norm(x) * (1 + ff_scale) + ff_shift
-    y = constrain(jax.nn.gelu(_dense(ff["0"], y), approximate=True), "batch", "length", "act_mlp")
-    return constrain(x + ff_gate * _dense(ff["3"], y), "batch", "length", "act_embed"), KeysValues(k, v)
+    y = constrain(jax.nn.gelu(dense(ff["0"], y), approximate=True), "batch", "length", "act_mlp")
+    return constrain(x + ff_gate * dense(ff["3"], y), "batch", "length", "act_embed"), KeysValues(k, v)
 
 
 def velocity(
@@ -404,7 +369,7 @@ def _embedded(params: Params, cfg: DiTConfig, x: jax.Array, given: Condition) ->
 
 def _guided_velocity(params: Params, x: jax.Array, h: jax.Array, modulation: jax.Array, guidance: float) -> jax.Array:
     scale, shift = modulation
-    out = _dense(params["proj_out"], _norm(h) * (1 + scale) + shift)
+    out = dense(params["proj_out"], _norm(h) * (1 + scale) + shift)
     if len(out) == len(x):
         return out
     guided, null = jnp.split(out, 2)

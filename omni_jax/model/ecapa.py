@@ -17,30 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from omni_jax.config import DiTConfig
-from omni_jax.model.declare import Declared, conv
 
 VARIANCE_FLOOR = 1e-12
-
-
-def declare(cfg: DiTConfig) -> Declared:
-    """The parameters under their published names (see `declare.ParamSpec`)."""
-    channels, widths, scale = cfg.enc_channels, cfg.enc_kernel_sizes, cfg.enc_res2net_scale
-    blocks: dict[str, Any] = {"0": {"conv": conv(channels[0], cfg.mel_dim, widths[0])}}
-    for i in range(1, len(channels) - 1):
-        out, part = channels[i], channels[i] // scale
-        blocks[str(i)] = {
-            "tdnn1": {"conv": conv(out, channels[i - 1], 1)},
-            "res2net_block": {"blocks": {str(j): {"conv": conv(part, part, widths[i])} for j in range(scale - 1)}},
-            "tdnn2": {"conv": conv(out, out, 1)},
-            "se_block": {"conv1": conv(cfg.enc_se_channels, out, 1), "conv2": conv(out, cfg.enc_se_channels, 1)},
-        }
-    last, attention = channels[-1], cfg.enc_attention_channels
-    return {
-        "blocks": blocks,
-        "mfa": {"conv": conv(last, last, widths[-1])},
-        "asp": {"tdnn": {"conv": conv(attention, 3 * last, 1)}, "conv": conv(last, attention, 1)},
-        "fc": conv(cfg.enc_dim, 2 * last, 1),
-    }
 
 
 def shortest_mel(cfg: DiTConfig) -> int:

@@ -17,12 +17,12 @@ from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from omni_jax.model import declare
+from omni_jax.model.declare import Declared, ParamSpec
 from omni_jax.parallel.sharding import constrain
 
 Params = Any  # a nested dict of arrays
 
-# The reference initialises every projection with a normal of this deviation (`initializer_range`).
-INIT_STDDEV = 0.02
 # Rows from which bf16 weights are up-cast on a CPU whose bf16 dots are slow.
 UPCAST_ROWS = 256
 # Features from which a bf16 product of one row on CPU has the weight on its left.
@@ -164,93 +164,74 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     return table[name]
 
 
-def sharded_init(init: Callable, *axes: str | None) -> Callable:
-    """An initialiser whose parameter carries logical axis names (see `sharding.Rules`)."""
-    return nn.with_partitioning(init, axes)
+def declared(module: nn.Module, specs: Declared) -> Params:
+    """The parameters that a module declares: a tree for `specs`, under their names.
+
+    Given parameters may hold a stack of layers as a tuple of per-layer trees, the form that `run_layers` loops over.
+    """
+
+    def one(name: str, spec: ParamSpec | Declared) -> Any:
+        if isinstance(spec, ParamSpec):
+            return module.param(name, spec.init, spec.shape)
+        if module.has_variable("params", name):
+            return module.get_variable("params", name)
+        return module.param(name, functools.partial(declare.init, spec))
+
+    return {name: one(name, spec) for name, spec in specs.items()}
 
 
 class Linear(nn.Module):
-    """Dense layer with the published names: `weight` (out, in) and `bias` (out).
+    """`dense` over its parameters.
 
     Attributes:
-      features: output size.
-      axes: logical names of (out, in).
-      use_bias: whether there is a bias.
+      specs: of `declare.dense`.
     """
 
-    features: int
-    axes: tuple[str | None, str | None]
-    use_bias: bool = True
+    specs: Declared
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = sharded_init(nn.initializers.normal(INIT_STDDEV), *self.axes)
-        weight = self.param("weight", init, (self.features, x.shape[-1]))
-        params = {"weight": weight}
-        if self.use_bias:
-            params["bias"] = self.param("bias", sharded_init(nn.initializers.zeros, self.axes[0]), (self.features,))
         adapter = [name for name in ("lora_a", "lora_b") if self.has_variable("params", name)]
-        return dense(params | {name: self.get_variable("params", name) for name in adapter}, x)
+        return dense(declared(self, self.specs) | {name: self.get_variable("params", name) for name in adapter}, x)
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with its `weight`."""
+    """`rms_norm` over its parameters (`declare.norm`)."""
 
+    specs: Declared
     eps: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.param("weight", sharded_init(nn.initializers.ones, None), (x.shape[-1],)), self.eps)
+        return rms_norm(x, **declared(self, self.specs), eps=self.eps)
 
 
 class LayerNorm(nn.Module):
-    """`layer_norm` with its `weight` and `bias`."""
+    """`layer_norm` over its parameters (`declare.norm` with a bias)."""
 
+    specs: Declared
     eps: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.param("weight", sharded_init(nn.initializers.ones, None), (x.shape[-1],))
-        bias = self.param("bias", sharded_init(nn.initializers.zeros, None), (x.shape[-1],))
-        return layer_norm(x, weight, bias, self.eps)
+        return layer_norm(x, **declared(self, self.specs), eps=self.eps)
 
 
 class GatedMLP(nn.Module):
-    """`down(act(gate(x)) * up(x))`, as in Qwen2 and in the vision tower."""
+    """`down(act(gate(x)) * up(x))`, as in Qwen2 and in the vision tower.
 
-    hidden: int
+    Attributes:
+      specs: of `parameters.gated_mlp`.
+      act: name of the activation function.
+    """
+
+    specs: Declared
     act: str
-    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = Linear(self.hidden, ("mlp", "embed"), self.use_bias, name="gate_proj")(x)
-        up = Linear(self.hidden, ("mlp", "embed"), self.use_bias, name="up_proj")(x)
-        hidden = constrain(activation(self.act)(gate) * up, "batch", "length", "act_mlp")
-        return Linear(x.shape[-1], ("embed", "mlp"), self.use_bias, name="down_proj")(hidden)
-
-
-def stacked_param(module: nn.Module, name: str, layer: nn.Module, length: int, *example: Any, **kwargs: Any) -> Params:
-    """Declares (or fetches) the parameters of `length` equal layers under `name`.
-
-    They initialise stacked: every leaf has a leading axis named "layers". Given parameters may instead be a tuple of
-    per-layer trees, the form that `run_layers` loops over.
-
-    Args:
-      example: shape structs or arrays that `layer` is called with.
-    """
-    if module.has_variable("params", name):
-        return module.get_variable("params", name)
-
-    def init(key: jax.Array) -> Params:
-        boxed = jax.vmap(lambda k: layer.init(k, *example, **kwargs)["params"])(jax.random.split(key, length))
-
-        def add_axis(box: Any) -> Any:
-            return box.add_axis(0, {nn.PARTITION_NAME: "layers"}) if isinstance(box, nn.Partitioned) else box
-
-        return jax.tree.map(add_axis, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
-
-    return nn.meta.unbox(module.param(name, init))
+        gate, up, down = (Linear(self.specs[name], name=name) for name in ("gate_proj", "up_proj", "down_proj"))
+        return down(constrain(activation(self.act)(gate(x)) * up(x), "batch", "length", "act_mlp"))
 
 
 REMAT = ("none", "dots", "full")

@@ -1,21 +1,19 @@
-"""The parameter trees of the parts, as shapes and as shardings: what loading, planning and compiling ahead need."""
+"""Where the parameters of each part lie: what loading, planning and compiling ahead need."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from omni_jax.config import OmniConfig
-from omni_jax.model import talker, thinker, token2wav
+from omni_jax.model.parameters import PARTS as PARTS
+from omni_jax.model.parameters import param_specs
 from omni_jax.parallel import sharding
 from omni_jax.parallel.meshes import Part, Placement, place
 from omni_jax.parallel.sharding import param_formats, param_shardings
 
-PARTS = ("thinker", "talker", "token2wav")
 # Subtrees that are parts of their own, with rules of their own.
 _INNER: dict[tuple[str, str], Part] = {
     ("thinker", "visual"): "vision",
@@ -23,14 +21,6 @@ _INNER: dict[tuple[str, str], Part] = {
     ("token2wav", "code2wav_dit_model"): "dit",
     ("token2wav", "code2wav_bigvgan_model"): "bigvgan",
 }
-
-
-@functools.lru_cache(maxsize=32)
-def boxed_shapes(cfg: OmniConfig, parts: Sequence[str] = PARTS) -> Any:
-    """`{part: tree}` of shapes that carry their logical axes (`flax.linen.Partitioned`); float32, layers stacked."""
-    inits: dict[str, Any] = {"thinker": thinker.init, "talker": talker.init, "token2wav": token2wav.init}
-    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    return {p: jax.eval_shape(functools.partial(inits[p], getattr(cfg, p)), key) for p in parts}
 
 
 def use_unrolled_layers(platform: str, meshed: bool) -> bool:
@@ -50,8 +40,8 @@ def inner_part(part: str, name: str) -> Part:
 def stage_shardings(placement: Placement, parts: Sequence[str] = PARTS, of: Any = param_shardings) -> Any:
     """`{part: tree}` of shardings, each part on the mesh of its stage; `of` makes those of a tree on a layout."""
     return {
-        part: {name: of(tree, placement.layout(inner_part(part, name))) for name, tree in boxed.items()}
-        for part, boxed in boxed_shapes(placement.cfg, tuple(parts)).items()
+        part: {name: of(tree, placement.layout(inner_part(part, name))) for name, tree in specs.items()}
+        for part, specs in param_specs(placement.cfg, tuple(parts)).items()
     }
 
 

@@ -24,11 +24,11 @@ from flax import struct
 from jax import lax
 
 from omni_jax.config import TalkerConfig
-from omni_jax.model.decoder import Decoder, forward, forward_and_append, steps_on_host
+from omni_jax.model import declare, parameters
+from omni_jax.model.decoder import forward, forward_and_append, steps_on_host
 from omni_jax.model.kv_cache import KVCache, append_rows, init_cache, write_rows
-from omni_jax.model.layers import Linear, Params, dense, embedding_lookup
+from omni_jax.model.layers import Params, dense, embedding_lookup
 from omni_jax.model.sampling import Array, Sampling, sample
-from omni_jax.model.thinker import Embedding
 from omni_jax.parallel.sharding import constrain, replicate
 
 # Steps of one call of the decode loop: 0.64 s of speech.
@@ -38,23 +38,8 @@ EXTRA = 2
 
 
 def init(cfg: TalkerConfig, key: jax.Array) -> Params:
-    """Fresh parameters, boxed with their logical axis names (`flax.linen.Partitioned`), stacked over layers.
-
-    The tree has the published names: `thinker_to_talker_proj`, `model.{embed_tokens,layers,norm}`, `codec_head`.
-    Shapes alone: `jax.eval_shape(functools.partial(init, cfg), key)`.
-    """
-    d, keys = cfg.decoder, jax.random.split(key, 4)
-    ids, x = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, d.hidden_size))
-    positions, start = jnp.zeros((3, 1, 1), jnp.int32), jnp.zeros((1,), jnp.int32)
-    thinker_vectors = jnp.zeros((1, cfg.embedding_size))
-    return {
-        "thinker_to_talker_proj": Linear(d.hidden_size, ("embed", None)).init(keys[0], thinker_vectors)["params"],
-        "model": {
-            "embed_tokens": Embedding(d.vocab_size, cfg.embedding_size).init(keys[1], ids)["params"],
-            **Decoder(d).init(keys[2], x, positions, start)["params"],
-        },
-        "codec_head": Linear(d.vocab_size, ("vocab", "embed"), False).init(keys[3], x)["params"],
-    }
+    """Fresh float32 parameters of the Talker (`parameters.talker`), stacked over layers."""
+    return declare.init(parameters.talker(cfg), key)
 
 
 @struct.dataclass

@@ -23,7 +23,7 @@ import numpy as np
 from omni_jax.buckets import bucket
 from omni_jax.config import DiTConfig, Token2WavConfig
 from omni_jax.errors import InputError
-from omni_jax.model import bigvgan, declare, dit, ecapa, ode
+from omni_jax.model import bigvgan, declare, dit, ecapa, ode, parameters
 from omni_jax.model.layers import Params
 from omni_jax.model.voice import Voice
 from omni_jax.parallel.meshes import LayoutFn, on_one_device
@@ -65,9 +65,8 @@ class Flow:
 
 
 def init(cfg: Token2WavConfig, key: jax.Array) -> Params:
-    """Random parameters under the published names, boxed with their logical axes (see `declare.init`)."""
-    tree = {"code2wav_dit_model": dit.declare(cfg.dit), "code2wav_bigvgan_model": bigvgan.declare(cfg.bigvgan)}
-    return declare.init(tree, key)
+    """Fresh float32 parameters of Token2Wav (`parameters.token2wav`)."""
+    return declare.init(parameters.token2wav(cfg), key)
 
 
 def samples_per_code(cfg: Token2WavConfig) -> int:

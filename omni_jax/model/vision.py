@@ -26,18 +26,18 @@ from jax import lax
 
 from omni_jax import buckets
 from omni_jax.config import VisionConfig
+from omni_jax.model import parameters
 from omni_jax.model.attention import full_attention
+from omni_jax.model.declare import Declared
 from omni_jax.model.layers import (
-    INIT_STDDEV,
     GatedMLP,
     Linear,
     Params,
     RMSNorm,
     activation,
+    declared,
     linear,
     run_layers,
-    sharded_init,
-    stacked_param,
 )
 from omni_jax.parallel.sharding import constrain, replicate
 
@@ -92,9 +92,10 @@ class VisionAttention(nn.Module):
         F, N, D = x.shape
         H = self.cfg.num_heads
         window = self.cfg.window_patches**2
+        own = parameters.vision_block(self.cfg)["attn"]
 
         def heads(name: str) -> jax.Array:
-            y = Linear(D, ("heads", "embed"), name=name)(x).reshape(F, N, H, D // H)
+            y = Linear(own[name], name=name)(x).reshape(F, N, H, D // H)
             return constrain(y, "attend_batch", "attend_length", "act_heads", None)
 
         q, k, v = apply_rope(heads("q"), cos, sin), apply_rope(heads("k"), cos, sin), heads("v")
@@ -112,7 +113,7 @@ class VisionAttention(nn.Module):
         else:
             out = lax.cond(kind, frame, windows, q, k, v)
         out = constrain(out.reshape(F, N, D), "batch", "length", "act_proj")
-        return Linear(D, ("embed", "heads"), name="proj")(out)
+        return Linear(own["proj"], name="proj")(out)
 
 
 class VisionBlock(nn.Module):
@@ -128,66 +129,64 @@ class VisionBlock(nn.Module):
     def __call__(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, valid: jax.Array, kind: LayerKind | jax.Array
     ) -> jax.Array:
-        cfg = self.cfg
-        y = RMSNorm(cfg.rms_norm_eps, name="norm1")(x)
+        cfg, own = self.cfg, parameters.vision_block(self.cfg)
+        y = RMSNorm(own["norm1"], cfg.rms_norm_eps, name="norm1")(x)
         x = constrain(x + VisionAttention(cfg, name="attn")(y, cos, sin, valid, kind), "batch", "length", "act_embed")
-        y = RMSNorm(cfg.rms_norm_eps, name="norm2")(x)
-        y = GatedMLP(cfg.intermediate_size, cfg.hidden_act, use_bias=True, name="mlp")(y)
+        y = RMSNorm(own["norm2"], cfg.rms_norm_eps, name="norm2")(x)
+        y = GatedMLP(own["mlp"], cfg.hidden_act, name="mlp")(y)
         return constrain(x + y, "batch", "length", "act_embed")
 
 
 class _PatchWeight(nn.Module):
     """The weight of the patch convolution in its published shape, as a matrix [D, P]."""
 
-    cfg: VisionConfig
+    specs: Declared
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        cfg = self.cfg
-        shape = (cfg.hidden_size, cfg.in_channels, cfg.temporal_patch_size, cfg.patch_size, cfg.patch_size)
-        init = sharded_init(nn.initializers.normal(INIT_STDDEV), "embed", None, None, None, None)
-        return self.param("weight", init, shape).reshape(cfg.hidden_size, cfg.patch_dim)
+        weight = declared(self, self.specs)["weight"]
+        return weight.reshape(len(weight), -1)
 
 
 class PatchEmbed(nn.Module):
     """Patches [..., P] to [..., D]: strides equal the kernel, so the convolution is a product."""
 
-    cfg: VisionConfig
+    specs: Declared
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        return linear(pixels, _PatchWeight(self.cfg, name="proj")())
+        return linear(pixels, _PatchWeight(self.specs["proj"], name="proj")())
 
 
 class _MergerMLP(nn.Module):
     """Two layers under the numbers that the published names carry."""
 
-    features: int
+    specs: Declared
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = activation("gelu")(Linear(x.shape[-1], ("mlp", "embed"), name="0")(x))
-        x = constrain(x, "batch", "length", "act_mlp")
-        return Linear(self.features, ("embed", "mlp"), name="2")(x)
+        x = activation("gelu")(Linear(self.specs["0"], name="0")(x))
+        return Linear(self.specs["2"], name="2")(constrain(x, "batch", "length", "act_mlp"))
 
 
 class PatchMerger(nn.Module):
     """[F, N, D] to [F, N / 4, O]: the four patches of a group, which are neighbours in the layout, become one token."""
 
     cfg: VisionConfig
+    specs: Declared
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         F, N, D = x.shape
         unit = self.cfg.spatial_merge_size**2
-        x = RMSNorm(self.cfg.rms_norm_eps, name="ln_q")(x).reshape(F, N // unit, unit * D)
-        return _MergerMLP(self.cfg.out_hidden_size, name="mlp")(x)
+        x = RMSNorm(self.specs["ln_q"], self.cfg.rms_norm_eps, name="ln_q")(x).reshape(F, N // unit, unit * D)
+        return _MergerMLP(self.specs["mlp"], name="mlp")(x)
 
 
 class VisionTower(nn.Module):
     """The tower over a batch of frames in window layout (`vision_calls` makes it).
 
-    Parameters: `patch_embed`, `blocks` (stacked, or a tuple of layers), `merger`.
+    Parameters: `parameters.vision`, `blocks` stacked or a tuple of layers.
 
     Attributes:
       cfg: sizes.
@@ -208,23 +207,23 @@ class VisionTower(nn.Module):
         Returns:
           [F, M, O]; tokens whose patches are padding carry no meaning.
         """
-        cfg = self.cfg
+        cfg, own = self.cfg, parameters.vision(self.cfg)
         cos, sin = rope_tables(positions, cfg.hidden_size // cfg.num_heads)
-        x = constrain(PatchEmbed(cfg, name="patch_embed")(pixels), "batch", "length", "act_embed")
+        x = constrain(PatchEmbed(own["patch_embed"], name="patch_embed")(pixels), "batch", "length", "act_embed")
         block = VisionBlock(cfg, parent=None)
         full = [i in cfg.fullatt_block_indexes for i in range(cfg.depth)]
-        layers = stacked_param(self, "blocks", block, cfg.depth, x, cos, sin, valid, LayerKind(True))
+        layers = declared(self, {"blocks": own["blocks"]})["blocks"]
 
         def body(params: Params, x: jax.Array, kind: Any) -> tuple[Any, None]:
             return block.apply({"params": params}, x, cos, sin, valid, kind), None
 
         kinds = tuple(LayerKind(f) for f in full) if isinstance(layers, tuple | list) else np.array(full)
         x, _ = run_layers(jax.checkpoint(body) if self.remat else body, layers, x, kinds)
-        return replicate(PatchMerger(cfg, name="merger")(x))
+        return replicate(PatchMerger(cfg, own["merger"], name="merger")(x))
 
 
 def vision_shapes(cfg: VisionConfig, frames: int, windows: int, dtype: Any = jnp.float32) -> Inputs:
-    """Shapes of the tower's inputs, for `init` under `jax.eval_shape` and for compiling ahead of time."""
+    """Shapes of the tower's inputs, for compiling ahead of time."""
     n = windows * cfg.window_patches**2
     return (
         jax.ShapeDtypeStruct((frames, n, cfg.patch_dim), dtype),

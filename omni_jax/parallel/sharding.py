@@ -11,10 +11,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import jax
-from flax import linen as nn
 from jax import lax
 from jax.experimental.layout import Format
 from jax.experimental.layout import Layout as MemoryLayout
@@ -198,15 +197,23 @@ def replicate(tree: Any) -> Any:
     return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), tree)
 
 
-def _is_box(x: Any) -> bool:
-    return isinstance(x, nn.Partitioned)
+class Declared(Protocol):
+    """A declared parameter (`model.declare.ParamSpec`)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """The logical name of each axis."""
 
 
-def param_shardings(boxed: Any, layout: Layout) -> Any:
+def param_shardings(specs: Any, layout: Layout) -> Any:
     """Shardings for a tree of parameters.
 
     Args:
-      boxed: shapes with logical names, as `jax.eval_shape` of a part's `init` gives them.
+      specs: a tree whose leaves are `Declared` (`model.parameters.param_specs`).
       layout: of the part.
     Returns:
       the same tree with a `NamedSharding` for each array.
@@ -214,26 +221,23 @@ def param_shardings(boxed: Any, layout: Layout) -> Any:
       ValueError: an axis that the mesh does not divide.
     """
 
-    def one(box: Any) -> NamedSharding:
-        if _is_box(box):
-            return layout.sharding(box.names, box.value.shape)
-        return layout.sharding((None,) * len(box.shape), box.shape)
+    def one(spec: Declared) -> NamedSharding:
+        return layout.sharding(spec.axes, spec.shape)
 
-    return jax.tree.map(one, boxed, is_leaf=_is_box)
+    return jax.tree.map(one, specs)
 
 
-def param_formats(boxed: Any, layout: Layout) -> Any:
+def param_formats(specs: Any, layout: Layout) -> Any:
     """`param_shardings` for inference: on TPUs a `Format` for each matrix whose order in memory the rules fix."""
 
-    def one(box: Any, sharding: NamedSharding) -> NamedSharding | Format:
-        shape = sharding.shard_shape((box.value if _is_box(box) else box).shape)
-        inner = layout.rules.innermost(box.names, shape) if _is_box(box) else None
+    def one(spec: Declared, sharding: NamedSharding) -> NamedSharding | Format:
+        inner = layout.rules.innermost(spec.axes, sharding.shard_shape(spec.shape))
         if inner is None:
             return sharding
-        *before, rows, columns = range(len(shape))
+        *before, rows, columns = range(len(spec.shape))
         return Format(MemoryLayout((*before, *((rows, columns) if inner else (columns, rows)))), sharding)
 
-    shardings = param_shardings(boxed, layout)
+    shardings = param_shardings(specs, layout)
     if layout.mesh.devices.flat[0].platform not in TILED:
         return shardings
-    return jax.tree.map(one, boxed, shardings, is_leaf=_is_box)
+    return jax.tree.map(one, specs, shardings)

@@ -15,15 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
-from flax import linen as nn
-
 from omni_jax import buckets
 from omni_jax.config import DecoderConfig, OmniConfig, ThinkerConfig
 from omni_jax.errors import InputError
 from omni_jax.model import bigvgan, ecapa, talker, token2wav
+from omni_jax.model.declare import ParamSpec, walk
 from omni_jax.model.kv_cache import CACHE_AXES
-from omni_jax.model.stages import PARTS, boxed_shapes, inner_part
+from omni_jax.model.parameters import PARTS, param_specs
+from omni_jax.model.stages import inner_part
 from omni_jax.model.vision import frame_layout
 from omni_jax.parallel import meshes
 from omni_jax.parallel.meshes import Part, Sizes
@@ -144,6 +143,11 @@ def ways(sizes: Sizes, rules: Rules, *names: str | None) -> int:
     return math.prod(sizes[a] for n in names if n is not None for a in rules.table[n])
 
 
+def _local(sizes: Sizes, rules: Rules, spec: ParamSpec) -> list[int]:
+    """The shape of a parameter on one device."""
+    return [size // ways(sizes, rules, name) for size, name in zip(spec.shape, spec.axes, strict=True)]
+
+
 def weight_bytes(cfg: OmniConfig, sizes: Sizes, part: str, itemsize: int, only: Sequence[str] | None = None) -> int:
     """Bytes of a loaded part (or of its subtrees `only`) on one device, with a TPU's padding where the order in memory
     is fixed (`Rules.innermost`). Token2Wav is float32 always.
@@ -153,15 +157,11 @@ def weight_bytes(cfg: OmniConfig, sizes: Sizes, part: str, itemsize: int, only: 
     """
     _has(cfg, part)
     total = 0
-    for name, tree in boxed_shapes(cfg, (part,))[part].items():
+    for name, tree in param_specs(cfg, (part,))[part].items():
         if only is not None and name not in only:
             continue
         rules = meshes.rules(inner_part(part, name), cfg, sizes)
-        for box in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nn.Partitioned)):
-            partitioned = isinstance(box, nn.Partitioned)
-            names, shape = (box.names, box.value.shape) if partitioned else ((None,) * len(box.shape), box.shape)
-            local = [size // ways(sizes, rules, name) for size, name in zip(shape, names, strict=True)]
-            total += rules.stored_size(names, local)
+        total += sum(rules.stored_size(spec.axes, _local(sizes, rules, spec)) for _, spec in walk(tree))
     return total * (FLOAT if part == "token2wav" else itemsize)
 
 
@@ -358,7 +358,7 @@ def resident(cfg: OmniConfig, at: Meshes, itemsize: int, parts: Sequence[str] = 
     out: dict[Stage, dict[str, int]] = {"thinker": {}, "speech": {}}
     for part in parts:
         stage = STAGE[part] if at.has_speech_mesh else "thinker"
-        for name in boxed_shapes(cfg, (part,))[part]:
+        for name in param_specs(cfg, (part,))[part]:
             out[stage][f"{part}.{name}"] = weight_bytes(cfg, at.of(STAGE[part]), part, itemsize, (name,))
     return out
 

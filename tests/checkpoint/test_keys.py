@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from omni_jax import config as C
 from omni_jax.checkpoint import keys
+from omni_jax.model import parameters
 
 # sha256 over the sorted lines "name [shape]" of the published 3B checkpoint: 2,544 tensors.
 PUBLISHED_3B = "9c982c2392345bbe8be7a9eadc4cb5bbb17cfa4f456154d663e0d313830029c1"
@@ -95,7 +96,7 @@ def test_every_name_survives_the_tree_and_both_layouts():
 
 @settings(max_examples=100, deadline=None)
 @given(
-    stack=st.sampled_from(keys.STACKS),
+    stack=st.sampled_from(parameters.STACKS),
     layer=st.integers(0, 10**6),
     rest=st.lists(st.from_regex(r"[a-z0-9_]{1,12}", fullmatch=True), min_size=1, max_size=5),
     layout=st.sampled_from(["published", "transformers5"]),

@@ -20,6 +20,7 @@ from omni_jax.infer.analysis import aot, copies, facts, goals, programs, targets
 from omni_jax.infer.analysis.depth import truncate_layers
 from omni_jax.infer.analysis.hlo import Module
 from omni_jax.model import audio
+from omni_jax.model.parameters import param_specs
 from omni_jax.parallel import meshes
 from tests.ahead import needs_compiler
 
@@ -273,7 +274,7 @@ def test_the_loader_and_the_programs_hold_layers_alike():
     cfg = truncate_layers(C.preset("nano"), 3)
     placement = meshes.place(cfg, "1", devices=jax.devices()[:1])
     tree = programs.weights(cfg, placement, "thinker", jnp.bfloat16)
-    stacked = programs.boxed_shapes(cfg, ("thinker",))["thinker"]
+    stacked = param_specs(cfg, ("thinker",))["thinker"]
     assert len(tree["model"]["layers"]) == cfg.thinker.text.num_hidden_layers
     whole = jax.tree.leaves(stacked["model"]["layers"])
     for layer in tree["model"]["layers"]:
@@ -281,4 +282,4 @@ def test_the_loader_and_the_programs_hold_layers_alike():
     assert isinstance(tree["visual"]["blocks"], tuple)
     # The Talker's loop, which only a GPU runs in this form, keeps the shapes of what it carries.
     assert programs.talker_decode(cfg, placement, 2, 1024, loop=True).lower()
-    assert facts.whole_bytes(tree) == 2 * sum(x.size for x in jax.tree.leaves(stacked))
+    assert facts.whole_bytes(tree) == 2 * sum(math.prod(x.shape) for x in jax.tree.leaves(stacked))

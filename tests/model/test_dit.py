@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import linen as nn
 
 from omni_jax import config as C
-from omni_jax.model import dit
+from omni_jax.model import dit, parameters
 from omni_jax.model import token2wav as W
 from tests import tiny_token2wav as tiny
 
@@ -133,7 +132,7 @@ def test_stored_inv_freq_is_used():
     params, _ = tiny.model()
     params = params["code2wav_dit_model"]
     rounded = params["rotary_embed"]["inv_freq"]
-    exact = dit.declare(CFG)["rotary_embed"]["inv_freq"].init(None, None)
+    exact = parameters.inv_freq(CFG)
     assert np.abs(rounded / exact - 1).max() > 1e-4
     given = _given(params, [tiny.codes(0, 61)], [tiny.voice(0)], 72)
     np.testing.assert_allclose(given.cos.reshape(144, -1)[127], np.cos(127 * rounded), atol=1e-5)
@@ -155,7 +154,7 @@ def test_length_must_fill_blocks():
 
 def _flops(cfg, codes):
     params = jax.eval_shape(functools.partial(W.init, C.Token2WavConfig(cfg, tiny.BIGVGAN)), jax.random.key(0))
-    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), nn.meta.unbox(params)["code2wav_dit_model"])
+    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), params["code2wav_dit_model"])
     params["transformer_blocks"] = tuple(
         jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), params["transformer_blocks"])
         for _ in range(cfg.num_hidden_layers)
@@ -182,7 +181,7 @@ def test_cost_grows_with_the_length_not_its_square():
 
 def test_published_names_and_shapes():
     cfg = C.preset("3b").token2wav
-    tree = nn.meta.unbox(jax.eval_shape(functools.partial(W.init, cfg), jax.random.key(0)))
+    tree = jax.eval_shape(functools.partial(W.init, cfg), jax.random.key(0))
     assert tree["code2wav_dit_model"]["transformer_blocks"]["attn"]["to_q"]["weight"].shape == (22, 1024, 1024)
     size = {k: sum(leaf.size for leaf in jax.tree.leaves(part)) for k, part in tree.items()}
     assert size == {"code2wav_dit_model": 333_607_760 + 32, "code2wav_bigvgan_model": 115_443_504}

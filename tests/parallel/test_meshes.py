@@ -11,13 +11,12 @@ import re
 
 import jax
 import pytest
-from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from omni_jax import buckets, load
 from omni_jax import config as C
-from omni_jax.model import stages
+from omni_jax.model import parameters, stages
 from omni_jax.model.kv_cache import CACHE_AXES
 from omni_jax.parallel import meshes
 from omni_jax.parallel.sharding import MESH_AXES, MeshError
@@ -121,7 +120,7 @@ def spec(row: str, c: tuple[str, ...], v: tuple[str, ...]) -> P:
 
 
 def leaves(tree):
-    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    found = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in found}
 
 
@@ -134,15 +133,15 @@ def test_sizes_of_meshes(name, mesh):
 def test_every_parameter(name, mesh):
     """The partition of each parameter by name, what is whole by choice, and the bytes that a chip holds."""
     placed = placement(name, mesh)
-    found, boxed = leaves(stages.stage_shardings(placed)), leaves(stages.boxed_shapes(CONFIGS[name]))
-    assert set(found) == set(boxed)
+    found, specs = leaves(stages.stage_shardings(placed)), leaves(parameters.param_specs(CONFIGS[name]))
+    assert set(found) == set(specs)
     c, v = copy_axes(name, mesh), vision_axes(name, mesh)
     copy = math.prod(placed.thinker.shape[a] for a in c)
     used, held, whole = set(), collections.Counter(), collections.Counter()
     for path, sharding in found.items():
         [row] = [(p, r) for p, r in PARAMETERS.items() if re.fullmatch(p, path)]
         used.add(row[0])
-        shape = nn.meta.unbox(boxed[path]).shape
+        shape = specs[path].shape
         want = P(*[None] * len(shape)) if row[1] == "..." else spec(row[1], c, v)
         assert sharding.spec == want, path
         part = stages.inner_part(*path.split(".")[:2])

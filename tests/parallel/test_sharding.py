@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+from omni_jax.model.declare import ParamSpec
 from omni_jax.parallel import sharding as S
 from omni_jax.parallel.meshes import make_mesh
 
@@ -91,14 +91,14 @@ def test_constrain_under_a_layout():
 
 
 def test_parameters_with_and_without_names():
-    boxed = {
-        "w": nn.Partitioned(jax.ShapeDtypeStruct((8, 6), jnp.float32), ("mlp", "embed")),
-        "b": jax.ShapeDtypeStruct((6,), jnp.float32),
+    specs = {
+        "w": ParamSpec((8, 6), ("mlp", "embed")),
+        "b": ParamSpec((6,), (None,)),
     }
-    found = S.param_shardings(boxed, layout({"mlp": ("tensor",)}, tensor=4))
+    found = S.param_shardings(specs, layout({"mlp": ("tensor",)}, tensor=4))
     assert {name: s.spec for name, s in found.items()} == {"w": P("tensor", None), "b": P(None)}
     with pytest.raises(ValueError, match="axis embed of size 6 cannot be split 4 ways"):
-        S.param_shardings(boxed, layout({"embed": ("fsdp",)}, fsdp=4))
+        S.param_shardings(specs, layout({"embed": ("fsdp",)}, fsdp=4))
 
 
 LANES = {("embed", "mlp"): 0, (None, "table"): 1}
@@ -125,17 +125,17 @@ def test_the_order_of_a_matrix_in_memory(names, local, inner, stored):
 
 
 def test_formats_fix_the_order_on_tiled_platforms_only(monkeypatch):
-    boxed = {
-        "down": nn.Partitioned(jax.ShapeDtypeStruct((2, 256, 400), jnp.float32), ("layers", "embed", "mlp")),
-        "table": nn.Partitioned(jax.ShapeDtypeStruct((1000, 100), jnp.float32), (None, "table")),
-        "up": nn.Partitioned(jax.ShapeDtypeStruct((2, 400, 256), jnp.float32), ("layers", "mlp", "embed")),
-        "b": jax.ShapeDtypeStruct((6,), jnp.float32),
+    specs = {
+        "down": ParamSpec((2, 256, 400), ("layers", "embed", "mlp")),
+        "table": ParamSpec((1000, 100), (None, "table")),
+        "up": ParamSpec((2, 400, 256), ("layers", "mlp", "embed")),
+        "b": ParamSpec((6,), (None,)),
     }
     on = S.Layout(make_mesh({}), S.Rules(WHOLE, LANES))
-    plain = S.param_shardings(boxed, on)
-    assert S.param_formats(boxed, on) == plain
+    plain = S.param_shardings(specs, on)
+    assert S.param_formats(specs, on) == plain
     monkeypatch.setattr(S, "TILED", ("cpu",))
-    found = S.param_formats(boxed, on)
+    found = S.param_formats(specs, on)
     assert {name: f.layout.major_to_minor for name, f in found.items() if f != plain[name]} == {
         "down": (0, 2, 1), "table": (0, 1)
     }  # fmt: skip
