@@ -39,6 +39,7 @@ demo: $(VENV)/.installed out/nano/config.json
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # The site under site/; `$(BIN)/mkdocs serve` shows it while it is edited.
