@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Options for pytest, e.g. make test PYTEST="tests/checkpoint/test_keys.py -x"
 PYTEST ?=
 
-.PHONY: demo test lint docs bench footprint full-size solvers bench-training aot plans plan-fit plan-check clean
+.PHONY: reference demo test lint docs bench footprint full-size solvers bench-training aot plans plan-fit plan-check clean
 .DELETE_ON_ERROR:
 
 # Stamps: installation is skipped until pyproject.toml changes.
@@ -48,6 +48,9 @@ docs: $(VENV)/.installed-test
 
 test: lint docs
 	$(BIN)/python -m pytest $(PYTEST)
+
+reference: $(VENV)/.installed
+	$(BIN)/python -m omni_jax.cli.reference docs/reference.md
 
 # The figures of docs/performance.md. bench takes the better part of an hour where the CPU has no bf16 instructions;
 # footprint first makes a random 3B checkpoint (11 GB under out/).

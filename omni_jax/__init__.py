@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from omni_jax.runtime.speech import PARTS as PARTS
     from omni_jax.settings import DoneEvent as DoneEvent
     from omni_jax.settings import GenerationSettings as GenerationSettings
+    from omni_jax.settings import MediaSettings as MediaSettings
     from omni_jax.settings import Reply as Reply
     from omni_jax.settings import SpeechSettings as SpeechSettings
     from omni_jax.settings import TextEvent as TextEvent
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Omni": "api", "load": "api", "InputError": "errors", "GenerationSettings": "settings", "Reply": "settings",
     "SpeechSettings": "settings", "TextEvent": "settings", "DoneEvent": "settings", "PARTS": "model.stages",
-    "MemoryNeedError": "runtime.memory_model",
+    "MediaSettings": "settings", "MemoryNeedError": "runtime.memory_model",
 }  # fmt: skip
 __all__ = sorted(_HOMES)
 

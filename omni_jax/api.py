@@ -21,7 +21,6 @@ from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.sources import local_files
 from omni_jax.checkpoint.speakers import load_voices
 from omni_jax.config import OmniConfig, load_config
-from omni_jax.errors import InputError
 from omni_jax.model import audio, vision
 from omni_jax.model.sampling import Sampling
 from omni_jax.model.stages import stage_formats, use_unrolled_layers
@@ -29,23 +28,30 @@ from omni_jax.model.voice import Voice
 from omni_jax.parallel.meshes import Placement, layout_fn, place
 from omni_jax.parallel.sharding import MeshError
 from omni_jax.processing.positions import next_position
-from omni_jax.processing.processor import Processor, Prompt, stop_token_ids
+from omni_jax.processing.processor import Processor, Prompt, PromptError, check_context, stop_token_ids
 from omni_jax.runtime import generation
 from omni_jax.runtime.admission import AdmissionControl, check_weights
 from omni_jax.runtime.memory_model import thinker_slots
 from omni_jax.runtime.reply import ReplyBuilder
 from omni_jax.runtime.speech import PARTS, Speech, SpeechError, ThinkerTrace
-from omni_jax.settings import DoneEvent, Event, GenerationSettings, Reply, SpeechSettings, TextEvent, TokenLogprob
+from omni_jax.settings import (
+    DoneEvent,
+    Event,
+    GenerationSettings,
+    MediaSettings,
+    Reply,
+    SpeechSettings,
+    TextEvent,
+    TokenLogprob,
+    generation_settings,
+    speech_settings,
+)
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 
 # Ids that the streaming loop draws between two looks at the text: one is the soonest.
 STREAM_STEPS = 1
-
-
-class PromptError(InputError):
-    """A prompt that the model cannot read; the message gives the numbers and the remedy."""
 
 
 class Omni:
@@ -87,19 +93,22 @@ class Omni:
             raise SpeechError("this model was loaded for text only; load it with parts=omni_jax.PARTS to have it speak")
         return Speech(self.config, self.params, self.voices, self.cache_dtype, self.placement, self.guard.check_speech)
 
-    def prepare(self, messages: Conversation, **media_defaults: Any) -> Prompt:
+    def prepare(
+        self,
+        messages: Conversation,
+        media: MediaSettings | Mapping[str, Any] | None = None,
+        *,
+        speech: bool = False,
+        tools: Any = None,
+    ) -> Prompt:
         """Messages to ids, positions and media arrays. See `processing.processor.Processor`."""
-        prompt = self.processor(messages, **media_defaults)
+        prompt = self.processor(messages, media, speech=speech, tools=tools, context=self.context)
         self._check(prompt)
         return prompt
 
     def _check(self, prompt: Prompt) -> None:
-        cfg, size = self.config.thinker, len(prompt.ids)
-        if size >= self.context:
-            raise PromptError(
-                f"the prompt has {size} tokens and leaves no room for a reply in the context of {self.context}; "
-                "shorten it, or lower --max-pixels, --fps or --max-frames"
-            )
+        cfg = self.config.thinker
+        check_context(prompt, self.context)
         # JAX gathers clamp: an id beyond the table would silently read its last row.
         if prompt.ids.size == 0 or prompt.ids.min() < 0 or prompt.ids.max() >= cfg.text.vocab_size:
             raise PromptError(
@@ -285,7 +294,8 @@ class Omni:
         settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
         *,
         speech: SpeechSettings | Sequence[SpeechSettings | None] | None = None,
-        media: Mapping[str, Any] | None = None,
+        media: MediaSettings | Mapping[str, Any] | None = None,
+        tools: Any = None,
         **changes: Any,
     ) -> Any:
         """Answers a conversation, or a batch of conversations of unequal lengths.
@@ -295,7 +305,8 @@ class Omni:
           settings: how to write; one for all, or one for each conversation of a batch.
           speech: how to speak the replies; one for all, or one for each (None there leaves it silent). By default the
             answer is text only.
-          media: defaults of media items: `use_audio_in_video`, `fps`, `max_frames`, `min_pixels`, `max_pixels`.
+          media: how media are read where items do not say: `MediaSettings`, or some of its fields by name.
+          tools: that the model may call, for chat templates that have a place for them.
           **changes: fields of `GenerationSettings`, as a short form: `generate(messages, max_new_tokens=20)`.
         Returns:
           a `Reply`, or a list of them for a batch.
@@ -315,10 +326,13 @@ class Omni:
             raise PromptError(
                 f"{len(conversations)} conversations are too many at once; give {buckets.BATCH[-1]} at most"
             )
-        each = self._settings(settings, changes, len(conversations))
+        each = generation_settings(settings, changes, len(conversations))
         spoken = self._speech_settings(speech, len(conversations))
         began = time.perf_counter()
-        prompts = [self.prepare(c, **(media or {})) for c in conversations]
+        prompts = [
+            self.prepare(c, media, speech=s is not None, tools=tools)
+            for c, s in zip(conversations, spoken, strict=True)
+        ]
         processed = time.perf_counter() - began
         replies = [_with_processing(r, processed) for r in self.answer(prompts, each, spoken)]
         return replies[0] if single else replies
@@ -366,7 +380,8 @@ class Omni:
         settings: GenerationSettings | None = None,
         *,
         speech: SpeechSettings | None = None,
-        media: Mapping[str, Any] | None = None,
+        media: MediaSettings | Mapping[str, Any] | None = None,
+        tools: Any = None,
         **changes: Any,
     ) -> Iterator[Event]:
         """Answers a conversation piece by piece: `TextEvent`s as text becomes certain, one `DoneEvent` at the end,
@@ -374,10 +389,10 @@ class Omni:
 
         Arguments and errors as for `generate`; the ids and the codes are the same.
         """
-        each = self._settings(settings, changes, 1)
+        each = generation_settings(settings, changes, 1)
         spoken = self._speech_settings(speech, 1)
         began = time.perf_counter()
-        prompts = [self.prepare(messages, **(media or {}))]
+        prompts = [self.prepare(messages, media, speech=any(spoken), tools=tools)]
         processed = time.perf_counter() - began
         trace = ThinkerTrace() if any(spoken) else None
         loop = self.run(prompts, each, STREAM_STEPS, trace)
@@ -392,25 +407,10 @@ class Omni:
                 return
             yield TextEvent(text, ids)
 
-    @staticmethod
-    def _settings(
-        settings: GenerationSettings | Sequence[GenerationSettings] | None, changes: Mapping[str, Any], count: int
-    ) -> list[GenerationSettings]:
-        if settings is None:
-            return [GenerationSettings(**changes)] * count
-        if changes:
-            raise ValueError(f"give either settings or {sorted(changes)}, not both")
-        each = [settings] * count if isinstance(settings, GenerationSettings) else list(settings)
-        if len(each) != count:
-            raise ValueError(f"{len(each)} settings do not fit {count} conversations")
-        return each
-
     def _speech_settings(
         self, speech: SpeechSettings | Sequence[SpeechSettings | None] | None, count: int
     ) -> list[SpeechSettings | None]:
-        each = [speech] * count if speech is None or isinstance(speech, SpeechSettings) else list(speech)
-        if len(each) != count:
-            raise ValueError(f"{len(each)} speech settings do not fit {count} conversations")
+        each = speech_settings(speech, count)
         if any(each):
             self.speech.check(each)
         return each

@@ -19,6 +19,7 @@ from typing import Any
 from omni_jax import buckets
 from omni_jax import config as C
 from omni_jax.errors import InputError
+from omni_jax.infer.analysis.asked import Asked as Asked
 from omni_jax.model import bigvgan, token2wav
 from omni_jax.model.talker import EXTRA
 from omni_jax.parallel import meshes
@@ -122,24 +123,6 @@ def _number(where: str, what: str, text: str) -> float:
     return value
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What the user wants to run; see the command's options."""
-
-    batch: int = 1
-    prompt: int = 256
-    reply: int = 1024
-    image: Sequence[str] = ()
-    video: Sequence[str] = ()
-    audio: Sequence[float] = ()
-    use_audio_in_video: bool = False
-    speech: float = 0.0
-    fps: float | None = None
-    max_frames: int | None = None
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-
-
 def read_media(asked: Asked, cfg: C.ThinkerConfig, folder: pathlib.Path | None) -> list[Medium]:
     """The media of one prompt, with the limits of the checkpoint's `preprocessor_config.json` where there is one."""
     image, mel = images.PUBLISHED, dataclasses.replace(audio.PUBLISHED, bins=cfg.audio.num_mel_bins)
@@ -151,7 +134,8 @@ def read_media(asked: Asked, cfg: C.ThinkerConfig, folder: pathlib.Path | None) 
             raise InputError(f"{file} cannot be read as JSON ({e}); fetch it again") from None
         image, mel = images.image_config(raw, file), audio.mel_config(raw, file)
     limits = {n: v for n in ("min_pixels", "max_pixels") if (v := getattr(asked, n)) is not None}
-    sampling = video_sampling.Sampling(asked.fps, max_frames=asked.max_frames, **limits)
+    counts = {n: getattr(asked, n) for n in ("min_frames", "max_frames")}
+    sampling = video_sampling.Sampling(asked.fps, **counts, **limits)
     out = [picture(name, cfg, image, limits) for name in asked.image]
     for seconds in asked.audio:
         out.append(heard(f"audio {seconds:g} s", _number("--audio", "seconds", str(seconds)), cfg, mel))

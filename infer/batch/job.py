@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from omni_jax.checkpoint.fingerprint import fingerprint
-from omni_jax.errors import InputError
+from omni_jax.errors import InputError, print_warnings
 from omni_jax.infer.batch import launch, records
 from omni_jax.infer.batch.records import JobError, Line
-from omni_jax.settings import GenerationSettings, SpeechSettings, Watchdog
+from omni_jax.settings import GenerationSettings, SpeechSettings, Watchdog, change
 
 # Batches whose prompts are made ready together, then sorted by length: more of them make fuller buckets and hold more
 # media in memory.
@@ -35,7 +35,6 @@ READERS = 2
 # Seconds between lines of progress where there is no terminal, and between looks at the other processes' parts.
 REPORT, POLL = 30.0, 0.2
 RUN = (sys.executable, "-m", "omni_jax.infer.batch.job")
-FIELDS = tuple(f.name for f in dataclasses.fields(GenerationSettings))
 KEYS = ("messages", "id", "settings", "voice")
 # What a line can provoke: its record says so, and the job goes on. Failures of the machine are others and end the job.
 LINE_ERRORS = (ValueError, TypeError, OverflowError, RecursionError)
@@ -56,6 +55,7 @@ class Job:
       speech_mesh: further chips, for Talker and Token2Wav.
       dtype: of weights and computation.
       batch_size: most conversations at a time.
+      adapter: folder of a PEFT adapter to merge into the weights.
       progress: show how far it is on stderr; `bar`: there is a terminal for a bar.
     """
 
@@ -70,20 +70,14 @@ class Job:
     speech_mesh: str | None = None
     dtype: str = "bfloat16"
     batch_size: int = 8
+    adapter: str | None = None
     progress: bool = False
     bar: bool = False
-
-    def __post_init__(self) -> None:
-        """Raises JobError for a batch size that no bucket holds."""
-        from omni_jax import buckets
-
-        if not 1 <= self.batch_size <= buckets.BATCH[-1]:
-            raise JobError(f"--batch-size is {self.batch_size}; it must be 1 to {buckets.BATCH[-1]}")
 
     def lines(self) -> list[Line]:
         """The lines of the input, each with the digest of all that its answer depends on."""
         data = dataclasses.asdict(self)
-        what = {name: data[name] for name in ("settings", "speech", "speech_format", "media", "dtype")}
+        what = {name: data[name] for name in ("settings", "speech", "speech_format", "media", "dtype", "adapter")}
         return records.read_lines(self.source, what | {"model": str(fingerprint(self.model))})
 
     def to_json(self) -> str:
@@ -95,10 +89,7 @@ class Job:
         """What `to_json` has written."""
         data = json.loads(text)
         data |= {name: pathlib.Path(data[name]) for name in ("model", "source", "out")}
-        settings, speech = data["settings"], data["speech"]
-        data["settings"] = GenerationSettings(
-            **settings | {"stop": tuple(settings["stop"]), "stop_ids": tuple(settings["stop_ids"])}
-        )
+        data["settings"], speech = GenerationSettings(**data["settings"]), data["speech"]
         if speech is not None:
             dog = speech["watchdog"]
             data["speech"] = SpeechSettings(**speech | {"watchdog": None if dog is None else Watchdog(**dog)})
@@ -151,23 +142,15 @@ def parse(data: Mapping[str, Any], job: Job) -> tuple[Any, GenerationSettings, S
     if not isinstance(data.get("messages"), list) or set(data) - set(KEYS):
         raise JobError(f"it must be a list of messages, or an object with messages and perhaps {', '.join(KEYS[1:])}")
     changes = data.get("settings", {})
-    if not isinstance(changes, dict) or set(changes) - set(FIELDS):
-        raise JobError(f"its settings must be an object with fields of {', '.join(FIELDS)}")
-    for name in ("stop", "stop_ids"):
-        if name in changes:
-            kind = str if name == "stop" else int
-            if not isinstance(changes[name], list) or not all(isinstance(x, kind) for x in changes[name]):
-                raise JobError(f"its {name} must be a list of {'strings' if kind is str else 'ids'}")
-            changes = changes | {name: tuple(changes[name])}
-    for name in ("max_new_tokens", "top_k", "seed", "logprobs"):
-        if name in changes and not (type(changes[name]) is int or (name == "logprobs" and changes[name] is None)):
-            raise JobError(f"its {name} must be a whole number")
+    if not isinstance(changes, dict):
+        raise JobError(f"its settings are {type(changes).__name__}; make them an object")
+    settings = change(job.settings, changes)
     speech = job.speech
     if "voice" in data:
         if speech is None:
             raise JobError("it names a voice, but the job has no --speech")
         speech = dataclasses.replace(speech, voice=data["voice"])
-    return data["messages"], dataclasses.replace(job.settings, **changes), speech
+    return data["messages"], settings, speech
 
 
 def _make_ready(model: Any, job: Job, line: Line) -> Request | dict[str, Any]:
@@ -179,7 +162,7 @@ def _make_ready(model: Any, job: Job, line: Line) -> Request | dict[str, Any]:
         messages, settings, speech = parse(data, job)
         if speech is not None:
             model.speech.check([speech])
-        return Request(line, name, model.prepare(messages, **job.media), settings, speech)
+        return Request(line, name, model.prepare(messages, job.media, speech=speech is not None), settings, speech)
     except LINE_ERRORS as e:
         return _record(line, name, {"error": f"line {line.number}: {e}"})
 
@@ -356,7 +339,9 @@ def _load(job: Job) -> tuple[Any, bool]:
         mesh, speech_mesh = placed.thinker, placed.speech if placed.has_speech_mesh else None
     parts = ("thinker",) if job.speech is None else api.PARTS
     show = job.progress and job.bar and jax.process_index() == 0
-    loaded = api.load(job.model, parts=parts, dtype=job.dtype, mesh=mesh, speech_mesh=speech_mesh, progress=show)
+    loaded = api.load(
+        job.model, parts=parts, dtype=job.dtype, mesh=mesh, speech_mesh=speech_mesh, adapter=job.adapter, progress=show
+    )
     return loaded, together
 
 
@@ -410,10 +395,6 @@ def _batches_and_failures(
 
 def main(job: Job, processes: int, join: str | None, patience: int, as_json: bool) -> None:
     """The command behind `omni-jax batch`."""
-    if processes < 1 or (join is not None and processes != 1):
-        raise JobError("--processes must be at least 1, and goes without --join")
-    if patience < 1:
-        raise JobError(f"--patience is {patience} seconds; it must be at least 1")
     from omni_jax.config import load_config
 
     cfg = load_config(job.model)  # one line here, and not one of each process
@@ -465,6 +446,7 @@ def _worker(job: str, cluster: str) -> None:
     """A process of a job with several; another one watches it."""
     from omni_jax.runtime.compilation import use_compilation_cache
 
+    print_warnings()
     launch.end_with_parent()
     use_compilation_cache()
     try:

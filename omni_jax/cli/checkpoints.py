@@ -1,4 +1,4 @@
-"""The commands about checkpoint folders: `omni-jax convert`, `export`, `inspect`."""
+"""The commands about checkpoint folders: `omni-jax init`, `convert`, `export`, `inspect`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any, Literal
 import tyro
 from rich.filesize import decimal
 
-from omni_jax.cli.arguments import Flag, Json
+from omni_jax.cli.flags import Flag, Json
+from omni_jax.errors import InputError
 
 
 def report(verb: str, target: str, size: int, began: float, as_json: bool) -> None:
@@ -21,6 +22,27 @@ def report(verb: str, target: str, size: int, began: float, as_json: bool) -> No
         print(json.dumps({"path": target, "bytes": size, "seconds": seconds}))
     else:
         print(f"{verb} {decimal(size)} to {target} in {seconds:.1f} s", file=sys.stderr)
+
+
+def init(
+    path: tyro.conf.Positional[pathlib.Path],
+    *,
+    preset: Literal["nano", "3b", "7b"] = "nano",
+    seed: int = 0,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+) -> None:
+    """Make a checkpoint folder with random weights in the published layout, for trying things out.
+
+    Args:
+      path: Folder to make; it must not exist.
+      preset: Size: nano (tests and demos), 3b or 7b (the published shapes; their tokenizer is only a stand-in).
+      seed: Of the weights.
+      dtype: Of the stored weights; Token2Wav is always float32.
+    """
+    from omni_jax.checkpoint.publish import write_random
+    from omni_jax.config import preset as config_of
+
+    write_random(path, config_of(preset), seed=seed, dtype=dtype, progress=sys.stderr.isatty())
 
 
 def convert(
@@ -42,7 +64,6 @@ def convert(
       parts: Which to take, with commas: thinker,talker,token2wav. All there are if not given.
       adapter: Folder of a PEFT adapter (LoRA) to merge into the weights.
       keep_adapter: Put the adapter beside the weights instead.
-      as_json: Print one line of JSON and nothing else.
     """
     from omni_jax.checkpoint.convert import convert as run
 
@@ -58,25 +79,32 @@ def export(
     src: tyro.conf.Positional[str],
     dst: tyro.conf.Positional[pathlib.Path],
     *,
+    peft: Flag = False,
     max_shard_gb: float | None = None,
     as_json: Json = False,
 ) -> None:
-    """Give a converted checkpoint back in the published layout, for transformers and others.
+    """Give a converted checkpoint, or what a fine-tuning run has learned, back in the published layout.
 
     Args:
-      src: Folder that `omni-jax convert` made, or its URL.
+      src: Folder that `omni-jax convert` made, or its URL; or the folder of a run of `omni-jax finetune`.
       dst: Folder to make.
-      max_shard_gb: Cut new shards of at most so many GB; by default they are those of the original.
-      as_json: Print one line of JSON and nothing else.
+      peft: Of a run with adapters: write these alone, as PEFT reads them, instead of merging them.
+      max_shard_gb: Cut new shards of at most so many GB; by default they are those of the original (a run: 5).
     """
-    from omni_jax.checkpoint.convert import export as run
-    from omni_jax.errors import InputError
-
     if max_shard_gb is not None and not 0 < max_shard_gb < 1e6:
         raise InputError(f"--max-shard-gb {max_shard_gb} must be above 0")
     began = time.perf_counter()
-    shard = None if max_shard_gb is None else max(1, int(max_shard_gb * 1e9))
-    size = run(src, dst, max_shard_bytes=shard, progress=sys.stderr.isatty())
+    if "://" in src or not (pathlib.Path(src) / "checkpoints").is_dir():
+        if peft:
+            raise InputError(f"--peft is for runs of omni-jax finetune, which {src} is not")
+        from omni_jax.checkpoint import convert as converted
+
+        shard = None if max_shard_gb is None else max(1, int(max_shard_gb * 1e9))
+        size = converted.export(src, dst, max_shard_bytes=shard, progress=sys.stderr.isatty())
+    else:
+        from omni_jax.train import export as trained
+
+        size = trained.export(src, dst, peft=peft, shard_bytes=max(1, int((max_shard_gb or 5) * 1e9)))
     report("exported", str(dst), size, began, as_json)
 
 
@@ -91,7 +119,6 @@ def inspect(
     Args:
       path: Checkpoint folder of either kind, a model on the hub, or the URL of a converted folder.
       verify: Read every array and check its shape, that it is finite, and its checksum.
-      as_json: Print one line of JSON and nothing else.
     """
     from omni_jax.checkpoint.report import inspect as run
 

@@ -6,7 +6,8 @@ import datetime
 import functools
 import json
 import pathlib
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +15,13 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from omni_jax.errors import InputError
+from omni_jax.errors import InputError, warn
 from omni_jax.processing.media import MediaError, decode_base64
 from omni_jax.processing.options import Kind, check_option
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+# Of a message, beside role and content: what chat templates read of calls of tools and their results.
+TOOL_KEYS = ("tool_calls", "tool_call_id", "name")
 # The system message under which the model was trained to speak; speech is only right under exactly this one.
 SPEECH_SYSTEM_MESSAGE = (
     "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and "
@@ -53,11 +56,43 @@ class Part:
 
 @dataclass(frozen=True)
 class Message:
-    """What one side says. `plain` remembers that the content was a string: templates may tell the two apart."""
+    """What one side says.
+
+    Attributes:
+      role: one of ROLES.
+      parts: its content.
+      plain: whether the content was a string: templates may tell the two apart.
+      calls: those of TOOL_KEYS that it has.
+    """
 
     role: str
     parts: tuple[Part, ...]
     plain: bool = False
+    calls: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """Its texts, joined."""
+        return "".join(p.source for p in self.parts if p.kind == "text")
+
+
+def with_system_message(conversation: tuple[Message, ...], *, speech: bool) -> tuple[Message, ...]:
+    """The one rule for system messages, of the command, Python, batch jobs, training and servers.
+
+    A conversation's own system message stays. Without one, a conversation that is to be spoken, or that speech is
+    trained on, gets the published one, SPEECH_SYSTEM_MESSAGE. In any other, the chat template decides; the published
+    template writes "You are a helpful assistant.". An InputWarning says where speech has another one.
+    """
+    if not speech:
+        return conversation
+    if conversation[0].role != "system":
+        return (Message("system", (Part("text", SPEECH_SYSTEM_MESSAGE),), plain=True), *conversation)
+    if conversation[0].text.strip() != SPEECH_SYSTEM_MESSAGE:
+        warn(
+            "speech degrades under another system message than the one that the model was trained to speak under; "
+            "leave the system message out, and put instructions into the user's first message"
+        )
+    return conversation
 
 
 def _source(value: Any, key: str, where: str) -> Any:
@@ -136,16 +171,43 @@ def parse_conversation(messages: Any) -> tuple[Message, ...]:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ConversationError(f"{where} has role {role!r}; known are {', '.join(ROLES)}")
+        calls = _calls(message, where)
+        if content is None and "tool_calls" in calls:
+            content = ""
         if isinstance(content, str):
             parts: tuple[Part, ...] = (_text(content, where),)
         elif isinstance(content, list | tuple):
             parts = tuple(_part(item, f"{where}, content item {j}") for j, item in enumerate(content))
         else:
             raise ConversationError(f"{where} has content of {type(content).__name__}; give a string or a list")
-        if not any(p.source for p in parts if p.kind == "text") and all(p.kind == "text" for p in parts):
+        if role == "user" and not any(p.kind != "text" or p.source for p in parts):
             raise ConversationError(f"{where} ({role}) has no content; give it a text or a medium, or leave it out")
-        out.append(Message(role, parts, isinstance(content, str)))
+        out.append(Message(role, parts, isinstance(content, str), calls))
     return tuple(out)
+
+
+def _calls(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What a message says of tools. Arguments that are JSON text, as OpenAI has them, become objects: templates write
+    them as JSON."""
+    calls = {key: message[key] for key in TOOL_KEYS if message.get(key)}
+    given = calls.get("tool_calls")
+    if given is None:
+        return calls
+    if not isinstance(given, list | tuple) or not all(isinstance(call, Mapping) for call in given):
+        raise ConversationError(f"{where}: tool_calls must be a list of objects")
+    calls["tool_calls"] = [_with_arguments(call, where) for call in given]
+    return calls
+
+
+def _with_arguments(call: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_arguments(call["function"], where)}
+    if not isinstance(call.get("arguments"), str):
+        return dict(call)
+    try:
+        return {**call, "arguments": json.loads(call["arguments"] or "{}")}
+    except (ValueError, RecursionError) as e:
+        raise ConversationError(f"{where}: the arguments of a tool call are not JSON ({e})") from None
 
 
 def read_template(folder: str | pathlib.Path) -> str:
@@ -190,8 +252,36 @@ def _compiled(template: str) -> jinja2.Template:
     return env.from_string(template)
 
 
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """Plain data with each of its strings changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_map_strings(k, change): _map_strings(v, change) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_strings(v, change) for v in value]
+    return value
+
+
+def _check_tools(messages: Sequence[Message], tools: Any, template: str) -> None:
+    """Raises ConversationError where the template would leave out what the conversation says of tools."""
+    if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(t, Mapping) for t in tools)):
+        raise ConversationError("tools must be a list of objects, as chat completion requests have them")
+    called = any("tool_calls" in m.calls for m in messages)
+    for name, wanted in (("tools", bool(tools)), ("tool_calls", called)):
+        if wanted and not re.search(rf"\b{name}\b", template):
+            raise ConversationError(
+                f"the chat template of this checkpoint has no place for {name}; write them into the messages' text"
+            )
+
+
 def render(
-    messages: Sequence[Message], template: str, *, add_generation_prompt: bool = True, controls: Collection[str] = ()
+    messages: Sequence[Message],
+    template: str,
+    *,
+    tools: Any = None,
+    add_generation_prompt: bool = True,
+    controls: Collection[str] = (),
 ) -> tuple[str, str]:
     """Writes the prompt's text.
 
@@ -201,6 +291,7 @@ def render(
 
     Args:
       template: Jinja source, as `transformers` takes it.
+      tools: that the model may call: JSON objects for the template.
       add_generation_prompt: end with the opening of the assistant's turn.
       controls: names of special tokens.
     Returns:
@@ -208,7 +299,9 @@ def render(
     Raises:
       ConversationError: the template fails.
     """
-    texts = [p.source for m in messages for p in m.parts if p.kind == "text"]
+    _check_tools(messages, tools, template)
+    texts = [m.text for m in messages]
+    _map_strings([tools, *(m.calls for m in messages)], lambda text: texts.append(text) or text)  # type: ignore[func-returns-value]
     first = {name[0] for name in controls}
     # Private-use characters; one of them is free unless a text uses all 6,400.
     used = set().union(*texts) | set(template)
@@ -225,9 +318,11 @@ def render(
             {"type": "text", "text": guard(p.source)} if p.kind == "text" else {"type": p.kind, p.kind: p.kind}
             for p in message.parts
         ]
-        plain.append({"role": message.role, "content": items[0]["text"] if message.plain else items})
+        content = items[0]["text"] if message.plain else items
+        plain.append({"role": message.role, "content": content} | _map_strings(message.calls, guard))
+    given = {} if tools is None else {"tools": _map_strings(tools, guard)}
     try:
-        text = _compiled(template).render(messages=plain, add_generation_prompt=add_generation_prompt)
+        text = _compiled(template).render(messages=plain, add_generation_prompt=add_generation_prompt, **given)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as e:
         raise ConversationError(f"the chat template fails ({e}); see whether it fits this conversation") from None
     return text, mark

@@ -17,7 +17,9 @@ FORMATS: tuple[AudioFormat, ...] = get_args(AudioFormat)
 _ENCODINGS = {
     "wav": ("WAV", "PCM_16"), "flac": ("FLAC", "PCM_16"), "mp3": ("MP3", "MPEG_LAYER_III"), "opus": ("OGG", "OPUS"),
 }  # fmt: skip
-_SUFFIXES: dict[str, AudioFormat] = {".flac": "flac", ".mp3": "mp3", ".opus": "opus", ".ogg": "opus"}
+_SUFFIXES: dict[str, AudioFormat] = {
+    ".wav": "wav", ".wave": "wav", "": "wav", ".flac": "flac", ".mp3": "mp3", ".opus": "opus", ".ogg": "opus",
+}  # fmt: skip
 
 
 class OutputError(InputError):
@@ -25,8 +27,13 @@ class OutputError(InputError):
 
 
 def format_of(path: str | pathlib.Path) -> AudioFormat:
-    """The format that a file's suffix names; wav where it names none."""
-    return _SUFFIXES.get(pathlib.Path(path).suffix.lower(), "wav")
+    """The format that a file's suffix names; wav where there is no suffix. Raises OutputError for any other suffix."""
+    found = _SUFFIXES.get(pathlib.Path(path).suffix.lower())
+    if found is None:
+        raise OutputError(
+            f"{path}: its suffix is that of no format that is written here; use .wav, .flac, .mp3 or .opus"
+        )
+    return found
 
 
 def check_writable(path: str | pathlib.Path) -> None:

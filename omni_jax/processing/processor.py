@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from omni_jax.config import ConfigError, OmniConfig, ThinkerConfig
+from omni_jax.errors import InputError
 from omni_jax.processing import audio, chat, images, options
 from omni_jax.processing import positions as P
 from omni_jax.processing.audio import MelConfig, TimeRange, load_audio, log_mel, mel_config
@@ -20,6 +21,7 @@ from omni_jax.processing.media import ANYTHING, Access, MediaError, describe
 from omni_jax.processing.tokenizer import Tokenizer
 from omni_jax.processing.video import Video, load_video
 from omni_jax.processing.video_sampling import Sampling
+from omni_jax.settings import MediaSettings
 
 MAX_POSITION = 1 << 30  # position ids are int32
 CONTROLS = ("audio", "image", "video", "audio_start", "audio_end", "vision_start", "vision_end")
@@ -60,6 +62,10 @@ def stop_token_ids(path: pathlib.Path, cfg: OmniConfig, tokenizer: Tokenizer) ->
     return (tokenizer.id(name),)
 
 
+class PromptError(InputError):
+    """A prompt that the model cannot read; the message gives the numbers and the remedy."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A conversation as arrays.
@@ -82,10 +88,35 @@ class Prompt:
     segments: tuple[P.Segment, ...]
 
 
+def media_defaults(media: Any, more: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of media items by name, of what a caller gave: None, MediaSettings or a mapping; and more by name.
+
+    Raises:
+      InputError: a name that processing.options does not know, or a value that does not fit.
+    """
+    if isinstance(media, MediaSettings):
+        media = media.given()
+    if media is not None and not isinstance(media, Mapping):
+        raise InputError(f'media is {type(media).__name__}; give MediaSettings, or a dictionary such as {{"fps": 1.0}}')
+    given = {name: value for name, value in {**(media or {}), **more}.items() if value is not None}
+    for name, value in given.items():
+        options.check_option(name, value, "media")
+    return {"use_audio_in_video": False} | given
+
+
 def _options(part: chat.Part, defaults: dict[str, Any]) -> dict[str, Any]:
     """The options that hold for a medium: its own, and those defaults that its kind knows."""
     known = {name: value for name, value in defaults.items() if name in options.names(part.kind)}
     return options.merge_options(known, part.options)
+
+
+def check_context(prompt: Prompt, context: int) -> None:
+    """Raises PromptError where a prompt leaves no room for a reply in a context of so many tokens."""
+    if len(prompt.ids) >= context:
+        raise PromptError(
+            f"the prompt has {len(prompt.ids)} tokens and leaves no room for a reply in the context of {context}; "
+            "shorten it, or lower max_pixels, fps or max_frames"
+        )
 
 
 @dataclass(frozen=True)
@@ -146,15 +177,14 @@ class Processor:
     def __call__(
         self,
         messages: Any,
+        media: MediaSettings | Mapping[str, Any] | None = None,
         *,
-        use_audio_in_video: bool = False,
-        fps: float | None = None,
-        min_frames: int | None = None,
-        max_frames: int | None = None,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
+        speech: bool = False,
+        tools: Any = None,
+        context: int | None = None,
         add_generation_prompt: bool = True,
         access: Access = ANYTHING,
+        **given: Any,
     ) -> Prompt:
         """Reads a conversation and its media.
 
@@ -163,27 +193,34 @@ class Processor:
 
         Args:
           messages: see `chat.parse_conversation`.
-          use_audio_in_video, fps, min_frames, max_frames, min_pixels, max_pixels: for items that do not say
-            themselves; None is the checkpoint's or the reference's default.
+          media: how media are read where items do not say: `MediaSettings`, or options of processing.options by name.
+          speech: the reply is to be spoken, or speech is trained; see `chat.with_system_message`.
+          tools: that the model may call; see `chat.render`.
+          context: tokens that the model's context holds; None checks no length.
           add_generation_prompt: end with the opening of the assistant's turn.
           access: what sources may be opened.
+          **given: the same by name, as a short form.
         Raises:
           ConversationError: a conversation that cannot be read, or a template that does not fit it.
           MediaError: a medium that cannot be read.
+          InputError: an unknown option or one out of range, or a prompt that leaves no room in the context.
         """
-        conversation = chat.parse_conversation(messages)
-        controls = self.tokenizer.controls
+        defaults = media_defaults(media, given)
+        conversation = chat.with_system_message(chat.parse_conversation(messages), speech=speech)
         text, mark = chat.render(
-            conversation, self.template, add_generation_prompt=add_generation_prompt, controls=controls
-        )
+            conversation, self.template, tools=tools, add_generation_prompt=add_generation_prompt,
+            controls=self.tokenizer.controls,
+        )  # fmt: skip
         parts = [p for m in conversation for p in m.parts if p.kind != "text"]
         runs = self._split(text, mark, [p.kind for p in parts])
-        defaults = {
-            "use_audio_in_video": use_audio_in_video, "fps": fps, "min_frames": min_frames, "max_frames": max_frames,
-            "min_pixels": min_pixels, "max_pixels": max_pixels,
-        }  # fmt: skip
-        media = [self._read(p, _options(p, defaults), access) for p in parts]
+        read = [self._read(p, _options(p, defaults), access) for p in parts]
+        prompt = self._assemble(text.replace(mark, ""), runs, read)
+        if context is not None:
+            check_context(prompt, context)
+        return prompt
 
+    def _assemble(self, text: str, runs: Sequence[Sequence[int]], media: Sequence[_Medium]) -> Prompt:
+        """Runs of text with media between them as one prompt."""
         ids: list[np.ndarray] = []
         segments: list[P.Segment] = []
         for i, run in enumerate(runs):
@@ -196,7 +233,7 @@ class Processor:
         if not ids:
             raise chat.ConversationError("the chat template wrote nothing; use the checkpoint's own template")
         return Prompt(
-            text.replace(mark, ""),
+            text,
             np.concatenate(ids),
             P.position_ids(segments, self.cfg),
             tuple(m.image for m in media if m.image is not None),

@@ -17,7 +17,6 @@ import safetensors.numpy
 
 from omni_jax.cli import main
 from omni_jax.errors import InputError
-from omni_jax.processing.chat import SPEECH_SYSTEM_MESSAGE
 from tests import media
 
 MEDIA = pathlib.Path(__file__).parents[2] / "docs" / "media"
@@ -55,7 +54,6 @@ def test_json_is_one_line_and_equals_python(command, model):
     got = json.loads(out)
     want = model.generate(
         [
-            {"role": "system", "content": SPEECH_SYSTEM_MESSAGE},
             {"role": "user", "content": [
                 {"type": "image", "image": str(MEDIA / "cat.jpg"), "max_pixels": 30000},
                 {"type": "text", "text": "What is this?"},
@@ -84,21 +82,22 @@ def test_text_goes_to_stdout_and_progress_to_stderr(command, model):
 def test_order_of_media(monkeypatch, capsys, checkpoint, model, tmp_path):
     """Images, audios, videos, then the text, whatever the order of the flags; and a messages file says the same."""
     seen = []
-    monkeypatch.setattr(type(model), "prepare", lambda self, messages, **k: seen.append((messages, k)) or 1 / 0)
+    monkeypatch.setattr(
+        type(model), "prepare", lambda self, messages, media, **k: seen.append((messages, media.given())) or 1 / 0
+    )
     flags = ["--video", "v.mp4", "--text", "T", "--audio", "a.wav", "--image", "1.png", "--image", "2.png"]
     with pytest.raises(ZeroDivisionError):
         run(monkeypatch, capsys, "generate", "--model", checkpoint, *flags, "--fps", 3, "--use-audio-in-video")
     (messages, options), = seen  # fmt: skip
-    assert [(p["type"], p[p["type"]]) for p in messages[1]["content"]] == [
+    assert [(p["type"], p[p["type"]]) for p in messages[0]["content"]] == [
         ("image", "1.png"), ("image", "2.png"), ("audio", "a.wav"), ("video", "v.mp4"), ("text", "T"),
     ]  # fmt: skip
-    assert messages[0] == {"role": "system", "content": SPEECH_SYSTEM_MESSAGE}
     assert options == {"use_audio_in_video": True, "fps": 3.0}
     file = tmp_path / "m.json"
     file.write_text(json.dumps(messages))
     with pytest.raises(ZeroDivisionError):
         run(monkeypatch, capsys, "generate", "--model", checkpoint, "--messages", file, "--max-frames", 8)
-    assert seen[1] == (messages, {"use_audio_in_video": False, "max_frames": 8})
+    assert seen[1] == (messages, {"max_frames": 8})
 
 
 def _bad_inputs(tmp: pathlib.Path) -> dict[str, tuple[list, str]]:
@@ -143,7 +142,7 @@ def _bad_inputs(tmp: pathlib.Path) -> dict[str, tuple[list, str]]:
         "media beside messages": (["--messages", tmp / "role.json", "--image", "x.png"], "--image"),
         "temperature": ([*ask, "--temperature", "-1"], "temperature"),
         "a voice without speech": ([*ask, "--voice", "Ethan"], "--voice goes with --speech"),
-        "top-k": ([*ask, "--top-k", "9" * 12], "top_k"),
+        "top-k": ([*ask, "--top-k", "9" * 12], "--top-k is 999999999999"),
         "an object for messages": (["--messages", tmp / "object.json"], "object.json holds no list"),
         "messages in messages": (["--messages", tmp / "nested.json"], "message 0 is list"),
         "JSON without end": (["--messages", tmp / "deep.json"], "deep.json"),

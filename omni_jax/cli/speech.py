@@ -1,0 +1,71 @@
+"""The commands about speech: `omni-jax vocode`, `voices`."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import tyro
+
+from omni_jax.cli.arguments import array_file, codes_file
+from omni_jax.cli.flags import Flags
+from omni_jax.settings import ModelSource, SpeechSettings, VocoderSettings
+
+
+def vocode(
+    out: tyro.conf.Positional[pathlib.Path],
+    model: Flags[ModelSource],
+    vocoder: Flags[VocoderSettings],
+    *,
+    codes: pathlib.Path,
+    noise: pathlib.Path | None = None,
+    seed: int = 0,
+) -> None:
+    """Synthesize audio from codec ids.
+
+    Args:
+      out: Audio file (wav, flac, mp3 or opus, by its suffix), or .npy for float32 samples at 24 kHz.
+      codes: Codec ids: a .npy row of whole numbers, or JSON: a list, or what `generate --json` prints.
+      noise: A .npy of float32 (2 x codes, mel) to start from, in place of random noise.
+      seed: Seed of the noise.
+    """
+    from omni_jax.processing.encode import check_writable, format_of, write_atomically, write_audio
+
+    check_writable(out)
+    if out.suffix != ".npy":
+        format_of(out)
+    settings = SpeechSettings(**dataclasses.asdict(vocoder) | {"seed": seed})
+    row, start = codes_file(codes), None if noise is None else [array_file(noise)]
+    import numpy as np
+
+    from omni_jax.model import token2wav
+    from omni_jax.runtime import speech
+    from omni_jax.runtime.compilation import use_compilation_cache
+
+    use_compilation_cache()
+    wave = speech.Vocoder.from_folder(model.model, mesh=model.mesh)([row], [settings], start)[0]
+    if out.suffix == ".npy":
+        write_atomically(out, lambda file: np.save(file, wave))
+    else:
+        write_audio(out, wave, token2wav.SAMPLE_RATE)
+
+
+def voices(path: tyro.conf.Positional[pathlib.Path]) -> None:
+    """List the voices of a checkpoint or of a voice file.
+
+    Args:
+      path: Checkpoint folder, spk_dict.pt or voice pack.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from omni_jax.checkpoint.speakers import load_voices, pick_voice
+
+    found = load_voices(path)
+    default = pick_voice(found).name
+    table = Table("voice", "begins with id", "reference", "")
+    for name, voice in found.items():
+        seconds = len(voice.ref_mel) / 100
+        table.add_row(Text(name), str(voice.bos_token), f"{seconds:.2f} s", "default" if name == default else "")
+    Console(highlight=False).print(table)
