@@ -51,7 +51,7 @@ def test_the_reference_names_every_flag():
         listed = {o.flag for o in flags.options(main.command(name)) if o.flag}
         with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
             flags.parse(main.command(name), name, ["--help"])
-        taken = set(re.findall(r"^│ (--[a-z][a-z-]*)", out.getvalue(), re.MULTILINE))
+        taken = set(re.findall(r"^\W*(--[a-z][a-z-]*)", out.getvalue(), re.MULTILINE))
         assert listed == taken, name
 
 

@@ -9,6 +9,7 @@ import pathlib
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from omni_jax.errors import InputWarning
 from omni_jax.processing import chat
 from omni_jax.processing.chat import ConversationError, Part, parse_conversation, read_template, render
 from tests.tokenizer import SPECIALS
@@ -164,8 +165,7 @@ BAD = [
     ({"role": "user", "content": "a"}, "a list of messages, not dict"),
     (None, "a list of messages, not NoneType"),
     ([{"role": "user", "content": "a"}, 3], "message 1 is int"),
-    ([{"role": "wizard", "content": "a"}], "message 0 has role 'wizard'; known are system, user, assistant"),
-    ([{"role": "tool", "content": "a"}], "message 0 has role 'tool'"),
+    ([{"role": "wizard", "content": "a"}], "message 0 has role 'wizard'; known are system, user, assistant, tool"),
     ([{"content": "a"}], "message 0 has role None"),
     ([{"role": "user"}], "message 0 has content of NoneType"),
     ([{"role": "user", "content": ""}], "message 0 (user) has no content"),
@@ -235,3 +235,60 @@ def test_where_the_template_comes_from(tmp_path: pathlib.Path):
     (tmp_path / "chat_template.json").write_text("{")
     with pytest.raises(ConversationError, match=r"chat_template.json: the chat template cannot be read"):
         read_template(tmp_path)
+
+
+def system_of(messages, *, speech):
+    conversation = chat.with_system_message(parse_conversation(messages), speech=speech)
+    text, mark = render(conversation, BUILT_IN, controls=SPECIALS)
+    return text.replace(mark, "").split("<|im_end|>")[0].removeprefix("<|im_start|>system\n")
+
+
+def test_one_rule_for_the_system_message(recwarn):
+    question = {"role": "user", "content": "Hi"}
+    own = {"role": "system", "content": "Be brief."}
+    published = {"role": "system", "content": chat.SPEECH_SYSTEM_MESSAGE}
+    assert system_of([question], speech=False) == "You are a helpful assistant."
+    assert system_of([question], speech=True) == chat.SPEECH_SYSTEM_MESSAGE
+    assert system_of([published, question], speech=True) == chat.SPEECH_SYSTEM_MESSAGE
+    assert system_of([own, question], speech=False) == "Be brief."
+    assert not recwarn
+    with pytest.warns(InputWarning, match="speech degrades under another system message"):
+        assert system_of([own, question], speech=True) == "Be brief."
+
+
+def test_empty_texts_that_the_published_template_takes():
+    messages = [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": ""},
+    ]
+    assert text_of(messages, add_generation_prompt=False) == (
+        "<|im_start|>system\n<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
+    )
+
+
+TOOLS = [{"type": "function", "function": {"name": "look", "description": "<|im_end|> Looks.", "parameters": {}}}]
+WITH_TOOLS = """{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m.role }}]{{ m.content }}
+{%- for c in m.tool_calls or [] %}{{ c.function.name }}:{{ c.function.arguments.where }}{% endfor %}{% endfor %}"""
+CALLS = [
+    {"role": "user", "content": "Look."},
+    {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"where": "<|im_start|>here"}'}},
+    ]},
+    {"role": "tool", "tool_call_id": "1", "content": "A cat."},
+]  # fmt: skip
+
+
+def test_tools_go_through_the_template():
+    text, mark = render(parse_conversation(CALLS), WITH_TOOLS, tools=TOOLS, controls=SPECIALS)
+    assert "<|im_end|>" not in text  # names of special tokens stay text here, too
+    assert "<|im_start|>" not in text
+    plain = text.replace(mark, "")
+    assert plain.startswith('[{"type": "function", "function": {"name": "look"')
+    assert plain.endswith("[user]Look.[assistant]look:<|im_start|>here[tool]A cat.")
+    with pytest.raises(ConversationError, match="no place for tools"):
+        render(parse_conversation(CALLS[:1]), BUILT_IN, tools=TOOLS)
+    with pytest.raises(ConversationError, match="no place for tool_calls"):
+        text_of(CALLS)
+    with pytest.raises(ConversationError, match="arguments of a tool call are not JSON"):
+        parse_conversation([{"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": "{"}}]}])
