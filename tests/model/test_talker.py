@@ -23,6 +23,9 @@ from tests.compile_counter import count_compiles
 
 KINDS = conversations.all_kinds()
 GREEDY = SpeechSettings(temperature=0.0, max_codes=40, watchdog=None)
+UNUSUAL = SpeechSettings(
+    "Ethan", temperature=0.5, top_k=7, top_p=0.6, repetition_penalty=1.3, max_codes=100, seed=9
+)
 
 
 def codes_of(model, conversation, settings, tokens, **changes):
@@ -169,7 +172,7 @@ def test_one_code_at_a_time_and_no_compilation(speaker):
     with count_compiles() as n:
         builders = speaker.speech.builders(replies, [settings])
         calls = sum(1 for _ in speaker.speech.codes(trace, replies, [settings], builders, steps=1))
-        codes_of(speaker, KINDS["text"], SpeechSettings("Ethan", 0.5, 7, 0.6, 1.3, 100, 9), 30)
+        codes_of(speaker, KINDS["text"], UNUSUAL, 30)
     assert builders[0].codes == whole.codes
     assert calls >= len(whole.codes)
     assert n.value == 0
