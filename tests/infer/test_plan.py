@@ -133,7 +133,7 @@ def test_a_clip_and_its_sound_cost_what_the_processor_gives_them(model, frames, 
         [media.picture(120, 160, seed) for seed in range(frames)], fps, sound=media.tone(seconds), rate=16000
     )
     content = [{"type": "video", "video": clip}, {"type": "text", "text": "?"}]
-    prompt = model.prepare([{"role": "user", "content": content}], use_audio_in_video=True, **options)
+    prompt = model.prepare([{"role": "user", "content": content}], {"use_audio_in_video": True, **options})
     asked = command.Asked(video=(f"160x120:{seconds}@{fps}",), use_audio_in_video=True, **options)
     cfg = model.config.thinker
     pictures, sound = command.read_media(asked, cfg, None)

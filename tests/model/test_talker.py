@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from omni_jax import SpeechSettings, buckets
+from omni_jax import GenerationSettings, SpeechSettings, buckets
 from omni_jax import config as C
 from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.speakers import pick_voice
@@ -23,9 +23,7 @@ from tests.compile_counter import count_compiles
 
 KINDS = conversations.all_kinds()
 GREEDY = SpeechSettings(temperature=0.0, max_codes=40, watchdog=None)
-UNUSUAL = SpeechSettings(
-    "Ethan", temperature=0.5, top_k=7, top_p=0.6, repetition_penalty=1.3, max_codes=100, seed=9
-)
+UNUSUAL = SpeechSettings("Ethan", temperature=0.5, top_k=7, top_p=0.6, repetition_penalty=1.3, max_codes=100, seed=9)
 
 
 def codes_of(model, conversation, settings, tokens, **changes):
@@ -34,7 +32,7 @@ def codes_of(model, conversation, settings, tokens, **changes):
     each = settings if isinstance(settings, list) else [settings] * len(batch)
     trace = speech.ThinkerTrace()
     prompts = [model.prepare(c) for c in batch]
-    written = [model._settings(None, {"max_new_tokens": tokens} | changes, 1)[0]] * len(batch)
+    written = [GenerationSettings(max_new_tokens=tokens, **changes)] * len(batch)
     loop = model.run(prompts, written, trace=trace)
     try:
         while True:
