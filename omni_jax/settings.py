@@ -127,7 +127,7 @@ def _read(value: Any, hint: Any, limits: tuple[float, float | None] | None) -> t
 
 
 def _read_tuple(value: Any, hint: Any, limits: tuple[float, float | None] | None) -> tuple[Any, str]:
-    entry = "string" if hint is str else "whole number"
+    entry = {str: "string", int: "whole number"}.get(hint, "number")
     if isinstance(value, hint):
         value = (value,)
     if not isinstance(value, list | tuple | np.ndarray):
@@ -145,9 +145,10 @@ def _read_number(value: Any, kind: type, limits: tuple[float, float | None] | No
         inside = (low is None or low <= value) and (high is None or value <= high)  # type: ignore[operator]
         if inside and (kind is int or math.isfinite(value)):
             return kind(value), ""
+    form = "d" if kind is int else "g"
     said = ["a whole number" if kind is int else "a number"]
-    said += [f"at least {low}"] if low is not None else []
-    said += [f"at most {high}"] if high is not None else []
+    said += [f"at least {low:{form}}"] if low is not None else []
+    said += [f"at most {high:{form}}"] if high is not None else []
     return value, ", ".join(said[:-1]) + (" and " if len(said) == 3 else ", ") + said[-1] if len(said) > 1 else said[0]
 
 

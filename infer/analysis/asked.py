@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from omni_jax.settings import MediaSettings, option
@@ -17,5 +16,5 @@ class Asked(MediaSettings):
     reply: int = option(1024, "Maximum number of tokens of a reply.", (1, 2**24))
     image: tuple[str, ...] = option((), "An image, as WIDTHxHEIGHT.")
     video: tuple[str, ...] = option((), "A video, as WIDTHxHEIGHT:SECONDS or WIDTHxHEIGHT:SECONDS@FPS.")
-    audio: tuple[float, ...] = option((), "Seconds of audio.", (0.0, math.inf))
+    audio: tuple[float, ...] = option((), "Seconds of audio.", (0.0, 1e5))
     speech: float = option(0.0, "Seconds of speech to answer with; 0 is text only.", (0.0, 1e6))

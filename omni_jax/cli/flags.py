@@ -65,7 +65,7 @@ def _with_flag(message: str, fields: Sequence[dataclasses.Field]) -> str:
     """The message of a setting that is wrong, with the flag's name in place of the field's."""
     name, found, rest = message.partition(" is ")
     flag = next((flag_name(f) for f in fields if f.name == name), None)
-    return f"--{flag}{found}{rest}" if flag else message
+    return f"--{flag}{found}{rest.removesuffix(', or None')}" if flag else message
 
 
 def _is_settings(kind: Any) -> bool:
