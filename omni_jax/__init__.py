@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from omni_jax.api import Omni as Omni
     from omni_jax.api import load as load
     from omni_jax.errors import InputError as InputError
+    from omni_jax.model.stages import PARTS as PARTS
     from omni_jax.runtime.memory_model import MemoryNeedError as MemoryNeedError
-    from omni_jax.runtime.speech import PARTS as PARTS
     from omni_jax.settings import DoneEvent as DoneEvent
     from omni_jax.settings import GenerationSettings as GenerationSettings
     from omni_jax.settings import Reply as Reply

@@ -12,8 +12,10 @@ import numpy as np
 
 from omni_jax.errors import InputError
 
-FinishReason = Literal["eos", "stop", "length", "context"]
-SpeechFinishReason = Literal["eos", "length", "empty", "watchdog:length", "watchdog:loop", "watchdog:silence"]
+FinishReason = Literal["eos", "stop", "length", "context", "interrupted", "error"]
+SpeechFinishReason = Literal[
+    "eos", "length", "empty", "interrupted", "watchdog:length", "watchdog:loop", "watchdog:silence"
+]
 
 # How many alternatives a reply can carry per token; the decode loop always keeps this many, so that asking compiles
 # nothing new.
@@ -124,6 +126,8 @@ class SpeechSettings:
       ode_solver: `rk38` evaluates the DiT 4 times a step, `midpoint` twice, `euler` once (`omni-jax solvers` tells what
         that costs).
       watchdog: when to cut speech off; None for never.
+      mode: `exact` makes the audio of the whole utterance, equal to the reference; `windowed` makes it block by block
+        while the codes come. None: windowed where the reply is streamed, else exact.
     """
 
     voice: str | None = None
@@ -136,6 +140,7 @@ class SpeechSettings:
     ode_steps: int = 10
     ode_solver: OdeSolver = "rk38"
     watchdog: Watchdog | None = Watchdog()
+    mode: Literal["exact", "windowed"] | None = None
 
     def __post_init__(self) -> None:
         """Raises InputError naming the setting that is out of range."""
@@ -173,6 +178,7 @@ class Reply:
       speech_finish_reason: `eos` (the Talker ended), `length` (max_codes), `empty` (the reply has less than two ids,
         so that the Talker hears nothing), `watchdog:…` (cut off; see `Watchdog`).
       seconds: length of the waveform.
+      error: why the reply is not complete; None where it is.
     """
 
     text: str
@@ -185,11 +191,14 @@ class Reply:
     waveform: np.ndarray | None = field(default=None, compare=False)
     speech_finish_reason: SpeechFinishReason | None = None
     seconds: float | None = None
+    error: InputError | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; log-probabilities and speech only when asked for, the waveform never."""
-        out = dataclasses.asdict(dataclasses.replace(self, waveform=None))
-        del out["waveform"]
+        out = dataclasses.asdict(dataclasses.replace(self, waveform=None, error=None))
+        del out["waveform"], out["error"]
+        if self.error is not None:
+            out["error"] = str(self.error)
         out["codec_ids"] = out.pop("codes")
         absent = ["logprobs"] if self.logprobs is None else []
         if self.codes is None:
@@ -199,17 +208,62 @@ class Reply:
 
 @dataclass(frozen=True)
 class TextEvent:
-    """A piece of streamed text, never half a character and never part of a stop string, and the ids drawn for it."""
+    """A piece of streamed text, never half a character and never part of a stop string, and the ids drawn for it.
+
+    Attributes:
+      seconds: since the request was submitted; in the other events too.
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class AudioEvent:
+    """A piece of streamed speech.
+
+    Attributes:
+      samples: float32 [n] at 24 kHz, 480 for each code.
+      codes: the codec ids that these samples are.
+      drawn: codes that the Talker had drawn when this piece left.
+    """
+
+    samples: np.ndarray
+    codes: tuple[int, ...]
+    drawn: int
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class ErrorEvent:
+    """A request that failed: the last event of it. `reply` is what there is of its reply. Other requests go on."""
+
+    error: InputError
+    seconds: float = 0.0
+    reply: Reply | None = None
+
+
+@dataclass(frozen=True)
+class ReadEvent:
+    """The end of a request that only reads.
+
+    Attributes:
+      tokens: of the prompt.
+      reused: of these, those that had been read before.
+    """
+
+    tokens: int
+    reused: int
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class DoneEvent:
-    """The end of a stream; the whole reply."""
+    """The end of a request; the whole reply."""
 
     reply: Reply
+    seconds: float = 0.0
 
 
-Event = TextEvent | DoneEvent
+Event = TextEvent | AudioEvent | ReadEvent | ErrorEvent | DoneEvent

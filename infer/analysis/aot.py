@@ -22,7 +22,7 @@ from omni_jax.infer.analysis.depth import truncate_layers
 from omni_jax.infer.analysis.facts import GIB, MIB, PICTURE_WINDOWS, Facts, clips, facts
 from omni_jax.model.token2wav import Flow
 from omni_jax.parallel import meshes
-from omni_jax.runtime import generation
+from omni_jax.runtime import slots
 
 CONTEXT = 4096
 LONG = 32768
@@ -33,7 +33,7 @@ def listed(
     cfg: C.OmniConfig, placement: meshes.Placement, keep: pathlib.Path | None = None
 ) -> dict[str, Callable[[], Facts]]:
     """Everything that the table is made of, by name; `keep` as for `compile_program`."""
-    loop, context = generation.LOOP_STEPS, CONTEXT
+    loop, context = slots.LOOP_STEPS, CONTEXT
     run: dict[str, Callable[[], Facts]] = {}
     said = partial(facts, keep=keep)
     for b in (1, 32):

@@ -25,7 +25,7 @@ from omni_jax.parallel import meshes
 from omni_jax.processing import audio, images, video_sampling
 from omni_jax.processing.media import MediaError
 from omni_jax.runtime import memory_model as M
-from omni_jax.runtime.speech import TALKER_CACHE_STEP, cache_slots
+from omni_jax.runtime.memory_model import TALKER_CACHE_STEP, cache_slots
 
 PRESETS = ("3b", "7b", "nano")
 CODES_PER_SECOND = 50

@@ -140,7 +140,7 @@ def generate(
     from rich.console import Console
 
     from omni_jax.processing.encode import check_writable, write_audio
-    from omni_jax.settings import DoneEvent, GenerationSettings, SpeechSettings, Watchdog
+    from omni_jax.settings import DoneEvent, GenerationSettings, SpeechSettings, TextEvent, Watchdog
 
     settings = GenerationSettings(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, logprobs=logprobs
@@ -185,7 +185,7 @@ def generate(
         for event in loaded.stream(conversation, settings, speech=spoken, media=media):
             if isinstance(event, DoneEvent):
                 reply = event.reply
-            else:
+            elif isinstance(event, TextEvent):
                 status.stop()
                 print(event.text, end="", flush=True)
     finally:

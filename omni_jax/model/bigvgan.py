@@ -62,6 +62,26 @@ def hop(cfg: BigVGANConfig) -> int:
     return math.prod(cfg.upsample_rates)
 
 
+def receptive_field(cfg: BigVGANConfig) -> int:
+    """How many mel frames before and after its own a sample can depend on.
+
+    It is a bound from the layers' widths, 36 frames for the published model. What lies further off than a third of it
+    has passed the outermost taps of a dozen filters, and changes no sample by more than float32's rounding: see
+    `docs/streaming.md` for the measured decay, and `runtime.vocoder_stream.Schedule.context` for what streams use.
+    """
+    reach = (7 - 1) // 2 + FILTER_TAPS // 2
+    for rate, width in reversed(list(zip(cfg.upsample_rates, cfg.upsample_kernel_sizes))):
+        # Of each unit: a dilated convolution, a plain one, and an activation before each.
+        reach += max(
+            sum((size - 1) // 2 * (dilation + 1) + FILTER_TAPS for dilation in dilations)
+            for size, dilations in zip(cfg.resblock_kernel_sizes, cfg.resblock_dilation_sizes)
+        )
+        crop = (width - rate) // 2
+        low, high = (width - 1 - crop) // rate, (rate - 1 + crop) // rate
+        reach = max(-(-reach // rate) + low, (reach + rate - 1) // rate + high)
+    return reach + (7 - 1) // 2
+
+
 @functools.cache
 def filter_taps() -> np.ndarray:
     """The 12 taps of the half-band Kaiser-windowed sinc filter, which goes up and down alike; they sum to 1.

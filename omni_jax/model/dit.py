@@ -41,7 +41,7 @@ class Condition(NamedTuple):
 
     Attributes:
       base: [R, L, D], the input embedding of all but the state, its bias included.
-      cos, sin: [N, Q, C / 2], rotary angles of head 0.
+      cos, sin: [N, Q, C / 2] or, where rows begin at frames of their own, [R, N, Q, C / 2]: rotary angles of head 0.
       visible: [B, N, 3Q], which keys of the blocks before, at and after each block exist.
     """
 
@@ -49,6 +49,13 @@ class Condition(NamedTuple):
     cos: jax.Array
     sin: jax.Array
     visible: jax.Array
+
+
+class KeysValues(NamedTuple):
+    """Keys (rotated) and values of attention, equal in shape; the functions say which."""
+
+    k: jax.Array
+    v: jax.Array
 
 
 def _inv_freq(cfg: DiTConfig) -> np.ndarray:
@@ -123,6 +130,34 @@ def layer_windows(cfg: DiTConfig) -> np.ndarray:
     return np.array([(i in cfg.look_backward_layers, True, i in cfg.look_ahead_layers) for i in layers])
 
 
+def look_back_layers(cfg: DiTConfig) -> tuple[int, ...]:
+    """The layers that see the block before their own; their states are what a stream keeps of its past.
+
+    Where a configuration has none, layer 0 stands in for them, so that the state has a shape; nothing reads it.
+    """
+    return tuple(i for i in range(cfg.num_hidden_layers) if i in cfg.look_backward_layers) or (0,)
+
+
+def voice_vectors(
+    params: Params, cfg: DiTConfig, spk: jax.Array, mel: jax.Array, mel_lengths: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What a voice adds to the input embedding of each of its frames; ECAPA runs here and nowhere else.
+
+    Args:
+      params, spk, mel, mel_lengths: as for `condition`.
+    Returns:
+      [B, D] of the voices, and [1, D]: the whole null embedding (zero voice, zero reference, code 0), the same for all.
+    """
+    # One more reference row: the null one. All its frames are equal, so its length does not matter.
+    mels = jnp.concatenate([mel, jnp.zeros_like(mel[:1])])
+    mels_lengths = jnp.concatenate([mel_lengths, jnp.full_like(mel_lengths[:1], ecapa.shortest_mel(cfg))])
+    embed = params["input_embed"]
+    voice = ecapa.speaker_vector(embed["spk_encoder"], cfg, mels, mels_lengths)
+    _, w_voice, w_code, w_spk = _split_projection(cfg, merged_weight(embed["proj"]))
+    null = linear(params["text_embed"]["codec_embed"]["weight"][:1], w_code) + linear(voice[-1:], w_voice)
+    return linear(spk, w_spk) + linear(voice[:-1], w_voice), null
+
+
 def condition(
     params: Params,
     cfg: DiTConfig,
@@ -148,29 +183,48 @@ def condition(
     Raises:
       ValueError: the padded length does not fill blocks.
     """
+    return condition_at(params, cfg, codes, lengths, *voice_vectors(params, cfg, spk, mel, mel_lengths), guided=guided)
+
+
+def condition_at(
+    params: Params,
+    cfg: DiTConfig,
+    codes: jax.Array,
+    lengths: jax.Array,
+    voice: jax.Array,
+    null: jax.Array,
+    starts: jax.Array | None = None,
+    guided: bool = True,
+) -> Condition:
+    """`condition` of a stretch of speech, with the voices encoded.
+
+    Args:
+      codes: [B, n], those of the stretch.
+      lengths: [B] true codes of each row.
+      voice, null: of `voice_vectors`.
+      starts: [B] the frame that each row's stretch begins at, whole blocks; the block before it is visible where there
+        is one. None: all begin at 0.
+    Raises:
+      ValueError: the padded length does not fill blocks.
+    """
     frames, size = codes.shape[1] * cfg.repeats, cfg.block_size
     if frames % size:
         raise ValueError(f"{codes.shape[1]} codes make {frames} mel frames, which must be a multiple of {size}")
-    # One more reference row: the null one. All its frames are equal, so its length does not matter.
-    mels = jnp.concatenate([mel, jnp.zeros_like(mel[:1])])
-    mels_lengths = jnp.concatenate([mel_lengths, jnp.full_like(mel_lengths[:1], ecapa.shortest_mel(cfg))])
-    embed = params["input_embed"]
-    voice = ecapa.speaker_vector(embed["spk_encoder"], cfg, mels, mels_lengths)
-
-    proj = embed["proj"]
-    _, w_voice, w_code, w_spk = _split_projection(cfg, merged_weight(proj))
-    table = params["text_embed"]["codec_embed"]["weight"]
-    base = linear(table[codes], w_code) + (linear(spk, w_spk) + linear(voice[:-1], w_voice))[:, None]
+    proj = params["input_embed"]["proj"]
+    w_code = _split_projection(cfg, merged_weight(proj))[2]
+    base = linear(params["text_embed"]["codec_embed"]["weight"][codes], w_code) + voice[:, None]
     base = jnp.repeat(base, cfg.repeats, axis=1)
     if guided:
-        null = linear(table[:1], w_code) + linear(voice[-1:], w_voice)
         base = jnp.concatenate([base, jnp.broadcast_to(null, base.shape)])
 
-    blocks = frames // size
-    inside = (jnp.arange(frames) < lengths[:, None] * cfg.repeats).reshape(-1, blocks, size)
-    angles = jnp.arange(frames, dtype=jnp.float32)[:, None] * params["rotary_embed"]["inv_freq"]
-    angles = angles.reshape(blocks, size, -1)
-    return Condition(base + proj["bias"], jnp.cos(angles), jnp.sin(angles), windows(inside))
+    inside = (jnp.arange(frames) < lengths[:, None] * cfg.repeats).reshape(-1, frames // size, size)
+    places, before = jnp.arange(frames), None
+    if starts is not None:
+        places = jnp.tile(starts[:, None] + places, (2 if guided else 1, 1))
+        before = jnp.broadcast_to(starts[:, None] > 0, inside[:, 0].shape)
+    angles = places[..., None].astype(jnp.float32) * params["rotary_embed"]["inv_freq"]
+    angles = angles.reshape(*places.shape[:-1], frames // size, size, -1)
+    return Condition(base + proj["bias"], jnp.cos(angles), jnp.sin(angles), windows(inside, before))
 
 
 def _split_projection(cfg: DiTConfig, weight: jax.Array) -> list[jax.Array]:
@@ -179,11 +233,16 @@ def _split_projection(cfg: DiTConfig, weight: jax.Array) -> list[jax.Array]:
     return jnp.split(weight, np.cumsum(sizes), axis=1)
 
 
-def windows(x: jax.Array) -> jax.Array:
-    """[B, N, Q, ...] blocks to [B, N, 3Q, ...]: each with the block before and the block after; zeros outside."""
+def windows(x: jax.Array, before: jax.Array | None = None) -> jax.Array:
+    """[B, N, Q, ...] blocks to [B, N, 3Q, ...]: each with the block before and the block after.
+
+    Before the first is `before` [B, Q, ...] where it is given; else, and after the last, there are zeros.
+    """
     edge = jnp.zeros_like(x[:, :1])
-    before, after = jnp.concatenate([edge, x[:, :-1]], axis=1), jnp.concatenate([x[:, 1:], edge], axis=1)
-    return jnp.concatenate([before, x, after], axis=2)
+    first = edge if before is None else before[:, None]
+    return jnp.concatenate(
+        [jnp.concatenate([first, x[:, :-1]], axis=1), x, jnp.concatenate([x[:, 1:], edge], axis=1)], axis=2
+    )
 
 
 def rotate_first_head(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -191,16 +250,23 @@ def rotate_first_head(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array
 
     Args:
       x: [R, N, Q, H, C].
-      cos, sin: [N, Q, C / 2].
+      cos, sin: [N, Q, C / 2] or [R, N, Q, C / 2].
     """
     head = x[..., :1, :]
     even, odd = head[..., 0::2], head[..., 1::2]
-    cos, sin = cos[:, :, None], sin[:, :, None]
+    cos, sin = cos[..., None, :], sin[..., None, :]
     rotated = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(head.shape)
     return jnp.concatenate([rotated, x[..., 1:, :]], axis=-2)
 
 
-def blockwise_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, window: jax.Array) -> jax.Array:
+def blockwise_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array,
+    window: jax.Array,
+    before: KeysValues | None = None,
+) -> jax.Array:
     """Each block attends to itself and to those of its two neighbours that its layer sees.
 
     Most layers see no neighbour. They take a branch that never gathers any: the three-block form moves and multiplies
@@ -210,6 +276,7 @@ def blockwise_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.A
       q, k, v: [R, N, Q, H, C].
       visible: [R, N, 3Q] bool, which keys of the block before, its own and the one after exist.
       window: [3] bool, a row of `layer_windows`.
+      before: [R, Q, H, C], those of the block before the first, where `visible` says that there is one.
     Returns:
       [R, N, Q, H, C]; frames that see nothing get a finite value without meaning.
     """
@@ -222,24 +289,32 @@ def blockwise_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.A
         scores = jnp.where(visible[:, :, None, None], scores, jnp.finfo(scores.dtype).min)
         return jnp.einsum("rnhqk,rnkhc->rnqhc", jax.nn.softmax(scores, axis=-1), v)
 
+    k_before, v_before = before or (None, None)
     return lax.cond(
         window[0] | window[2],
-        lambda: attend(windows(k), windows(v), visible & jnp.repeat(window, size)),
+        lambda: attend(windows(k, k_before), windows(v, v_before), visible & jnp.repeat(window, size)),
         lambda: attend(k, v, visible[:, :, size : 2 * size]),
     )
 
 
 def dit_layer(
-    params: Params, cfg: DiTConfig, x: jax.Array, modulation: jax.Array, window: jax.Array, given: Condition
-) -> jax.Array:
+    params: Params,
+    cfg: DiTConfig,
+    x: jax.Array,
+    modulation: jax.Array,
+    window: jax.Array,
+    given: Condition,
+    before: KeysValues | None = None,
+) -> tuple[jax.Array, KeysValues]:
     """One layer: blockwise attention and a feed-forward part, both between AdaLN shifts, scales and gates.
 
     Args:
       x: [R, L, D].
       modulation: [6, D], of this layer at this time.
       window: [3] bool, a row of `layer_windows`.
+      before: see `blockwise_attention`.
     Returns:
-      [R, L, D].
+      [R, L, D], and the layer's keys and values [R, N, Q, H, C].
     """
     rows, frames, _ = x.shape
     shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
@@ -253,13 +328,13 @@ def dit_layer(
     )
     q, k = rotate_first_head(q, given.cos, given.sin), rotate_first_head(k, given.cos, given.sin)
     y = constrain(
-        blockwise_attention(q, k, v, visible, window).reshape(rows, frames, -1), "batch", "length", "act_proj"
+        blockwise_attention(q, k, v, visible, window, before).reshape(rows, frames, -1), "batch", "length", "act_proj"
     )
     x = constrain(x + gate * _dense(attn["to_out"]["0"], y), "batch", "length", "act_embed")
 
     ff, y = params["ff"]["ff"], _norm(x) * (1 + ff_scale) + ff_shift
     y = constrain(jax.nn.gelu(_dense(ff["0"], y), approximate=True), "batch", "length", "act_mlp")
-    return constrain(x + ff_gate * _dense(ff["3"], y), "batch", "length", "act_embed")
+    return constrain(x + ff_gate * _dense(ff["3"], y), "batch", "length", "act_embed"), KeysValues(k, v)
 
 
 def velocity(
@@ -280,16 +355,55 @@ def velocity(
     Returns:
       [B, L, mel_dim]; frames beyond the true length are finite and without meaning.
     """
-    w_state = _split_projection(cfg, merged_weight(params["input_embed"]["proj"]))[0]
-    h = jnp.tile(linear(x, w_state), (len(given.base) // len(x), 1, 1)) + given.base
-    h = constrain(h, "batch", "length", "act_embed")
 
     def body(layer: Params, h: jax.Array, inputs: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-        return dit_layer(layer, cfg, h, given=given, **inputs), None
+        return dit_layer(layer, cfg, h, inputs["modulation"], inputs["window"], given)[0], None
 
     per_layer = {"modulation": modulation[0], "window": jnp.asarray(layer_windows(cfg))}
-    h, _ = run_layers(body, params["transformer_blocks"], h, per_layer)
-    scale, shift = modulation[1]
+    h, _ = run_layers(body, params["transformer_blocks"], _embedded(params, cfg, x, given), per_layer)
+    return _guided_velocity(params, x, h, modulation[1], guidance)
+
+
+def velocity_after(
+    params: Params,
+    cfg: DiTConfig,
+    x: jax.Array,
+    modulation: tuple[jax.Array, jax.Array],
+    given: Condition,
+    guidance: float,
+    past: KeysValues,
+    keep: int,
+) -> tuple[jax.Array, KeysValues]:
+    """`velocity` of a stretch whose past is known by its states alone.
+
+    Args:
+      past: [layers, R, Q, H, C], of `look_back_layers` in the block before the stretch, at this time.
+      keep: the block of the stretch whose states are wanted.
+    Returns:
+      [B, L, mel_dim], and the states of block `keep`, shaped like `past`.
+    """
+    layers = look_back_layers(cfg)
+
+    def body(layer: Params, h: jax.Array, inputs: dict[str, jax.Array]) -> tuple[jax.Array, KeysValues]:
+        before = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, inputs["place"], 0, False), past)
+        h, states = dit_layer(layer, cfg, h, inputs["modulation"], inputs["window"], given, before)
+        return h, jax.tree.map(lambda a: a[:, keep], states)
+
+    places = [layers.index(i) if i in layers else 0 for i in range(cfg.num_hidden_layers)]
+    per_layer = {"modulation": modulation[0], "window": jnp.asarray(layer_windows(cfg)), "place": jnp.array(places)}
+    h, states = run_layers(body, params["transformer_blocks"], _embedded(params, cfg, x, given), per_layer)
+    kept = [states[i] if isinstance(states, list) else jax.tree.map(lambda a, i=i: a[i], states) for i in layers]
+    return _guided_velocity(params, x, h, modulation[1], guidance), jax.tree.map(lambda *a: jnp.stack(a), *kept)
+
+
+def _embedded(params: Params, cfg: DiTConfig, x: jax.Array, given: Condition) -> jax.Array:
+    w_state = _split_projection(cfg, merged_weight(params["input_embed"]["proj"]))[0]
+    h = jnp.tile(linear(x, w_state), (len(given.base) // len(x), 1, 1)) + given.base
+    return constrain(h, "batch", "length", "act_embed")
+
+
+def _guided_velocity(params: Params, x: jax.Array, h: jax.Array, modulation: jax.Array, guidance: float) -> jax.Array:
+    scale, shift = modulation
     out = _dense(params["proj_out"], _norm(h) * (1 + scale) + shift)
     if len(out) == len(x):
         return out

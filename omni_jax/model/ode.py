@@ -87,20 +87,38 @@ def integrate(
     Returns:
       An array like `x`.
     """
+    return integrate_and_collect(lambda x, c: (velocity(x, c), None), x, points, conditions, tableau)[0]
+
+
+def integrate_and_collect(
+    velocity: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
+    x: jax.Array,
+    points: Any,
+    conditions: Any,
+    tableau: Solver,
+) -> tuple[jax.Array, Any]:
+    """`integrate` for a velocity that also returns something to keep of each evaluation.
+
+    Args:
+      velocity: `(state, condition) -> (d state / d t, kept)`.
+    Returns:
+      The state at the last time point, and the kept trees with leading axes [S, E].
+    """
     points = jnp.asarray(points, jnp.float32)
     matrix, weights = jnp.asarray(tableau.matrix, x.dtype), jnp.asarray(tableau.weights, x.dtype)
     stages = len(tableau.nodes)
 
-    def step(x: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
+    def step(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
         dt, conditions = inputs
 
         # The stages are scanned too, so that the network is compiled once and not once a stage.
-        def stage(slopes: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
+        def stage(slopes: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
             i, row, condition = inputs
-            slope = velocity(x + dt * jnp.tensordot(row, slopes, 1), condition)
-            return slopes.at[i].set(slope), None
+            slope, kept = velocity(x + dt * jnp.tensordot(row, slopes, 1), condition)
+            return slopes.at[i].set(slope), kept
 
-        slopes, _ = lax.scan(stage, jnp.zeros((stages, *x.shape), x.dtype), (jnp.arange(stages), matrix, conditions))
-        return x + dt * jnp.tensordot(weights, slopes, 1), None
+        none = jnp.zeros((stages, *x.shape), x.dtype)
+        slopes, kept = lax.scan(stage, none, (jnp.arange(stages), matrix, conditions))
+        return x + dt * jnp.tensordot(weights, slopes, 1), kept
 
-    return lax.scan(step, x, (jnp.diff(points), conditions))[0]
+    return lax.scan(step, x, (jnp.diff(points), conditions))

@@ -46,12 +46,12 @@ def init(cfg: ThinkerConfig, key: jax.Array) -> Params:
     text, keys = cfg.text, jax.random.split(key, 5)
     ids = jnp.zeros((1, 1), jnp.int32)
     x = jnp.zeros((1, 1, text.hidden_size))
-    positions, start = jnp.zeros((3, 1, 1), jnp.int32), jnp.zeros((1,), jnp.int32)
+    positions = jnp.zeros((3, 1, 1), jnp.int32)
     table = Embedding(text.vocab_size, text.hidden_size)
     params: dict[str, Any] = {
         "model": {
             "embed_tokens": table.init(keys[0], ids)["params"],
-            **Decoder(text).init(keys[1], x, positions, start)["params"],
+            **Decoder(text).init(keys[1], x, positions)["params"],
         },
         "visual": VisionTower(cfg.vision).init(keys[3], *_zeros(vision_shapes(cfg.vision, 1, 1)))["params"],
         "audio_tower": AudioTower(cfg.audio).init(keys[4], *_zeros(audio_shapes(cfg.audio, 1)))["params"],
@@ -84,10 +84,11 @@ def embed(
 
 
 def forward(
-    cfg: ThinkerConfig, params: Params, x: jax.Array, positions: jax.Array, cache: KVCache, *, first: bool = False
-) -> tuple[jax.Array, KVCache]:
+    cfg: ThinkerConfig, params: Params, x: jax.Array, positions: jax.Array, cache: KVCache,
+    counts: jax.Array | None = None, *, first: bool = False,
+) -> tuple[jax.Array, KVCache]:  # fmt: skip
     """Hidden states of T new tokens. See `decoder.forward_and_append`."""
-    return forward_and_append(cfg.text, params["model"], x, positions, cache, first=first)
+    return forward_and_append(cfg.text, params["model"], x, positions, cache, counts, first=first)
 
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:

@@ -137,34 +137,62 @@ def draw_noise(keys: jax.Array, frames: int, mel_dim: int) -> jax.Array:
     A frame's values depend on the key and the frame alone, not on how many are drawn, so a padded length has the same.
     """
 
-    def row(data: jax.Array) -> jax.Array:
+    return noise_at(keys, jnp.zeros(len(keys), jnp.int32), frames, mel_dim)
+
+
+def noise_at(keys: jax.Array, starts: jax.Array, frames: int, mel_dim: int) -> jax.Array:
+    """The noise of `frames` frames from frame `starts` [B] on: [B, frames, mel_dim], a stretch of `draw_noise`."""
+
+    def row(data: jax.Array, start: jax.Array) -> jax.Array:
         # One key a frame: that values do not depend on the count is then no property of a generator's layout.
         key = jax.random.wrap_key_data(data, impl="threefry2x32")
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(frames))
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(start + jnp.arange(frames))
         return jax.vmap(lambda k: jax.random.normal(k, (mel_dim,)))(keys)
 
-    return constrain(jax.vmap(row)(keys), "batch", "length", None)
+    return constrain(jax.vmap(row)(keys, starts), "batch", "length", None)
 
 
-def _checked_codes(cfg: DiTConfig, codes: Any, row: int) -> np.ndarray:
+def noise_key(seed: int) -> tuple[int, int]:
+    """A seed (0 … 2**64 - 1) as the raw key that `draw_noise` takes."""
+    return divmod(int(seed), 2**32)
+
+
+def most_codes(cfg: DiTConfig) -> int:
+    """How many codes one call of `token2wav` takes."""
+    return BLOCK_BUCKETS[-1] * cfg.block_size // cfg.repeats
+
+
+def checked_codes(cfg: DiTConfig, codes: Any, row: int, first: int = 0) -> np.ndarray:
+    """Codes as one int32 row.
+
+    Args:
+      codes: of one request, or its next ones.
+      row: names the request in messages.
+      first: the place of the first of them among the request's codes.
+    Raises:
+      CodeError: no whole numbers, or one outside the DiT's table.
+    """
     array = np.asarray(codes)
     if array.size == 0:
         return np.zeros(0, np.int32)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise CodeError(f"codes of request {row} must be one row of whole numbers, not {array.dtype}{array.shape}")
-    most = BLOCK_BUCKETS[-1] * cfg.block_size // cfg.repeats
-    if len(array) > most:
-        raise CodeError(f"request {row} has {len(array)} codes; at most {most} are spoken in one go, cut them up")
     size = cfg.num_embeds + 1
     wrong = np.flatnonzero((array < 0) | (array >= size))
     if wrong.size:
         place = int(wrong[0])
-        where = f"code {array[place]} at place {place} of request {row}"
+        where = f"code {array[place]} at place {first + place} of request {row}"
         raise CodeError(f"{where} is outside the DiT's table of {size} codes")
     return array.astype(np.int32)
 
 
-def _check_voice(cfg: DiTConfig, voice: Voice) -> None:
+def check_count(cfg: DiTConfig, count: int, row: int) -> None:
+    """Raises CodeError for more codes than one call takes."""
+    if count > (most := most_codes(cfg)):
+        raise CodeError(f"request {row} has {count} codes; at most {most} are spoken in one go, cut them up")
+
+
+def check_voice(cfg: DiTConfig, voice: Voice) -> None:
     shortest = ecapa.shortest_mel(cfg)
     if voice.cond.shape != (cfg.enc_emb_dim,) or voice.ref_mel.shape[1:] != (cfg.mel_dim,):
         raise InputError(
@@ -256,13 +284,15 @@ def codes_to_mel(
       CodeError: a code outside the DiT's table.
       ValueError: counts or shapes that do not fit together.
     """
-    rows = [_checked_codes(cfg.dit, row if lengths is None else row[: lengths[i]], i) for i, row in enumerate(codes)]
+    rows = [checked_codes(cfg.dit, row if lengths is None else row[: lengths[i]], i) for i, row in enumerate(codes)]
+    for i, row in enumerate(rows):
+        check_count(cfg.dit, len(row), i)
     every_voice = _per_row(voices, Voice, len(rows), "voices")
     every_seed = _per_row(seeds, (int, np.integer), len(rows), "seeds")
     if noise is not None and len(noise) != len(rows):
         raise ValueError(f"{len(noise)} noises for {len(rows)} requests")
     for voice in every_voice:
-        _check_voice(cfg.dit, voice)
+        check_voice(cfg.dit, voice)
     speaking = [i for i, row in enumerate(rows) if len(row)]
     if not speaking:
         return Drawn(None, np.zeros(0, np.int32), (), len(rows))
@@ -279,7 +309,7 @@ def codes_to_mel(
     spk[: len(speaking)] = [every_voice[i].cond for i in speaking]
     if noise is None:
         keys = np.zeros((count, 2), np.uint32)
-        keys[: len(speaking)] = [divmod(int(every_seed[i]), 2**32) for i in speaking]
+        keys[: len(speaking)] = [noise_key(every_seed[i]) for i in speaking]
         with layout_for("dit", count):
             start: Any = draw_noise(keys, frames, mel_dim)
     else:

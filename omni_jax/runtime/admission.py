@@ -21,8 +21,7 @@ from omni_jax.model import talker
 from omni_jax.parallel.meshes import Placement
 from omni_jax.processing.processor import Prompt
 from omni_jax.runtime import memory_model
-from omni_jax.runtime.memory_model import MemoryNeedError
-from omni_jax.runtime.speech import TALKER_CACHE_STEP, cache_slots
+from omni_jax.runtime.memory_model import TALKER_CACHE_STEP, MemoryNeedError, cache_slots
 from omni_jax.settings import GenerationSettings
 
 LOAD_REMEDY = "choose a larger --mesh or chip, or leave speech out if text will do"

@@ -28,7 +28,7 @@ from omni_jax.model.vision import frame_layout
 from omni_jax.parallel import meshes
 from omni_jax.parallel.meshes import Part, Sizes
 from omni_jax.parallel.sharding import Rules
-from omni_jax.runtime.generation import LOOP_STEPS
+from omni_jax.runtime.slots import LOOP_STEPS
 from omni_jax.settings import MAX_LOGPROBS, GenerationSettings
 
 GIB = 1 << 30
@@ -361,6 +361,17 @@ def resident(cfg: OmniConfig, at: Meshes, itemsize: int, parts: Sequence[str] = 
         for name in boxed_shapes(cfg, (part,))[part]:
             out[stage][f"{part}.{name}"] = weight_bytes(cfg, at.of(STAGE[part]), part, itemsize, (name,))
     return out
+
+
+# Codes that the Talker's cache has room for before it must grow: 10 s of speech. Speech may last 4096 codes and mostly
+# ends far sooner, and each step reads the whole cache.
+TALKER_CACHE_STEP = 512
+
+
+def cache_slots(places: int, left: int) -> int:
+    """Slots of the Talker's cache: a bucket for the places that are taken and the codes to come, but for no more than
+    TALKER_CACHE_STEP of them."""
+    return buckets.bucket(places + min(left, TALKER_CACHE_STEP), buckets.CACHE)
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,14 @@ class ReplyBuilder:
       ids: all ids so far.
       logprobs: parallel to `ids`.
       text: the text so far that is certain, stop string cut off.
+      certain: ids from the first on whose text is certain; what may still turn out to be a stop string is not, and
+        what has turned out to be one never is.
       finish_reason: None while the reply goes on.
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: GenerationSettings, eos: Sequence[int], room: int):
         """`room`: ids that the context still holds."""
-        self._stream = Detokenizer(tokenizer)
+        self._tokenizer, self._stream = tokenizer, Detokenizer(tokenizer)
         self._settings, self._eos = settings, frozenset(eos)
         self._limit = min(settings.max_new_tokens, room)
         self._at_limit: FinishReason = "length" if settings.max_new_tokens <= room else "context"
@@ -28,6 +30,8 @@ class ReplyBuilder:
         self.ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.text = ""
+        self.certain = 0
+        self._ends: list[int] = []  # length of the text after each id
         self.finish_reason: FinishReason | None = None
 
     @property
@@ -53,6 +57,7 @@ class ReplyBuilder:
 
     def _release(self, piece: str, *, final: bool) -> str:
         self._held += piece
+        self._ends.append(len(self.text) + len(self._held))
         cuts = [at for stop in self._settings.stop if (at := self._held.find(stop)) >= 0]
         if cuts:
             self.finish_reason = "stop"
@@ -63,7 +68,21 @@ class ReplyBuilder:
             keep = self._pending()
             shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         self.text += shown
+        while self.certain < len(self._ends) and self._ends[self.certain] <= len(self.text):
+            self.certain += 1
         return shown
+
+    def interrupt(self, keep: int) -> None:
+        """Ends the reply here and keeps its first `keep` ids, or fewer where a character would be cut in two."""
+        keep = min(keep, len(self.ids))
+        stream = Detokenizer(self._tokenizer)
+        text, whole, at = "", "", 0
+        for i, token in enumerate(self.ids[:keep]):
+            text += stream.push(token)
+            if not stream.pending:
+                whole, at = text, i + 1
+        del self.ids[at:], self.logprobs[at:], self._ends[at:]
+        self.text, self.certain, self.finish_reason = whole, at, "interrupted"
 
     def _pending(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""

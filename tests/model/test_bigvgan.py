@@ -12,6 +12,7 @@ from omni_jax.infer.analysis import programs
 from omni_jax.infer.analysis.hlo import Module
 from omni_jax.model import bigvgan, token2wav
 from omni_jax.parallel import meshes
+from omni_jax.runtime.vocoder_stream import Schedule
 from tests import tiny_token2wav as tiny
 from tests.ahead import needs_compiler
 
@@ -151,6 +152,23 @@ def test_waveform_to_the_last_sample():
         np.testing.assert_allclose(wave[: len(want)], want, atol=2e-6)
         assert not wave[len(want) :].any()
         assert want.std() > 0.005
+
+
+def test_receptive_field():
+    """Frames beyond it reach no sample, a few within it do; and what streams leave out of sight is rounding."""
+    params, frames, field, hop = _both()[0], 100, bigvgan.receptive_field(CFG), bigvgan.hop(CFG)
+    assert bigvgan.receptive_field(C.preset("3b").token2wav.bigvgan) == 36
+    lengths, changes = np.array([frames, frames]), {}
+    for far in (1, 4, Schedule().context, field):
+        mel = np.stack([_mel(0, frames)] * 2)
+        mel[1, :20], mel[1, 80:] = _mel(1, 20), _mel(2, 20)
+        a, b = np.asarray(_vocode(params, mel, lengths))[:, (20 + far) * hop : (80 - far) * hop]
+        changes[far] = np.abs(a - b).max()
+    print("change by the distance in frames", changes)
+    assert changes[1] > 1e-2
+    assert changes[4] > 1e-4
+    assert changes[Schedule().context] < 1e-6
+    assert changes[field] == 0
 
 
 def test_odd_upsampling_is_refused():

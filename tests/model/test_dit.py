@@ -25,7 +25,7 @@ def _given(params, rows, voices, length, guided=True):
 
 
 _condition = jax.jit(lambda p, *a: dit.condition(p, CFG, *a[:-1], guided=a[-1]), static_argnums=6)
-_layer = jax.jit(lambda p, x, modulation, window, given: dit.dit_layer(p, CFG, x, modulation, window, given))
+_layer = jax.jit(lambda p, x, modulation, window, given: dit.dit_layer(p, CFG, x, modulation, window, given)[0])
 _modulations = jax.jit(lambda p, t: dit.modulations(p, CFG, t))
 _velocity = jax.jit(lambda p, x, m, g, guidance: dit.velocity(p, CFG, x, m, g, guidance))
 
@@ -103,6 +103,30 @@ def test_velocity_of_unequal_rows_equals_oracle(stacked):
         return
     unguided = _velocity(params, x, modulation, _given(params, rows, voices, 72, guided=False), 0.0)
     np.testing.assert_allclose(unguided, _velocity(params, x, modulation, given, 0.0), atol=2e-5)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_stretch_after_its_past_equals_the_whole(stacked):
+    """Given the states of the block before, later blocks move as they do with all earlier ones there."""
+    params = (tiny.random_params(tiny.CFG) if stacked else tiny.model()[0])["code2wav_dit_model"]
+    row, voice, rows = tiny.codes(1, 61), tiny.voice(3), np.zeros((1, 72), np.int32)
+    rows[0, :61] = row
+    x = np.random.default_rng(0).normal(size=(1, 144, CFG.mel_dim)).astype(np.float32)
+    none = np.zeros((len(dit.look_back_layers(CFG)), 2, 24, CFG.num_attention_heads, CFG.head_dim), np.float32)
+
+    @functools.partial(jax.jit, static_argnums=(4, 5))
+    def run(params, rows, lengths, past, start, keep):
+        modulation = jax.tree.map(lambda m: m[0], dit.modulations(params, CFG, jnp.array([0.25])))
+        vectors = dit.voice_vectors(params, CFG, voice.cond[None], voice.ref_mel[None], jnp.array([37]))
+        given = dit.condition_at(params, CFG, rows, lengths, *vectors, starts=jnp.array([start]))
+        return dit.velocity_after(params, CFG, x[:, start:], modulation, given, 0.5, past, keep)
+
+    want, past = run(params, rows, np.array([61]), dit.KeysValues(none + 1, none + 1), 0, 2)
+    got, _ = run(params, rows[:, 36:], np.array([25]), past, 72, 0)
+    np.testing.assert_allclose(got, want[:, 72:], atol=2e-5)
+    np.testing.assert_allclose(want[0, :122], _reference_velocity(row, voice, x[0, :122], 0.25, 0.5), atol=5e-5)
+    other, _ = run(params, rows[:, 36:], np.array([25]), dit.KeysValues(past.k, none), 72, 0)
+    assert np.abs(np.asarray(other - want[:, 72:])[:, :24]).max() > 1e-2
 
 
 def test_stored_inv_freq_is_used():
