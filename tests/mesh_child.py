@@ -164,7 +164,8 @@ def side_by_side(checkpoint: pathlib.Path, folder: pathlib.Path, model: api.Omni
         return advance(*args)
 
     with (
-        mock.patch.object(speech.Speech, "synthesize", slow_say), mock.patch.object(generation, "advance", seen_advance),
+        mock.patch.object(speech.Speech, "synthesize", slow_say),
+        mock.patch.object(generation, "advance", seen_advance),
         mock.patch.object(api, "load", return_value=model),
     ):  # fmt: skip
         counts = job.work(task)
