@@ -34,13 +34,13 @@ class _SettingError(Exception):
     """An InputError on its way through tyro, which would put a ValueError into a box."""
 
 
-def flag_name(field: dataclasses.Field) -> str | None:
+def flag_name(field: dataclasses.Field[Any]) -> str | None:
     """The flag of a settings field, without dashes; None where it has none."""
     name = field.metadata.get("flag", "")
     return name if name is None else (name or field.name.replace("_", "-"))
 
 
-def _flag_type(hint: Any, field: dataclasses.Field) -> Any:
+def _flag_type(hint: Any, field: dataclasses.Field[Any]) -> Any:
     plain = field.default in (None, False, "", ())  # nothing that the help need show as a default
     hint_of_default: Any = "" if plain else lambda text: f"(default: {text})"
     metavar = kind_name(hint).removesuffix("…") or None
@@ -56,12 +56,12 @@ def _flag_type(hint: Any, field: dataclasses.Field) -> Any:
     return Annotated[(hint, *marks)]
 
 
-def _field_help(field: dataclasses.Field) -> str:
+def _field_help(field: dataclasses.Field[Any]) -> str:
     repeated = " May be given several times." if field.default == () else ""
     return field.metadata["help"] + repeated
 
 
-def _with_flag(message: str, fields: Sequence[dataclasses.Field]) -> str:
+def _with_flag(message: str, fields: Sequence[dataclasses.Field[Any]]) -> str:
     """The message of a setting that is wrong, with the flag's name in place of the field's."""
     name, found, rest = message.partition(" is ")
     flag = next((flag_name(f) for f in fields if f.name == name), None)
@@ -237,7 +237,7 @@ def summary(command: Callable[..., None]) -> str:
     return (inspect.getdoc(command) or "").partition("\nArgs:\n")[0].strip()
 
 
-def is_required(field: dataclasses.Field) -> bool:
+def is_required(field: dataclasses.Field[Any]) -> bool:
     """Whether a settings field has no default."""
     return field.default is dataclasses.MISSING
 

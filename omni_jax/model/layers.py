@@ -238,7 +238,7 @@ REMAT = ("none", "dots", "full")
 PRODUCT = "product"  # what the policy `dots` keeps: the results of `dense`
 
 
-def rematerialise(body: Callable, policy: str) -> Callable:
+def rematerialise(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """A layer's body for the backward pass: `none` keeps all it computed, `dots` the products, `full` the input alone.
 
     Raises:

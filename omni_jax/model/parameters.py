@@ -26,7 +26,7 @@ from omni_jax.config import (
     Token2WavConfig,
     VisionConfig,
 )
-from omni_jax.model.declare import Declared, ParamSpec, conv, dense, norm, stacked, table, vector, weight
+from omni_jax.model.declare import Declared, conv, dense, norm, stacked, table, vector, weight
 
 PARTS = ("thinker", "talker", "token2wav")
 # The containers whose equal layers are stacked: in published names a layer number follows them.
@@ -254,11 +254,3 @@ def stack_of(path: tuple[str, ...]) -> int | None:
         if path[: len(head)] == head:
             return len(head)
     return None
-
-
-def spec_of(cfg: OmniConfig, path: str) -> ParamSpec:
-    """The declaration of a parameter by its dotted path. Raises KeyError for one that the model lacks."""
-    node: Any = param_specs(cfg)
-    for name in path.split("."):
-        node = node[name]
-    return node

@@ -213,7 +213,7 @@ def _padded(rows: Sequence[np.ndarray], count: int, length: int) -> np.ndarray:
     return out
 
 
-def _per_row(value: Any, kind: type | tuple, count: int, what: str) -> list[Any]:
+def _per_row(value: Any, kind: type | tuple[type, ...], count: int, what: str) -> list[Any]:
     rows = [value] * count if isinstance(value, kind) else list(value)
     if len(rows) != count:
         raise ValueError(f"{len(rows)} {what} for {count} requests")

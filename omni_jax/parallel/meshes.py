@@ -182,7 +182,9 @@ def _heads(sizes: Sizes, heads: int, kv: int, *, sequence: bool) -> tuple[tuple[
     return kv_axes, kv_axes
 
 
-def _decoder(sizes: Sizes, d: DecoderConfig, weights: Mapping, batch: int, length: int) -> dict[str, tuple[str, ...]]:
+def _decoder(
+    sizes: Sizes, d: DecoderConfig, weights: Mapping[str, tuple[str, ...]], batch: int, length: int
+) -> dict[str, tuple[str, ...]]:
     """The activations' and the cache's side of a decoder's table.
 
     The cache is split by kv heads over the tensor axis. Over the sequence axis it is split by rows where the batch
@@ -250,7 +252,7 @@ def layout(part: Part, cfg: OmniConfig, mesh: Mesh, batch: int = 1, length: int 
 
 
 @functools.lru_cache(maxsize=4096)
-def _rules(part: Part, cfg: OmniConfig, sizes: tuple, batch: int, length: int) -> Rules:
+def _rules(part: Part, cfg: OmniConfig, sizes: tuple[tuple[str, int], ...], batch: int, length: int) -> Rules:
     return rules(part, cfg, dict(sizes), batch, length)
 
 

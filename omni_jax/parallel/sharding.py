@@ -85,7 +85,7 @@ class Rules:
         if unknown:
             raise ValueError(f"rules name unknown mesh axes {sorted(unknown)}; known are {list(MESH_AXES)}")
 
-    def _key(self) -> tuple:
+    def _key(self) -> tuple[Any, ...]:
         return tuple(sorted(self.table.items())), tuple(sorted(self.minor_axis.items(), key=str))
 
     def __hash__(self) -> int:

@@ -18,7 +18,7 @@ from typing import Literal
 from omni_jax import buckets
 from omni_jax.config import DecoderConfig, OmniConfig, ThinkerConfig
 from omni_jax.errors import InputError
-from omni_jax.model import bigvgan, ecapa, talker, token2wav
+from omni_jax.model import bigvgan, ecapa, parameters, talker, token2wav
 from omni_jax.model.declare import ParamSpec, walk
 from omni_jax.model.kv_cache import CACHE_AXES
 from omni_jax.model.parameters import PARTS, param_specs
@@ -193,10 +193,11 @@ def _gathered(rules: Rules, sizes: Sizes, rows: int, columns: int, itemsize: int
 def _turned(d: DecoderConfig, rules: Rules, sizes: Sizes, itemsize: int) -> int:
     """Bytes of the stacks whose order in memory is fixed as decoding wants it: the TPU compiler turns them around for
     products of several rows of tokens."""
-    total = 0
-    for name, columns in (("mlp", d.intermediate_size), ("heads", d.num_attention_heads * d.head_dim)):
-        local = (d.num_hidden_layers, d.hidden_size, columns // ways(sizes, rules, name))
-        if rules.innermost(("layers", "embed", name), local) is not None:
+    total, layers = 0, parameters.decoder(d)["layers"]
+    for spec in (layers["mlp"]["down_proj"]["weight"], layers["self_attn"]["o_proj"]["weight"]):
+        *whole, columns = spec.shape
+        local = (*whole, columns // ways(sizes, rules, spec.axes[-1]))
+        if rules.innermost(spec.axes, local) is not None:
             total += math.prod(local) * itemsize
     return total
 

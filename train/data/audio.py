@@ -11,7 +11,7 @@ import numpy as np
 from omni_jax.buckets import bucket
 from omni_jax.checkpoint.speakers import pick_voice
 from omni_jax.errors import InputError
-from omni_jax.model import bigvgan, token2wav
+from omni_jax.model import bigvgan, ecapa, token2wav
 from omni_jax.processing.audio import load_audio
 from omni_jax.train.audio_losses import FlowBatch, VocoderBatch, shortest_crop
 from omni_jax.train.data.jsonl import DataError, Reader
@@ -112,7 +112,7 @@ def flows(reader: Reader, samples: Sequence[FlowSample], need: np.ndarray, size:
     cfg = reader.config.token2wav.dit
     length = token2wav.padded_codes(cfg, int(need[0]))
     frames = bucket(int(need[1]), token2wav.REFERENCE_BUCKETS)
-    shortest = token2wav.ecapa.shortest_mel(cfg)
+    shortest = ecapa.shortest_mel(cfg)
     out = FlowBatch(
         np.zeros((size, length), np.int32), np.zeros(size, np.int32),
         np.zeros((size, length * cfg.repeats, cfg.mel_dim), np.float32), np.zeros((size, cfg.enc_emb_dim), np.float32),
