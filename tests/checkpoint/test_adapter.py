@@ -20,7 +20,6 @@ from omni_jax.checkpoint.folder import open_checkpoint
 from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.report import inspect
 from omni_jax.checkpoint.safetensors_io import CheckpointError
-from omni_jax.processing.chat import SPEECH_SYSTEM_MESSAGE
 from tests.checkpoint.test_convert import same_bytes, state
 from tests.cli.test_main import run
 
@@ -156,7 +155,7 @@ def test_the_command_takes_a_converted_folder_and_an_adapter(checkpoint, hand_ma
     code, out, _ = run(monkeypatch, capsys, "generate", "--model", tmp_path / "c", *options)
     assert code == 0
     model = load(checkpoint, dtype="float32", adapter=hand_made())
-    message = [{"role": "system", "content": SPEECH_SYSTEM_MESSAGE}, {"role": "user", "content": "Hi"}]
+    message = [{"role": "user", "content": "Hi"}]
     assert json.loads(out)["token_ids"] == list(model.generate(message, max_new_tokens=4).token_ids)
 
 

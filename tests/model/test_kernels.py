@@ -219,8 +219,8 @@ def test_full_frames_compile():
 MESH = """
 import jax, jax.numpy as jnp, numpy as np
 from omni_jax.model.kernels import decode, plain, prefill
-from omni_jax.meshes import make_mesh
-from omni_jax.sharding import AXES, Layout, Rules
+from omni_jax.parallel.meshes import make_mesh
+from omni_jax.parallel.sharding import AXES, Layout, Rules
 
 def layout(sizes, **table):
     return Layout(make_mesh(sizes), Rules(dict.fromkeys(AXES, ()) | table))
