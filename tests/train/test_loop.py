@@ -83,9 +83,13 @@ def straight(checkpoint, tmp_path_factory):
 
 
 def test_nothing_compiles_after_the_first_round(straight):
-    """Not in a step, not in an evaluation's loss and answers, not in saving."""
+    """Not in a step, not in an evaluation's loss and answers, not in saving.
+
+    The step and the loss of an evaluation are programs of the run's own, so the first of each is always compiled. Those
+    that decode answers and that copy arrays for saving belong to the process: earlier tests may have compiled them.
+    """
     _, _, compiled = straight
-    assert 0 < compiled["train", 1] == compiled["train", 5] < compiled["evaluate", 5] < compiled["train", 6], compiled
+    assert 0 < compiled["train", 1] == compiled["train", 5] < compiled["evaluate", 5] <= compiled["train", 6], compiled
     assert compiled["train", 6] == compiled["evaluate", 10] == compiled["end"], compiled
 
 
