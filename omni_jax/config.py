@@ -13,10 +13,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from omni_jax.errors import InputError
+from omni_jax.errors import InputError, unknown_name
 
 MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")
 C = TypeVar("C")
+# Names of `hidden_act` and `activation_function`: those of transformers' table that have no parameters of their own.
+ACTIVATIONS = (
+    "gelu", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh",
+    "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu", "swish", "tanh",
+)  # fmt: skip
 
 
 class ConfigError(InputError):
@@ -265,6 +270,8 @@ def _checked(where: str, name: str, value: Any, default: Any) -> Any:
     if isinstance(default, str | bool):
         if not isinstance(value, type(default)):
             raise wrong("text" if isinstance(default, str) else "true or false")
+        if name.endswith(("_act", "activation_function")) and value not in ACTIVATIONS:
+            raise ConfigError(f"{where}.{name}: " + unknown_name("activation", value, ACTIVATIONS))
         return value
     if isinstance(default, tuple):
         return number(value, default or (0,), "a list of whole numbers")
@@ -332,14 +339,15 @@ def _parse(cls: type[C], raw: Mapping[str, Any], where: str) -> C:
 def from_dict(raw: Mapping[str, Any]) -> OmniConfig:
     """Reads a published configuration (whole model, or a Thinker alone).
 
-    Args:
-      raw: the parsed `config.json`.
     Returns:
       The frozen configuration; absent fields take the dataclass defaults.
     Raises:
-      ConfigError: unknown model type, or a field of the wrong kind; the message names it.
+      ConfigError: quantised, unknown model type, or a field of the wrong kind; the message names it.
     """
     model_type = raw.get("model_type")
+    for part in (raw, raw.get("thinker_config")):
+        if isinstance(part, Mapping) and part.get("quantization_config"):
+            raise ConfigError("the checkpoint is quantised, which is not supported; give the original in bfloat16")
     if model_type not in MODEL_TYPES:
         raise ConfigError(f"model_type {model_type!r} is not Qwen2.5-Omni; known are {', '.join(MODEL_TYPES)}")
     if model_type == "qwen2_5_omni_thinker":
@@ -378,7 +386,7 @@ def load_config(path: str | pathlib.Path) -> OmniConfig:
     """Reads `config.json` from a checkpoint folder. Raises ConfigError with the path when it cannot."""
     file = pathlib.Path(path) / "config.json"
     try:
-        raw = json.loads(file.read_text("utf-8"))
+        raw = json.loads(file.read_text("utf-8-sig"))  # some editors leave a byte order mark
     except FileNotFoundError:
         raise ConfigError(f"{file} does not exist; a checkpoint folder carries a config.json") from None
     except (OSError, ValueError, RecursionError) as e:
@@ -471,10 +479,7 @@ def preset(name: str) -> OmniConfig:
     """A configuration by name: `3b`, `7b` (the published ones) or `nano` (tests and demos).
 
     `nano` keeps the published special-token ids out of range on purpose: whoever makes a nano checkpoint replaces
-    them by its tokenizer's (`checkpoint.publish`).
-
-    Raises:
-      ConfigError: unknown name; the message lists the known ones.
+    them by its tokenizer's (`checkpoint.publish`). Raises ConfigError for an unknown name.
     """
     text7 = DecoderConfig()
     if name == "7b":

@@ -174,6 +174,14 @@ def test_files_that_cannot_be_read(tmp_path):
         ("text_config", "rope_theta", "big", "where a number"),
         ("text_config", "hidden_act", ["silu"], "where text"),
         ("text_config", "tie_word_embeddings", "no", "where true or false"),
+        ("vision_config", "hidden_act", "quick_gelu", None),
+        (
+            "vision_config",
+            "hidden_act",
+            "xielu",
+            r"config.thinker.vision.hidden_act: activation 'xielu' is unknown; did",
+        ),
+        ("audio_config", "activation_function", "prelu", "activation_function: activation 'prelu' is unknown"),
         ("text_config", "rope_scaling", "mrope", "rope_scaling must be an object"),
         ("text_config", "rope_scaling", {"type": "yarn"}, "has type 'yarn'"),
         ("text_config", "rope_scaling", {"mrope_section": [1, 2]}, "must sum to head_dim / 2 = 8"),
@@ -193,6 +201,16 @@ def test_wrong_fields(part, field, value, message):
     else:
         with pytest.raises(C.ConfigError, match=message):
             C.from_dict(raw)
+
+
+def test_quantised_checkpoints_and_a_byte_order_mark(tmp_path):
+    raw = C.to_dict(C.preset("nano"))
+    (tmp_path / "config.json").write_text(json.dumps(raw), "utf-8-sig")
+    assert C.load_config(tmp_path) == C.preset("nano")
+    quantized = {"quantization_config": {"quant_method": "awq"}}
+    for more in (quantized, {"thinker_config": raw["thinker_config"] | quantized}):
+        with pytest.raises(C.ConfigError, match="the checkpoint is quantised, which is not supported"):
+            C.from_dict(raw | more)
 
 
 def test_convolutions_of_the_vocoder_have_a_middle():

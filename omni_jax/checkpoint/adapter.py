@@ -133,7 +133,15 @@ def apply_adapter(tensors: Mapping[str, Stored], folder: str | pathlib.Path) -> 
       CheckpointError: another kind of adapter, unsound files, or one that does not fit these tensors.
     """
     folder = pathlib.Path(folder)
-    config, stored = _config(folder), read_header(folder / WEIGHTS)
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; give the folder of the adapter, {folder.parent}")
+    config = _config(folder)
+    if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
+        raise CheckpointError(
+            f"{folder} holds adapter_model.bin, a pickle, which is not read; load it with peft, and save it with "
+            "save_pretrained(…, safe_serialization=True)"
+        )
+    stored = read_header(folder / WEIGHTS)
     pairs: dict[str, dict[str, Tensor]] = {}
     wholes: dict[str, Tensor] = {}
     for name, tensor in stored.items():

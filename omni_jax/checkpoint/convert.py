@@ -23,7 +23,7 @@ from omni_jax.checkpoint import keys, orbax_io
 from omni_jax.checkpoint.fingerprint import weights_digest
 from omni_jax.checkpoint.folder import Stored, open_checkpoint, progress_bar, read_block, row_blocks
 from omni_jax.checkpoint.orbax_io import ARRAYS, FORMAT, MANIFEST, ArrayWriter, chunk_shape, put_file, reason, within
-from omni_jax.checkpoint.safetensors_io import CheckpointError, Tensor, write_checkpoint
+from omni_jax.checkpoint.safetensors_io import CheckpointError, Tensor, index_metadata, write_checkpoint
 from omni_jax.checkpoint.sources import ADAPTER, is_small_file, local_files
 from omni_jax.checkpoint.speakers import PACK_FILE, SPEAKERS_FILE, load_voices
 from omni_jax.config import OmniConfig, load_config
@@ -212,6 +212,14 @@ def _origins(files: pathlib.Path, tensors: Mapping[str, Stored], whole: bool) ->
     return out if whole else {n: {"dtype": e["dtype"]} for n, e in out.items()}
 
 
+def _index_metadata(files: pathlib.Path) -> dict[str, Any]:
+    """Of the published folder that a folder is, or was made from."""
+    if not (files / MANIFEST).is_file():
+        return index_metadata(files)
+    kept = orbax_io.read_manifest(files).get("index")
+    return kept if isinstance(kept, dict) else {}
+
+
 def _write_arrays(
     place: str,
     tensors: Mapping[str, Stored],
@@ -313,6 +321,8 @@ def convert(
             same = all(_holds(kinds[path], tensors[n].dtype) for path, names in leaves.items() for n in names.values())
             if same and parts == have and (adapter is None or keep_adapter):
                 about["weights"] = weights_digest(files, tensors)
+            if metadata := _index_metadata(files):
+                about["index"] = metadata
             put_file(place, MANIFEST, _json(about | {"tensors": listed}))
     return total
 
@@ -392,5 +402,9 @@ def export(
             _put_small_files(files, place, config)
             if (files / ADAPTER).is_dir():
                 _put_adapter(files / ADAPTER, place)
-            write_checkpoint(pathlib.Path(place), entries, blocks, max_shard_bytes or SHARD_BYTES, shards)
+            metadata = _index_metadata(files)
+            unchanged = shards is not None and all(kinds[n].name == listed[n]["dtype"] for n in tensors)
+            if metadata and not unchanged:  # the number of bytes may be another one; what else it says still holds
+                metadata = metadata | {"total_size": total}
+            write_checkpoint(pathlib.Path(place), entries, blocks, max_shard_bytes or SHARD_BYTES, shards, metadata)
     return total

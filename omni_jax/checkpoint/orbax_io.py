@@ -188,7 +188,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """`omni_jax.json` of a converted folder, checked.
 
     Returns:
-      `{"format", "dtype", "weights"?, "tensors": {published name: {"dtype", "crc32", "file"?}}, …}`.
+      `{"format", "dtype", "weights"?, "index"?, "tensors": {published name: {"dtype", "crc32", "file"?}}, …}`;
+      "index" is the metadata of the published index.
     Raises:
       CheckpointError: it is not what `convert` writes.
     """

@@ -17,15 +17,16 @@ import pathlib
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
 
-from omni_jax.errors import InputError
+from omni_jax.errors import InputError, warn
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+LINK_TARGETS = "OMNI_JAX_LINK_TARGETS"  # folders, separated like those of PATH, to which links of checkpoints may lead
 MAX_HEADER = 100_000_000  # the library's own limit
 ALIGNMENT = 64  # XLA:CPU takes over a host buffer without a copy only when it is so aligned
 BLOCK = 32 << 20  # bytes of one slice where a tensor is converted or written in slices
@@ -89,9 +90,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(data: bytes) -> Any:
-    """Strict JSON: UTF-8, no repeated keys, no depth that overflows the stack. Raises ValueError."""
+    """Strict JSON: UTF-8, no repeated keys, no depth that overflows the stack; a byte order mark is skipped. Raises
+    ValueError."""
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_unique)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -165,7 +167,8 @@ def read_header(file: str | pathlib.Path) -> dict[str, Tensor]:
 
 
 def _shard_path(folder: pathlib.Path, name: Any, index: pathlib.Path) -> pathlib.Path:
-    """The path of a shard that an index names: a plain file of the folder, or of the hub cache it is a view of."""
+    """The path of a shard that an index names: a plain file of the folder, of the hub cache it is a view of, or of a
+    folder that the environment variable LINK_TARGETS names: a link of a downloaded folder could lead anywhere."""
     plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0:")
     if not plain:
         raise CheckpointError(f"{index} names the shard {str(name)[:200]!r}; only plain file names are allowed")
@@ -177,27 +180,17 @@ def _shard_path(folder: pathlib.Path, name: Any, index: pathlib.Path) -> pathlib
     allowed = [root]
     if root.parent.name == "snapshots":  # the hub's cache keeps the files in ../../blobs and links to them
         allowed.append(root.parent.parent / "blobs")
+    allowed += [pathlib.Path(p).resolve() for p in os.environ.get(LINK_TARGETS, "").split(os.pathsep) if p]
     if not any(target.is_relative_to(a) for a in allowed):
-        raise CheckpointError(f"{file} is a link out of the checkpoint to {target}; put the file itself there")
+        raise CheckpointError(
+            f"{file} is a link out of the checkpoint to {target}; put the file itself there, or trust what lies there: "
+            f"{LINK_TARGETS}={target.parent}"
+        )
     return file
 
 
-def read_index(folder: str | pathlib.Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder: from `model.safetensors.index.json` and its shards, or `model.safetensors`.
-
-    Returns:
-      Stored name → where it lies.
-    Raises:
-      CheckpointError: nothing there, a shard missing or outside the folder, index and shards that disagree.
-    """
-    folder = pathlib.Path(folder)
-    index = folder / INDEX
-    if not index.is_file():
-        if (folder / SINGLE).is_file():
-            return read_header(_shard_path(folder, SINGLE, folder / SINGLE))
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder} is not a folder; give the folder of a Qwen2.5-Omni checkpoint")
-        raise CheckpointError(f"{folder} has neither {INDEX} nor {SINGLE}; give the folder of a published checkpoint")
+def _parse_index(index: pathlib.Path) -> dict[str, Any]:
+    """An index with a weight map. Raises CheckpointError."""
     try:
         with open(index, "rb") as f:
             data = f.read(MAX_HEADER + 1)
@@ -211,6 +204,49 @@ def read_index(folder: str | pathlib.Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{index} cannot be read: {e.strerror or e}") from None
     except ValueError as e:
         raise CheckpointError(f"{index} is not a sound index: {e}; fetch it again") from None
+    return cast(dict[str, Any], raw)
+
+
+def index_metadata(folder: str | pathlib.Path) -> dict[str, Any]:
+    """`metadata` of a folder's index, such as total_size and total_parameters; {} where there is none.
+
+    Raises:
+      CheckpointError: the index is unsound.
+    """
+    index = pathlib.Path(folder) / INDEX
+    if not index.is_file():
+        return {}
+    metadata = _parse_index(index).get("metadata")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def read_index(folder: str | pathlib.Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint folder: from `model.safetensors`, or `model.safetensors.index.json` and its shards.
+
+    Where both are there, transformers reads the single file, and so does this; an InputWarning says so.
+
+    Returns:
+      Stored name → where it lies.
+    Raises:
+      CheckpointError: nothing there, a shard missing or outside the folder, index and shards that disagree.
+    """
+    folder = pathlib.Path(folder)
+    index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        if index.is_file():
+            warn(
+                f"{folder} has both {SINGLE} and {INDEX}; {SINGLE} alone is read, as transformers does: remove it to "
+                "have the shards read"
+            )
+        return read_header(_shard_path(folder, SINGLE, folder / SINGLE))
+    if not index.is_file():
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is not a folder; give the folder of a Qwen2.5-Omni checkpoint")
+        pickles = sorted(p.name for p in folder.glob("*.bin"))
+        hint = f"{pickles[0]} is a pickle, which is not read: save it as safetensors" if pickles else ""
+        hint = hint or "give the folder of a published checkpoint"
+        raise CheckpointError(f"{folder} has neither {INDEX} nor {SINGLE}; {hint}")
+    weight_map = _parse_index(index)["weight_map"]
     shards = {}
     for name in weight_map.values():
         if not isinstance(name, str) or name not in shards:
@@ -357,11 +393,12 @@ def write_checkpoint(
     blocks: Callable[[str], Iterable[np.ndarray]],
     max_shard_bytes: int = 5_000_000_000,
     files: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes tensors in the published layout: `model.safetensors`, or shards and their index.
 
     Args: as `write_file`; `max_shard_bytes` bounds the data of one shard, unless `files` says which one each tensor
-      goes into.
+      goes into. `metadata` is that of the index, total_size by default.
     """
     sizes = {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (dtype, shape) in tensors.items()}
     shards: dict[str, list[str]] = {}
@@ -377,6 +414,9 @@ def write_checkpoint(
     if set(shards) == {SINGLE}:
         return
     weight_map = {name: shard for shard, names in shards.items() for name in names}
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+    index = {
+        "metadata": metadata or {"total_size": sum(sizes.values())},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
     with replacing(folder / INDEX) as f:
         f.write((json.dumps(index, indent=2) + "\n").encode())

@@ -7,19 +7,22 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 
 from omni_jax.checkpoint.adapter import CONFIG, WEIGHTS
 from omni_jax.checkpoint.orbax_io import ARRAYS, MANIFEST, kvstore, reason
 from omni_jax.checkpoint.safetensors_io import INDEX, CheckpointError
 from omni_jax.checkpoint.speakers import PACK_FILE, SPEAKERS_FILE
+from omni_jax.config import load_config
+from omni_jax.errors import InputError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # The small files beside the weights. Nothing else is downloaded or copied: other pickles have no use here.
 SMALL_FILES = ("*.json", "*.txt", "*.jinja", "*.md", "LICENSE*", SPEAKERS_FILE, PACK_FILE)
 ADAPTER = "adapter"
 MAX_SMALL = 256 << 20
+PUBLISHED = "give a checkpoint in the published layout (safetensors), such as Qwen/Qwen2.5-Omni-3B"
 
 
 def is_small_file(name: str) -> bool:
@@ -29,23 +32,80 @@ def is_small_file(name: str) -> bool:
     return plain and name not in ours and any(fnmatchcase(name, p) for p in SMALL_FILES)
 
 
+def what_it_is(path: pathlib.Path) -> str | None:
+    """What a path holds in place of a checkpoint folder, and what to do; None for what may be one."""
+    if path.is_file():
+        return _what_file(path)
+    try:
+        names = {entry.name for entry in path.iterdir()}
+    except OSError:
+        return None
+    return what_files(names)
+
+
+def _what_file(file: pathlib.Path) -> str:
+    with contextlib.suppress(OSError), open(file, "rb") as f:
+        if f.read(4) == b"GGUF":
+            return f"is a GGUF file, of llama.cpp; {PUBLISHED}"
+    if file.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        return f"is a pickle of torch, which is not read; {PUBLISHED}"
+    if file.suffix in (".zip", ".tar", ".gz", ".tgz", ".zst"):
+        return "is an archive; unpack it, and give the folder"
+    if (file.parent / CONFIG).is_file():
+        return f"is a file of a PEFT adapter; give its folder {file.parent} with --adapter, beside the model"
+    return f"is a file; give the folder of the checkpoint, {file.parent}"
+
+
+def what_files(names: Collection[str]) -> str | None:
+    """The same of the files of a folder, by name."""
+    if {"config.json", MANIFEST} & set(names):
+        return None
+    if CONFIG in names:
+        return "is a PEFT adapter; give it with --adapter, and its base model with --model"
+    if any(name.endswith(".gguf") for name in names):
+        return f"holds GGUF files, of llama.cpp; {PUBLISHED}"
+    if "checkpoints" in names:
+        return "is a run of omni-jax finetune; make a model of it with omni-jax export"
+    return None
+
+
+def _failure(repo: str, e: Exception) -> CheckpointError:
+    """The error of a model that the hub does not give."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if isinstance(e, LocalEntryNotFoundError):
+        where = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        return CheckpointError(f"{repo} is no folder here, and {where} cannot be reached to look for it")
+    if isinstance(e, HfHubHTTPError):
+        status = getattr(e.response, "status_code", "an error")
+        hint = "check the name" if status in (401, 404) else "try again"
+        return CheckpointError(f"{repo} is no folder here, and the hub answers {status}; {hint}")
+    return CheckpointError(f"{repo} cannot be downloaded: {reason(e)}; try again, it goes on where it was")
+
+
 def _download(repo: str) -> pathlib.Path:
-    """A snapshot of a model on the hub, in the hub's cache; broken-off downloads go on. Raises CheckpointError."""
+    """A snapshot of a model on the hub, in the hub's cache; broken-off downloads go on.
+
+    config.json comes first: another model, or a quantised one, is refused before gigabytes are fetched.
+
+    Raises:
+      CheckpointError, ConfigError: it cannot be had, or is no checkpoint that can be read.
+    """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
+        folder = pathlib.Path(huggingface_hub.snapshot_download(repo, allow_patterns=["config.json"]))
+        if not (folder / "config.json").exists():
+            names = [file.rfilename for file in huggingface_hub.HfApi().model_info(repo).siblings or ()]
+            raise CheckpointError(f"{repo} {what_files(names) or f'has no config.json; {PUBLISHED}'}")
+        load_config(folder)
         patterns = [*SMALL_FILES, "*.safetensors"]
         return pathlib.Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
-    except LocalEntryNotFoundError:
-        where = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        raise CheckpointError(f"{repo} is no folder here, and {where} cannot be reached to look for it") from None
-    except HfHubHTTPError as e:
-        status = getattr(e.response, "status_code", "an error")
-        hint = "check the name" if status in (401, 404) else "try again"
-        raise CheckpointError(f"{repo} is no folder here, and the hub answers {status}; {hint}") from None
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{repo} cannot be downloaded: {reason(e)}; try again, it goes on where it was") from None
+    except InputError:
+        raise
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
+        raise _failure(repo, e) from None
 
 
 def _fetch(url: str, into: pathlib.Path) -> None:
@@ -81,7 +141,7 @@ def local_files(source: str | os.PathLike[str]) -> Iterator[tuple[pathlib.Path, 
     Yields:
       the folder, and the URL where its arrays are (None: in the folder).
     Raises:
-      CheckpointError: it cannot be reached.
+      CheckpointError: it cannot be reached, or is something else than a checkpoint.
     """
     name = os.fspath(source)
     if "://" in name:
@@ -91,4 +151,6 @@ def local_files(source: str | os.PathLike[str]) -> Iterator[tuple[pathlib.Path, 
     elif HUB_ID.fullmatch(name) and not pathlib.Path(name).exists():
         yield _download(name), None
     else:
+        if what := what_it_is(pathlib.Path(name)):
+            raise CheckpointError(f"{name} {what}")
         yield pathlib.Path(name), None

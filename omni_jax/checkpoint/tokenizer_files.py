@@ -120,7 +120,7 @@ def _processor_files(cfg: OmniConfig) -> dict[str, dict[str, Any]]:
         "n_samples": 300 * 16000,
         "nb_max_frames": 30000,
         "dither": 0.0,
-        "padding_side": "left",
+        "padding_side": "right",
         "padding_value": 0.0,
         "return_attention_mask": True,
         "min_pixels": 3136,

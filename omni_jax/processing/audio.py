@@ -45,6 +45,9 @@ class MelConfig:
 
 
 PUBLISHED = MelConfig()
+# Fields of `preprocessor_config.json` that have one supported value: that of WhisperFeatureExtractor and of the
+# published files. Padding on the left, say, would turn the ends of the STFT round.
+_SUPPORTED = {"padding_side": "right", "padding_value": 0.0, "dither": 0.0, "do_normalize": False}
 
 
 @dataclass(frozen=True)
@@ -287,8 +290,13 @@ def mel_config(raw: dict[str, Any], where: pathlib.Path) -> MelConfig:
     """Reads the sound fields of a `preprocessor_config.json`; absent ones take the published values.
 
     Raises:
-      MediaError: a field of the wrong kind.
+      MediaError: a field of the wrong kind, or a value that would make other features than the ones computed here.
     """
+    for name, value in _SUPPORTED.items():
+        if raw.get(name, value) != value:
+            raise MediaError(
+                f"{where}: {name} is {raw[name]!r}, and only {value!r}, as published, is supported; correct it there"
+            )
     names = {"bins": "feature_size", "rate": "sampling_rate", "n_fft": "n_fft", "hop": "hop_length"}
     names["padded_seconds"] = "chunk_length"
     try:

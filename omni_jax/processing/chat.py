@@ -223,7 +223,7 @@ def read_template(folder: str | pathlib.Path) -> str:
         if file.exists():
             return file.read_text("utf-8")
         for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
-            found = json.loads(file.read_text("utf-8")).get("chat_template") if file.exists() else None
+            found = json.loads(file.read_text("utf-8-sig")).get("chat_template") if file.exists() else None
             if isinstance(found, list):  # several by name
                 found = {t["name"]: t["template"] for t in found}.get("default")
             if isinstance(found, str):

@@ -30,7 +30,7 @@ CONTROLS = ("audio", "image", "video", "audio_start", "audio_end", "vision_start
 def _read_object(file: pathlib.Path) -> dict[str, Any]:
     """A JSON object, {} where there is no such file."""
     try:
-        raw = json.loads(file.read_text("utf-8"))
+        raw = json.loads(file.read_text("utf-8-sig"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as e:

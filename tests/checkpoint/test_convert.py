@@ -84,6 +84,20 @@ def test_there_and_back_is_the_same_files(nano, converted, tmp_path, dtype):
     assert filecmp.cmpfiles(nano, tmp_path / "back", names, shallow=False)[0] == names
 
 
+def test_metadata_of_the_index_come_back(nano, tmp_path):
+    """transformers 5 writes total_parameters as well."""
+    source = shutil.copytree(nano, tmp_path / "source")
+    index = json.loads((source / INDEX).read_text())
+    index["metadata"] = {"total_parameters": 123, "total_size": index["metadata"]["total_size"]}
+    (source / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    convert(source, tmp_path / "c")
+    convert(tmp_path / "c", tmp_path / "again")
+    export(tmp_path / "again", tmp_path / "back")
+    assert filecmp.cmp(source / INDEX, tmp_path / "back" / INDEX, shallow=False)
+    export(tmp_path / "c", tmp_path / "cut", max_shard_bytes=3_000_000)
+    assert json.loads((tmp_path / "cut" / INDEX).read_text())["metadata"] == index["metadata"]
+
+
 def load_tensors(folder):
     return orbax_io.read_arrays(folder, read_manifest(folder))
 

@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from omni_jax.checkpoint import safetensors_io as sio
 from omni_jax.checkpoint.safetensors_io import CheckpointError
+from omni_jax.errors import InputWarning
 
 ARRAYS = {
     "a.bf16": np.arange(24, dtype=np.float32).reshape(4, 6).astype(ml_dtypes.bfloat16),
@@ -185,6 +186,40 @@ def test_links_out_of_the_folder(tmp_path):
     (folder / sio.SINGLE).symlink_to(sio.SINGLE)  # a loop
     with pytest.raises(CheckpointError):
         sio.read_index(folder)
+
+
+def test_links_to_folders_that_are_trusted(tmp_path, monkeypatch):
+    """Shared stores of weights are linked to: the environment can name them."""
+    (tmp_path / "store").mkdir()
+    (tmp_path / "mine").mkdir()
+    write(tmp_path / "store", ARRAYS)
+    (tmp_path / "mine" / sio.SINGLE).symlink_to(tmp_path / "store" / sio.SINGLE)
+    with pytest.raises(CheckpointError, match=r"OMNI_JAX_LINK_TARGETS=\S*/store$"):
+        sio.read_index(tmp_path / "mine")
+    monkeypatch.setenv("OMNI_JAX_LINK_TARGETS", f"/none{os.pathsep}{tmp_path / 'store'}")
+    assert set(sio.read_index(tmp_path / "mine")) == set(ARRAYS)
+    monkeypatch.setenv("OMNI_JAX_LINK_TARGETS", str(tmp_path / "stor"))
+    with pytest.raises(CheckpointError, match="is a link out of the checkpoint"):
+        sio.read_index(tmp_path / "mine")
+
+
+def test_a_single_file_beside_shards_is_read_alone_as_transformers_does(tmp_path):
+    sharded(tmp_path)
+    write(tmp_path, {"alone": np.zeros(3, np.float32)})
+    with pytest.warns(InputWarning, match=r"has both model.safetensors and .*; model.safetensors alone is read"):
+        assert set(sio.read_index(tmp_path)) == {"alone"}
+
+
+def test_a_byte_order_mark_before_an_index(tmp_path):
+    _, weight_map = sharded(tmp_path)
+    (tmp_path / sio.INDEX).write_text((tmp_path / sio.INDEX).read_text(), "utf-8-sig")
+    assert set(sio.read_index(tmp_path)) == set(weight_map)
+
+
+def test_pickles_are_named(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin is a pickle, which is not read"):
+        sio.read_index(tmp_path)
 
 
 def test_index_and_shards_that_disagree(tmp_path):

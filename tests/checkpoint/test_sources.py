@@ -16,6 +16,7 @@ import time
 import pytest
 
 from omni_jax.checkpoint.convert import export
+from omni_jax.checkpoint.safetensors_io import CheckpointError
 from omni_jax.checkpoint.sources import is_small_file, local_files
 from tests.checkpoint.test_convert import same_bytes, state
 
@@ -53,7 +54,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         match = re.fullmatch(rf"/org/nano/resolve/(?:main|{COMMIT})/(.+)", path)
         if match is None or match[1] not in files:
             server.refused.append(path)
-            self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+            self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound" if match else "RepoNotFound"})
             return
         data = files[match[1]].read_bytes()
         etag = hashlib.sha256(data).hexdigest()
@@ -173,6 +174,53 @@ def test_a_folder_goes_before_the_hub(tmp_path, monkeypatch):
         assert (folder.resolve(), url) == (tmp_path / "org" / "nano", None)
     with local_files("out/3b/more") as (folder, _):  # no hub id: nothing is asked
         assert not folder.exists()
+
+
+@pytest.mark.parametrize("config", ["quantised", "another", None])
+def test_what_cannot_be_read_is_refused_before_weights_are_fetched(hub, checkpoint, tmp_path, config):
+    hub.folder = tmp_path / "there"
+    hub.folder.mkdir()
+    (hub.folder / "model.safetensors").write_bytes(bytes(100))
+    (hub.folder / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    raw = json.loads((checkpoint / "config.json").read_text())
+    raw |= {"quantization_config": {"quant_method": "gptq"}} if config == "quantised" else {"model_type": "llama"}
+    if config is not None:
+        (hub.folder / "config.json").write_text(json.dumps(raw))
+    done = command(hub, tmp_path, "convert", "org/nano", tmp_path / "c")
+    said = {
+        "quantised": "the checkpoint is quantised, which is not supported; give the original in bfloat16",
+        "another": "model_type 'llama' is not Qwen2.5-Omni",
+        None: "org/nano holds GGUF files, of llama.cpp; give a checkpoint in the published layout",
+    }[config]
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not [f for f in (tmp_path / "home").rglob("*") if f.is_file() and f.read_bytes() in (bytes(100), b"GGUF")]
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "said"),
+    [
+        (["m.gguf"], "m.gguf", "m.gguf is a GGUF file, of llama.cpp; give a checkpoint in the published layout"),
+        (["config.json", "model.safetensors"], "model.safetensors", "is a file; give the folder of the checkpoint, "),
+        (["pytorch_model.bin"], "pytorch_model.bin", "is a pickle of torch, which is not read"),
+        (["m.tar"], "m.tar", "is an archive; unpack it"),
+        (["adapter_config.json", "adapter_model.safetensors"], "", "is a PEFT adapter; give it with --adapter"),
+        (["adapter_config.json", "adapter_model.safetensors"], "adapter_model.safetensors", "with --adapter"),
+        (["m.gguf", "README.md"], "", "holds GGUF files"),
+        (
+            ["checkpoints", "metrics.jsonl"],
+            "",
+            "is a run of omni-jax finetune; make a model of it with omni-jax export",
+        ),
+    ],
+)
+def test_other_things_than_checkpoints_are_named(tmp_path, names, given, said):
+    for name in names:
+        (tmp_path / name).write_bytes(b"GGUF" if name.endswith("gguf") else b"{}")
+    with pytest.raises(CheckpointError) as e, local_files(tmp_path / given):
+        pass
+    assert said in str(e.value)
 
 
 def test_small_files():

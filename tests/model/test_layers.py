@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from omni_jax.config import ACTIVATIONS
 from omni_jax.model import layers
 
 CPUS = {
@@ -76,3 +77,12 @@ def test_products_are_kept_once_with_their_adapters():
         assert kept(params, "full") == [(5, 8)]  # the input
         assert kept(params, "dots") == [(5, 8), (5, 8), (5, 24)]
         assert len(kept(params, "none")) > 3
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_those_of_transformers(name):
+    import torch
+    from transformers.activations import ACT2FN
+
+    x = np.linspace(-9, 9, 181, dtype=np.float32)
+    np.testing.assert_allclose(layers.activation(name)(x), ACT2FN[name](torch.from_numpy(x)), atol=2e-6)

@@ -87,6 +87,13 @@ def test_other_bins_and_rates_come_from_the_checkpoint():
         mel_config({"feature_size": "many"}, "here")
 
 
+def test_features_that_would_be_others_are_refused():
+    assert mel_config({"padding_side": "right", "dither": 0}, "here") == MelConfig()
+    for field in ({"padding_side": "left"}, {"dither": 0.1}, {"do_normalize": True}, {"padding_value": 1.0}):
+        with pytest.raises(MediaError, match=f"here: {next(iter(field))} is .*, as published, is supported"):
+            mel_config(field, "here")
+
+
 @pytest.mark.parametrize(
     ("form", "codec", "rate", "error"),
     [
