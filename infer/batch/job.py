@@ -21,11 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from omni_jax.checkpoint.fingerprint import fingerprint
+from omni_jax.checkpoint.fingerprint import adapter_digest, fingerprint
+from omni_jax.checkpoint.sources import local_files
 from omni_jax.errors import InputError, print_warnings
-from omni_jax.infer.batch import launch, records
+from omni_jax.infer.batch import launch, openai, records
 from omni_jax.infer.batch.records import JobError, Line
-from omni_jax.settings import GenerationSettings, SpeechSettings, Watchdog, change
+from omni_jax.infer.batch.requests import Reading
+from omni_jax.settings import GenerationSettings, SpeechSettings, Watchdog
 
 # Batches whose prompts are made ready together, then sorted by length: more of them make fuller buckets and hold more
 # media in memory.
@@ -35,7 +37,6 @@ READERS = 2
 # Seconds between lines of progress where there is no terminal, and between looks at the other processes' parts.
 REPORT, POLL = 30.0, 0.2
 RUN = (sys.executable, "-m", "omni_jax.infer.batch.job")
-KEYS = ("messages", "id", "settings", "voice")
 # What a line can provoke: its record says so, and the job goes on. Failures of the machine are others and end the job.
 LINE_ERRORS = (ValueError, TypeError, OverflowError, RecursionError)
 
@@ -45,7 +46,7 @@ class Job:
     """What a batch job does.
 
     Attributes:
-      model: checkpoint folder.
+      model: checkpoint folder, hub id or URL.
       source, out: the files of lines and of records.
       settings: how to write; a line may change fields.
       speech: how to speak, or None; a line may name another voice.
@@ -59,7 +60,7 @@ class Job:
       progress: show how far it is on stderr; `bar`: there is a terminal for a bar.
     """
 
-    model: pathlib.Path
+    model: str
     source: pathlib.Path
     out: pathlib.Path
     settings: GenerationSettings
@@ -77,8 +78,9 @@ class Job:
     def lines(self) -> list[Line]:
         """The lines of the input, each with the digest of all that its answer depends on."""
         data = dataclasses.asdict(self)
-        what = {name: data[name] for name in ("settings", "speech", "speech_format", "media", "dtype", "adapter")}
-        return records.read_lines(self.source, what | {"model": str(fingerprint(self.model))})
+        what = {name: data[name] for name in ("settings", "speech", "speech_format", "media", "dtype")}
+        what |= {"model": str(fingerprint(self.model)), "adapter": self.adapter and adapter_digest(self.adapter)}
+        return records.read_lines(self.source, what)
 
     def to_json(self) -> str:
         """For another process; see `from_json`."""
@@ -88,7 +90,7 @@ class Job:
     def from_json(cls, text: str) -> Job:
         """What `to_json` has written."""
         data = json.loads(text)
-        data |= {name: pathlib.Path(data[name]) for name in ("model", "source", "out")}
+        data |= {name: pathlib.Path(data[name]) for name in ("source", "out")}
         data["settings"], speech = GenerationSettings(**data["settings"]), data["speech"]
         if speech is not None:
             dog = speech["watchdog"]
@@ -101,70 +103,32 @@ class Request:
     """A line as it was understood, made ready for the model."""
 
     line: Line
-    name: Any
+    named: Mapping[str, Any]
     prompt: Any
     settings: GenerationSettings
     speech: SpeechSettings | None
+    openai: str | None = None
 
     def answer(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The record of this line."""
-        return _record(self.line, self.name, values)
+        return _record(self.line, self.named, values)
 
 
-def _record(line: Line, name: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    named = {} if name is None else {"id": name}
+def _record(line: Line, named: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     return {"line": line.number, **named, "digest": line.digest, **values}
-
-
-def read_object(line: Line) -> dict[str, Any]:
-    """A line as an object: a list of messages stands for `{"messages": …}`. Raises JobError where it is neither."""
-    try:
-        data = json.loads(line.text)
-    except (ValueError, RecursionError) as e:
-        raise JobError(f"it is not JSON ({e})") from None
-    if isinstance(data, list):
-        data = {"messages": data}
-    if not isinstance(data, dict):
-        raise JobError(f"it must be a list of messages, or an object with messages and perhaps {', '.join(KEYS[1:])}")
-    return data
-
-
-def parse(data: Mapping[str, Any], job: Job) -> tuple[Any, GenerationSettings, SpeechSettings | None]:
-    """A line's messages, and the settings that it leads to.
-
-    Args:
-      data: `messages`, and perhaps `id` (anything; the record repeats it), `settings` (fields of `GenerationSettings`)
-        and `voice`.
-      job: has the settings of lines without any.
-    Raises:
-      InputError: it is something else.
-    """
-    if not isinstance(data.get("messages"), list) or set(data) - set(KEYS):
-        raise JobError(f"it must be a list of messages, or an object with messages and perhaps {', '.join(KEYS[1:])}")
-    changes = data.get("settings", {})
-    if not isinstance(changes, dict):
-        raise JobError(f"its settings are {type(changes).__name__}; make them an object")
-    settings = change(job.settings, changes)
-    speech = job.speech
-    if "voice" in data:
-        if speech is None:
-            raise JobError("it names a voice, but the job has no --speech")
-        speech = dataclasses.replace(speech, voice=data["voice"])
-    return data["messages"], settings, speech
 
 
 def _make_ready(model: Any, job: Job, line: Line) -> Request | dict[str, Any]:
     """The request of a line, or the record of what is wrong with it."""
-    name = None
+    reading = Reading()
     try:
-        data = read_object(line)
-        name = data.get("id")
-        messages, settings, speech = parse(data, job)
-        if speech is not None:
-            model.speech.check([speech])
-        return Request(line, name, model.prepare(messages, job.media, speech=speech is not None), settings, speech)
+        ask = reading.read(line, job.settings, job.speech)
+        if ask.speech is not None:
+            model.speech.check([ask.speech])
+        prompt = model.prepare(ask.messages, job.media, speech=ask.speech is not None, tools=ask.tools)
+        return Request(line, reading.named, prompt, ask.settings, ask.speech, ask.openai)
     except LINE_ERRORS as e:
-        return _record(line, name, {"error": f"line {line.number}: {e}"})
+        return _record(line, reading.named, {"error": f"line {line.number}: {e}"})
 
 
 def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
@@ -219,11 +183,14 @@ def _spoken(model: Any, job: Job, requests: Sequence[Request], speak: Callable[[
         if len(requests) > 1:
             return [record for r in requests for record in _answers(model, job, [[r]])]
         return [requests[0].answer({"error": f"line {requests[0].line.number}: {e}"})]
-    return [r.answer(_values(job, r, reply)) for r, reply in zip(requests, replies, strict=True)]
+    return [r.answer(_values(model, job, r, reply)) for r, reply in zip(requests, replies, strict=True)]
 
 
-def _values(job: Job, request: Request, reply: Any) -> dict[str, Any]:
+def _values(model: Any, job: Job, request: Request, reply: Any) -> dict[str, Any]:
     values = reply.to_dict()
+    if request.openai is not None:
+        text_of = lambda token: model.processor.tokenizer.decode([token], skip_controls=False)  # noqa: E731
+        values["response"] = openai.response(request.openai or os.path.basename(job.model), reply, text_of)
     if reply.waveform is not None:
         values["speech"] = str(_audio_file(job, request.line))
         values["waveform"] = reply.waveform  # until it is written
@@ -332,7 +299,8 @@ def _load(job: Job) -> tuple[Any, bool]:
 
     mesh, speech_mesh, together = None, None, False
     if job.mesh is not None:
-        cfg = config.load_config(job.model)
+        with local_files(job.model) as (folder, _):
+            cfg = config.load_config(folder)
         chips = sum(math.prod(meshes.axis_sizes(m, cfg).values()) for m in (job.mesh, job.speech_mesh) if m is not None)
         together = jax.process_count() > 1 and chips > jax.local_device_count()
         placed = meshes.place(cfg, job.mesh, job.speech_mesh, jax.devices() if together else jax.local_devices())
@@ -387,7 +355,7 @@ def _batches_and_failures(
                     if not isinstance(ready[at], dict):
                         line = window[at]
                         ready[at] = _record(
-                            line, ready[at].name, {"error": f"line {line.number}: another host cannot read it"}
+                            line, ready[at].named, {"error": f"line {line.number}: another host cannot read it"}
                         )
             yield from (r for r in ready if isinstance(r, dict))
             yield from batches([r for r in ready if isinstance(r, Request)], job.batch_size)
@@ -397,7 +365,8 @@ def main(job: Job, processes: int, join: str | None, patience: int, as_json: boo
     """The command behind `omni-jax batch`."""
     from omni_jax.config import load_config
 
-    cfg = load_config(job.model)  # one line here, and not one of each process
+    with local_files(job.model) as (folder, _):  # one line here, and not one of each process
+        cfg = load_config(folder)
     if job.mesh is not None:
         from omni_jax.parallel.meshes import axis_sizes
 

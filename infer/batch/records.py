@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -26,21 +27,35 @@ class JobError(InputError):
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the input.
+    """A line of the input. It stays in its file until it is its turn: media may stand in it.
 
     Attributes:
       number: from 1.
-      text: its JSON.
       digest: of the text and of what else the answer depends on.
+      file: the input.
+      start, size: where it stands there, in bytes.
     """
 
     number: int
-    text: str
     digest: str
+    file: pathlib.Path = pathlib.Path()
+    start: int = 0
+    size: int = 0
+
+    def read(self) -> str:
+        """Its text. Raises JobError where it is not UTF-8, or the file cannot be read any more."""
+        try:
+            with open(self.file, "rb") as file:
+                file.seek(self.start)
+                return file.read(self.size).decode("utf-8-sig").strip()
+        except UnicodeDecodeError as e:
+            raise JobError(f"it is not UTF-8 ({e})") from None
+        except OSError as e:
+            raise JobError(f"{self.file} cannot be read any more ({e.strerror})") from None
 
 
 def read_lines(path: pathlib.Path, settings: Mapping[str, Any]) -> list[Line]:
-    """The lines of a job that are not blank.
+    """The lines of a job that are not blank; one of them is in memory at a time.
 
     Args:
       path: the input.
@@ -48,19 +63,29 @@ def read_lines(path: pathlib.Path, settings: Mapping[str, Any]) -> list[Line]:
     Raises:
       JobError: it cannot be read, or has no line.
     """
+    salt = f"{json.dumps(settings, sort_keys=True)}\n".encode()
+    lines, start = [], 0
     try:
-        texts = path.read_text("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
+        with open(path, "rb") as file:
+            for i, raw in enumerate(file, 1):
+                # Bytes that are not UTF-8 are that line's error.
+                text = raw.decode("utf-8-sig" if i == 1 else "utf-8", "surrogateescape").strip()
+                if text:
+                    digest = hashlib.sha256(salt + text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+                    lines.append(Line(i, digest, path, start, len(raw)))
+                start += len(raw)
+    except OSError as e:
         raise JobError(f"{path} cannot be read ({e}); give a file with one conversation in JSON a line") from None
-    salt = json.dumps(settings, sort_keys=True)
-
-    def digest(text: str) -> str:
-        return hashlib.sha256(f"{salt}\n{text}".encode()).hexdigest()[:16]
-
-    lines = [Line(i, text, digest(text)) for i, text in enumerate(map(str.strip, texts), 1) if text]
     if not lines:
         raise JobError(f"{path} has no line; give one conversation in JSON a line")
     return lines
+
+
+def spool(file: BinaryIO, out: pathlib.Path) -> pathlib.Path:
+    """Copies standard input beside the output, where the job and its processes read it line by line."""
+    path = out.with_name(f"{out.name}.input")
+    write_atomically(path, lambda target: shutil.copyfileobj(file, target))
+    return path
 
 
 def _parts(out: pathlib.Path) -> list[pathlib.Path]:

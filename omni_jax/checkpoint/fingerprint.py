@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from omni_jax.checkpoint import orbax_io
+from omni_jax.checkpoint import adapter, orbax_io
 from omni_jax.checkpoint.folder import Stored, open_checkpoint
 from omni_jax.checkpoint.safetensors_io import CheckpointError, Tensor
 from omni_jax.checkpoint.sources import local_files
@@ -119,6 +119,14 @@ def weights_digest(folder: pathlib.Path, tensors: Mapping[str, Stored]) -> str:
     with ThreadPoolExecutor(READERS) as pool:
         strips = dict(zip(stored, pool.map(_strips, stored.values()), strict=True))
     return _digest({name: (t.dtype.name, t.shape, strips[name]) for name, t in stored.items()})
+
+
+def adapter_digest(folder: str | os.PathLike[str]) -> str:
+    """Identifies a PEFT adapter by the content of its two files. Raises CheckpointError."""
+    found = _files_digest(pathlib.Path(folder), (adapter.CONFIG, adapter.WEIGHTS))
+    if not found:
+        raise CheckpointError(f"{folder} holds no {adapter.CONFIG}; give the folder of a PEFT adapter")
+    return found
 
 
 def fingerprint(source: str | os.PathLike[str]) -> Fingerprint:

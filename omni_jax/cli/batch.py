@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import sys
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ def batch(
     lines that have no record yet. OUT appears when it is whole; until then it grows in OUT.part-*.
 
     Args:
-      source: Input. A line holds a list of messages, or an object: messages, and perhaps id, settings and voice.
+      source: Input, - for standard input. A line holds a list of messages, or an object: messages, and perhaps id,
+        tools, settings and voice; or a request of OpenAI's batch files.
       out: Output: one JSON record a line, in the order of the input. With several hosts, on a disk that all share.
     """
     if job.processes != 1 and job.join is not None:
@@ -55,12 +57,22 @@ def batch(
         audio_format=output.speech_format,
     )  # fmt: skip
     from omni_jax.infer.batch.job import Job, main
+    from omni_jax.infer.batch.records import spool
     from omni_jax.runtime.compilation import use_compilation_cache
 
     what = Job(
-        pathlib.Path(model.model), source, out, generation, spoken, output.speech_format or "wav", media.given(),
+        model.model, source, out, generation, spoken, output.speech_format or "wav", media.given(),
         model.mesh, model.speech_mesh, model.dtype, job.batch_size, adapter=model.adapter, progress=not as_json,
         bar=sys.stderr.isatty(),
     )  # fmt: skip
     use_compilation_cache()
+    if str(source) == "-":
+        if job.join is not None:
+            raise InputError("standard input belongs to one host; with --join, give a file that all hosts see")
+        source = spool(sys.stdin.buffer, out)
+        try:
+            main(dataclasses.replace(what, source=source), job.processes, job.join, job.patience, as_json)
+        finally:
+            source.unlink(missing_ok=True)
+        return
     main(what, job.processes, job.join, job.patience, as_json)

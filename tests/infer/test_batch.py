@@ -1,5 +1,6 @@
 """`omni-jax batch`: what it answers, what it does with bad lines, how it goes on, and two processes beside one."""
 
+import io
 import json
 import os
 import pathlib
@@ -155,6 +156,96 @@ def test_error_records_keep_the_id_and_a_byte_order_mark_is_no_text(model, check
     assert "it must be a list of messages" in second["error"]
 
 
+def request(custom_id, content, **body):
+    body = {"model": "gpt-x", "messages": user(content), "max_tokens": 3, **body}
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+
+def test_lines_of_openai(model, checkpoint, tmp_path, monkeypatch):
+    from omni_jax import api
+
+    monkeypatch.setattr(api, "load", lambda *a, **k: model)
+    lines = [
+        request("a", "What is a cat?", stop=["!"], logprobs=True, top_logprobs=2, n=1, temperature=0, user="me"),
+        request("b", "Why?", response_format={"type": "json_object"}),
+        request("c", "Why?", max_toknes=3),
+        request("d", "Why?") | {"url": "/v1/embeddings"},
+        request("e", "Why?", modalities=["text", "audio"]),
+        request("f", "Why?", top_p=7),
+    ]
+    assert job.work(make_job(checkpoint, tmp_path, lines)) == {"lines": 6, "failed": 5, "before": 0}
+    got = read(tmp_path / "out.jsonl")
+    assert [r["custom_id"] for r in got] == list("abcdef")
+    want = model.generate(user("What is a cat?"), max_new_tokens=3, stop="!", logprobs=2)
+    body = got[0]["response"]["body"]
+    assert got[0]["response"]["status_code"] == 200
+    assert body["model"] == "gpt-x"
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": want.text}
+    assert body["choices"][0]["finish_reason"] == "length"
+    assert [t["logprob"] for t in body["choices"][0]["logprobs"]["content"]] == [t.logprob for t in want.logprobs]
+    assert body["usage"]["completion_tokens"] == 3
+    for record, said in zip(
+        got[1:],
+        ("its response_format is {'type': 'json_object'}, which is not supported", "did you mean max_tokens?",
+         "only POST /v1/chat/completions", "asks for audio, but the job has no --speech", "top_p is 7"),
+    ):  # fmt: skip
+        assert said in record["error"]
+
+
+def test_standard_input_and_an_adapter(monkeypatch, capsys, checkpoint, tmp_path):
+    """Lines come through a pipe; the answers are those of generate with the adapter, known by its content."""
+    from omni_jax import load
+
+    adapter = make_adapter(tmp_path / "adapter")
+    text = "".join(json.dumps(line) + "\n" for line in (LINES[0], LINES[4])) + "\xff\n"
+    flags = ("--model", checkpoint, "--dtype", "float32", "--max-new-tokens", 6)
+    out = tmp_path / "out.jsonl"
+
+    def run(folder):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode("latin-1"))))
+        return command(monkeypatch, capsys, "batch", "-", out, *flags, "--adapter", folder, "--json")
+
+    code, stdout, _ = run(adapter)
+    assert (code, json.loads(stdout)) == (0, {"lines": 3, "failed": 1, "before": 0, "out": str(out)})
+    first, _, broken = read(out)
+    assert broken["error"].startswith("line 3: it is not UTF-8")
+    with_it = load(checkpoint, dtype="float32", adapter=adapter).generate(LINES[0], GREEDY)
+    assert first["token_ids"] == list(with_it.token_ids)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "out.jsonl"]
+    adapter.rename(tmp_path / "moved")
+    assert json.loads(run(tmp_path / "moved")[1])["before"] == 3
+    assert "or under other settings or of another model" in run(make_adapter(adapter, seed=1))[2]
+
+
+def make_adapter(folder, seed=0):
+    import numpy as np
+    import safetensors.numpy
+
+    rng = np.random.default_rng(seed)
+    name = "base_model.model.thinker.model.layers.0.mlp.down_proj"
+    shapes = {"A": (4, 160), "B": (64, 4)}
+    folder.mkdir()
+    tensors = {f"{name}.lora_{s}.weight": rng.standard_normal(n).astype(np.float32) for s, n in shapes.items()}
+    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 4, "r": 4}))
+    return folder
+
+
+def test_lines_stay_in_their_file(tmp_path):
+    """A line is read when it is its turn: an input with its media in it does not fill the memory."""
+    import tracemalloc
+
+    path = tmp_path / "in.jsonl"
+    with path.open("w") as file:
+        file.writelines(json.dumps(user("x" * 1_000_000)) + "\n" for _ in range(20))
+    tracemalloc.start()
+    lines = records.read_lines(path, {})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8_000_000
+    assert json.loads(lines[19].read()) == user("x" * 1_000_000)
+
+
 def test_models_are_known_by_content_and_not_by_path(checkpoint, tmp_path):
     """Two models whose folders have the same name do not share an output; a moved one goes on."""
     here, moved, other = (tmp_path / place / "merged" for place in "abc")
@@ -222,7 +313,7 @@ def test_a_batch_that_cannot_be_spoken_is_tried_line_by_line(tmp_path, apart):
             return speak
 
     def request(number, prompt):
-        return job.Request(records.Line(number, "", "digest"), None, prompt, GREEDY, SpeechSettings())
+        return job.Request(records.Line(number, "digest"), {}, prompt, GREEDY, SpeechSettings())
 
     given = [[request(1, "a"), request(2, "unspeakable")], {"line": 3, "error": "line 3: it is not JSON"},
              [request(4, "unreadable"), request(5, "b")], [request(6, "c")]]  # fmt: skip

@@ -1,0 +1,96 @@
+"""Lines in the form of OpenAI's batch files: requests with a `custom_id` and a `body`, and the responses to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from omni_jax.errors import unknown_name
+from omni_jax.infer.batch.records import JobError
+from omni_jax.settings import Reply
+
+URL = "/v1/chat/completions"
+KEYS = ("custom_id", "method", "url", "body")
+# Fields of a body → our settings.
+_SETTINGS = {
+    "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "temperature": "temperature",
+    "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repetition_penalty", "seed": "seed",
+    "stop": "stop", "stop_token_ids": "stop_ids",
+}  # fmt: skip
+# Fields that change nothing where they have one of these values (None: any value).
+_NEUTRAL: dict[str, tuple[Any, ...] | None] = {
+    "model": None, "user": None, "metadata": None, "store": None, "service_tier": None, "stream": (False,), "n": (1,),
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},),
+    "tool_choice": ("auto",), "parallel_tool_calls": None,
+}  # fmt: skip
+_OTHERS = ("messages", "tools", "logprobs", "top_logprobs", "modalities", "audio")
+
+
+def is_request(data: Mapping[str, Any]) -> bool:
+    """Whether a line is in this form."""
+    return "body" in data
+
+
+def read_request(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of OpenAI's form as one of ours: `messages`, `tools`, `settings` and `voice`.
+
+    What it asks for and this model does not do is refused, and not left out in silence.
+
+    Raises:
+      JobError: it is no request for a chat completion, or asks for something else.
+    """
+    body = data["body"]
+    if set(data) - set(KEYS) or not isinstance(body, Mapping):
+        raise JobError(f"it must be an object with {', '.join(KEYS)}, of which body is an object")
+    if data.get("method", "POST") != "POST" or data.get("url", URL) != URL:
+        raise JobError(f"it asks for {data.get('method', 'POST')} {data.get('url', URL)}; only POST {URL} is answered")
+    known = (*_SETTINGS, *_NEUTRAL, *_OTHERS)
+    for name, value in body.items():
+        if name not in known:
+            raise JobError(unknown_name("field of body", name, known))
+        neutral = _NEUTRAL.get(name)
+        if neutral is not None and value is not None and value not in neutral:
+            raise JobError(f"its {name} is {str(value)[:80]}, which is not supported; leave it out")
+    out: dict[str, Any] = {"messages": body.get("messages"), "tools": body.get("tools")}
+    out["settings"] = {_SETTINGS[n]: v for n, v in body.items() if n in _SETTINGS and v is not None}
+    if body.get("logprobs"):
+        out["settings"]["logprobs"] = body.get("top_logprobs") or 0
+    modalities, audio = body.get("modalities") or ["text"], body.get("audio") or {}
+    if modalities not in (["text"], ["text", "audio"], ["audio", "text"]) or not isinstance(audio, Mapping):
+        raise JobError(f"its modalities are {str(modalities)[:80]}; give text, or text and audio")
+    out["speaks"] = "audio" in modalities
+    if out["speaks"] and audio.get("voice") is not None:
+        out["voice"] = audio["voice"]
+    return out
+
+
+def response(model: str, reply: Reply, tokens: Any) -> dict[str, Any]:
+    """The `response` of a record: a chat completion.
+
+    Args:
+      model: its name.
+      tokens: text of an id, for log-probabilities.
+    """
+    choice: dict[str, Any] = {
+        "index": 0,
+        "message": {"role": "assistant", "content": reply.text},
+        "finish_reason": "stop" if reply.finish_reason in ("eos", "stop") else "length",
+        "logprobs": None,
+    }
+    if reply.logprobs is not None:
+        choice["logprobs"] = {
+            "content": [
+                {
+                    "token": tokens(t.id),
+                    "logprob": t.logprob,
+                    "top_logprobs": [{"token": tokens(i), "logprob": p} for i, p in t.top],
+                }
+                for t in reply.logprobs
+            ]
+        }
+    made = len(reply.token_ids)
+    usage = {
+        "prompt_tokens": reply.prompt_tokens, "completion_tokens": made, "total_tokens": reply.prompt_tokens + made,
+    }  # fmt: skip
+    body = {"object": "chat.completion", "model": model, "choices": [choice], "usage": usage}
+    return {"status_code": 200, "body": body}
