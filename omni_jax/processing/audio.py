@@ -79,7 +79,9 @@ class TimeRange:
 WHOLE = TimeRange()
 
 
-def _decode(file: BinaryIO, name: str, missing: str, part: TimeRange) -> tuple[np.ndarray, int, int]:
+def _decode(
+    file: BinaryIO, name: str, missing: str, part: TimeRange, strict: bool = False
+) -> tuple[np.ndarray, int, int]:
     """The wanted part of the first sound track, or a little more of it.
 
     What lies before it is not kept and what lies after it is not decoded, so that memory holds for any file.
@@ -96,7 +98,7 @@ def _decode(file: BinaryIO, name: str, missing: str, part: TimeRange) -> tuple[n
         runs: list[tuple[int, list[np.ndarray]]] = []  # of one sample rate each
         rate = skipped = total = first = 0
         last: float = math.inf
-        damage = Damage()
+        damage = Damage(strict=strict)
         for frame in decode(container, stream, damage):
             rate = rate or frame.sample_rate
             first, last = part.samples(rate)
@@ -155,6 +157,7 @@ def load_audio(
     *,
     access: Access = ANYTHING,
     missing: str = MISSING,
+    strict: bool = False,
 ) -> np.ndarray:
     """Reads sound as mono.
 
@@ -164,6 +167,7 @@ def load_audio(
       rate: samples a second of the result.
       part: which part of it.
       missing: what to say of a file without sound.
+      strict: refuse a file of which anything is missing or cannot be decoded.
     Returns:
       float32 [S].
     Raises:
@@ -181,13 +185,15 @@ def load_audio(
         raise MediaError(f"{name} comes without its rate; give (samples, rate)")
     else:
         with fetch(source, access) as file:
-            return read_audio(file, name, rate, part, missing=missing)
+            return read_audio(file, name, rate, part, missing=missing, strict=strict)
     return _prepare(samples, own_rate, rate, name, part)
 
 
-def read_audio(file: BinaryIO, name: str, rate: int, part: TimeRange = WHOLE, *, missing: str = MISSING) -> np.ndarray:
+def read_audio(
+    file: BinaryIO, name: str, rate: int, part: TimeRange = WHOLE, *, missing: str = MISSING, strict: bool = False
+) -> np.ndarray:
     """`load_audio` of an open file."""
-    samples, own_rate, skipped = _decode(file, name, missing, part)
+    samples, own_rate, skipped = _decode(file, name, missing, part, strict)
     return _prepare(samples, own_rate, rate, name, part, skipped)
 
 

@@ -64,12 +64,14 @@ class Damage:
       seconds: how long they last, where decodable ones follow them.
       first: time of the first one, in seconds; None where it has none.
       start: where the stream's first packet lies in the file; None where that is not known.
+      strict: nothing may be lost.
     """
 
     packets: int = 0
     seconds: float = 0.0
     first: float | None = None
     start: int | None = None
+    strict: bool = False
     _pending: float = 0.0
 
     def skip(self, packet: Any) -> None:
@@ -127,6 +129,10 @@ def check_loss(name: str, there: float, damage: Damage, missing: float = 0.0) ->
       MediaError: nothing is there, or too much is lost.
     """
     lost = damage.seconds + missing
+    if damage.strict and (damage.packets or missing):
+        what = [f"{damage.packets} packets cannot be decoded"] if damage.packets else []
+        what += [f"its last {missing:.2f} s are missing"] if missing else []
+        raise MediaError(f"{name} is not whole ({', '.join(what)}); save it again, or leave strict off")
     if lost > max(LOST_SECONDS, LOST_SHARE * (there + lost)) or (damage.packets and not there):
         raise damaged(name, f"{there:.1f} s of {there + max(lost, 0.1):.1f} s can be read")
     if damage.packets:

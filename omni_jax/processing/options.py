@@ -71,9 +71,14 @@ OPTIONS: dict[str, MediaOption] = {
     "nframes": MediaOption(("video",), "frames taken, instead of fps; rounded to an even number", int, 1),
     "min_frames": MediaOption(("video",), "fewest frames taken", int, 1),
     "max_frames": MediaOption(("video",), "most frames taken", int, 2),
+    "sample_by": MediaOption(
+        ("video",), "take frames by their number or by their time; by default by time where the frame rate varies", str,
+        choices=("frames", "time"),
+    ),
     "video_start": MediaOption(("video",), "second from which the video is read"),
     "video_end": MediaOption(("video",), "second up to which the video is read"),
     "use_audio_in_video": MediaOption(("video",), "hear the audio track, too", bool),
+    "strict": MediaOption(("audio", "video"), "refuse files of which anything is missing or damaged", bool),
     "audio_start": MediaOption(("audio",), "second from which the audio is read"),
     "audio_end": MediaOption(("audio",), "second up to which the audio is read"),
 }  # fmt: skip

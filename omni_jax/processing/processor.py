@@ -282,14 +282,15 @@ class Processor:
             return _Medium(P.Image(patches.grid), image=patches)
         if part.kind == "audio":
             wanted = TimeRange(chosen.get("audio_start"), chosen.get("audio_end"), self._most_seconds)
-            samples = load_audio(part.source, self.mel.rate, wanted, access=access)
+            strict = chosen.get("strict", False)
+            samples = load_audio(part.source, self.mel.rate, wanted, access=access, strict=strict)
             mel = log_mel(samples, self.mel, describe(part.source))
             return _Medium(P.Audio(self._tokens(mel, part)), audio=mel)
         sampling = Sampling.from_options(chosen, self.cfg.text.max_position_embeddings)
         clip, track = load_video(
             part.source, self.cfg.vision, self.image, sampling,
-            with_audio=chosen.get("use_audio_in_video", False), audio_rate=self.mel.rate,
-            most_seconds=self._most_seconds, access=access,
+            with_audio=chosen.get("use_audio_in_video", False), silent="use_audio_in_video" not in part.options,
+            audio_rate=self.mel.rate, most_seconds=self._most_seconds, access=access,
         )  # fmt: skip
         seconds = clip.seconds_per_grid * clip.grid[0]
         if seconds * self.cfg.position_id_per_seconds >= MAX_POSITION:

@@ -7,7 +7,8 @@ those by one level and none by more than two (a test measures it). And clips of 
 
 from __future__ import annotations
 
-import logging
+import functools
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import numpy as np
 from PIL import Image as Pillow
 
 from omni_jax.config import VisionConfig
+from omni_jax.errors import warn
+from omni_jax.processing.animation import Animation, is_animation
 from omni_jax.processing.audio import TimeRange, read_audio
 from omni_jax.processing.container import (
     LOST_SHARE,
@@ -39,18 +42,8 @@ from omni_jax.processing.images import (
 )
 from omni_jax.processing.media import ANYTHING, Access, MediaError, describe, fetch
 from omni_jax.processing.positions import Grid
-from omni_jax.processing.video_sampling import (
-    DEFAULT,
-    FPS,
-    MAX_FRAMES,
-    Sampling,
-    check_sampling,
-    frame_count,
-    frame_range,
-    frame_size,
-)
-
-logger = logging.getLogger(__name__)
+from omni_jax.processing.timeline import DRIFT, Timeline, choose_frames, read_timeline
+from omni_jax.processing.video_sampling import DEFAULT, FPS, MAX_FRAMES, Sampling, check_sampling, frame_size
 
 NO_SOUND = "has no sound track, though its sound is asked for; give a clip with sound or leave use_audio_in_video off"
 
@@ -63,56 +56,6 @@ class Video:
     pixels: np.ndarray
     grid: Grid
     seconds_per_grid: float
-
-
-REWIND = 0.5  # seconds by which times go back where another recording begins
-
-
-@dataclass(frozen=True)
-class _Timeline:
-    """The frames of a stream in display order, from its packets alone.
-
-    Attributes:
-      times: presentation time of each, in the stream's unit; None where there are none.
-      joined: recordings follow each other, whose times begin anew.
-      rate: frames a second, on average.
-    """
-
-    times: list[int | None]
-    joined: bool
-    rate: float
-
-    @property
-    def seconds(self) -> float:
-        return len(self.times) / self.rate
-
-
-def _timeline(container: Any, stream: Any, name: str) -> _Timeline:
-    """Reads packets without decoding them. Frames that an edit list hides do not count.
-
-    Within a recording, times order the frames; recordings that were joined follow each other as they are stored.
-    """
-    runs: list[list[int | None]] = [[]]
-    last = None
-    unit = float(stream.time_base)
-    try:
-        for packet in container.demux(stream):
-            if not packet.size or packet.is_discard:
-                continue
-            if last is not None and packet.dts is not None and (packet.dts - last) * unit < -REWIND:
-                runs.append([])
-            last = packet.dts if packet.dts is not None else last
-            runs[-1].append(packet.pts)
-    except (av.FFmpegError, OSError):
-        logger.debug("%s cannot be read beyond its packet %d", name, sum(map(len, runs)))
-    times = [t for run in runs for t in (sorted(run) if None not in run else run)]  # type: ignore[type-var]
-    if not times:
-        raise MediaError(f"{name} holds no frames; fetch or save it again")
-    known = [t for run in runs[:1] for t in run if t is not None]
-    rate = float(stream.average_rate or 0)
-    if not 0 < rate < 1000 and len(known) > 1:
-        rate = (len(known) - 1) / max((max(known) - min(known)) * unit, 1e-3)
-    return _Timeline(times, len(runs) > 1, rate if rate > 0 else FPS)
 
 
 def _numbered(frames: Iterable[Any], times: Sequence[int | None]) -> Iterator[tuple[int, Any]]:
@@ -138,49 +81,112 @@ def _picture(frame: av.VideoFrame) -> Pillow.Image:
     return to_rgb(Pillow.fromarray(np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))))
 
 
-def _decode(file: BinaryIO, name: str, vision: VisionConfig, sampling: Sampling) -> tuple[list[np.ndarray], float]:
-    """The sampled frames, resized as they come (uint8 [H, W, 3]), and their rate a second."""
+def _pictures_of(container: Any, name: str) -> Any:
+    """The stream of pictures. Raises MediaError where there is none that can be decoded."""
+    pictures = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    if not pictures:
+        raise MediaError(f"{name} has no pictures; give a video, or use it as audio")
+    if pictures[0].codec_context is None:
+        raise MediaError(f"{name} has frames of a codec that this FFmpeg cannot decode; convert it to MP4 (H.264)")
+    return pictures[0]
+
+
+def _start_of_sound(container: Any) -> float | None:
+    """Seconds, on the file's clock, at which the first sound track begins; None without one."""
+    if not container.streams.audio:
+        return None
+    stream = container.streams.audio[0]
+    return float((stream.start_time or 0) * (stream.time_base or 0))
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """A video file as it was found, before a frame is decoded.
+
+    Attributes:
+      line: when its frames are shown.
+      sound: seconds by which its sound begins after its first frame; None without sound.
+      stream: index of the stream of pictures; None of an animated WebP.
+    """
+
+    line: Timeline
+    sound: float | None = None
+    stream: int | None = None
+
+    @property
+    def late(self) -> float:
+        """Seconds by which its pictures begin after its sound."""
+        return max(-(self.sound or 0.0), 0.0)
+
+
+def _open(file: BinaryIO, name: str, strict: bool) -> _Clip:
+    """Reads the packets of a file, without decoding them."""
+    if is_animation(file):
+        return _Clip(Animation(file, name).line)
     with open_container(file, name, "a video", "MP4") as container:
-        pictures = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-        if not pictures:
-            raise MediaError(f"{name} has no pictures; give a video, or use it as audio")
-        index = pictures[0].index
-        if pictures[0].codec_context is None:
-            raise MediaError(f"{name} has frames of a codec that this FFmpeg cannot decode; convert it to MP4 (H.264)")
-        line = _timeline(container, pictures[0], name)
-        missing = missing_seconds(file, container, pictures[0], line.seconds, None)
-        check_loss(name, line.seconds, Damage(), missing)
-    first, last = frame_range(len(line.times), line.rate, sampling, name)
-    total = last - first + 1
-    count = frame_count(total, line.rate, sampling, name)
-    wanted = deque(np.round(np.linspace(first, last, count)).astype(int).tolist())
-    rate = count / total * line.rate if count > 1 else sampling.fps or FPS
+        stream = _pictures_of(container, name)
+        index, sound = stream.index, _start_of_sound(container)
+        line = read_timeline(container, stream, name)
+        missing = missing_seconds(file, container, stream, line.seconds, None)
+        check_loss(name, line.seconds, Damage(strict=strict), missing)
+    return _Clip(line, None if sound is None else sound - line.start, index)
+
+
+def _shown(file: BinaryIO, name: str, clip: _Clip, first: int, damage: Damage) -> Iterator[tuple[int, Any]]:
+    """The number of each decoded frame from the key frame before number `first` on, and what makes its picture."""
     file.seek(0)
-    frames: list[np.ndarray] = []
-    damage = Damage()
+    if clip.stream is None:
+        yield from ((i, functools.partial(lambda p: p, picture)) for i, picture in Animation(file, name).frames())
+        return
     with open_container(file, name, "a video", "MP4") as container:
-        stream = next(s for s in container.streams.video if s.index == index)
+        stream = next(s for s in container.streams.video if s.index == clip.stream)
         stream.thread_type = "AUTO"
-        begin = line.times[wanted[0]]
-        if begin is not None and wanted[0] and not line.joined:
+        begin = clip.line.stamps[first]
+        if begin is not None and first and not clip.line.joined:
             container.seek(begin, stream=stream)  # to the key frame before
-        size = None
-        for place, frame in _numbered(decode(container, stream, damage), line.times):
-            resized = None
-            while wanted and place >= wanted[0]:
-                if resized is None:
-                    picture = _picture(frame)
-                    size = size or frame_size(picture.height, picture.width, count, vision, sampling, name)
-                    resized = resize(picture, size)
-                frames.append(resized)
-                wanted.popleft()
-            if not wanted:
-                break
-    there = (total - damage.packets) / line.rate if frames else 0.0
+        for place, frame in _numbered(decode(container, stream, damage), clip.line.stamps):
+            yield place, functools.partial(_picture, frame)
+
+
+def _decode(
+    file: BinaryIO, name: str, clip: _Clip, vision: VisionConfig, sampling: Sampling, late: float
+) -> tuple[list[np.ndarray], float]:
+    """The sampled frames, resized as they come (uint8 [H, W, 3]), and their rate a second."""
+    chosen, rate, total = choose_frames(clip.line, sampling, name, late)
+    count, wanted = len(chosen), deque(chosen)
+    frames: list[np.ndarray] = []
+    damage = Damage(strict=sampling.strict)
+    size = None
+    for place, picture_of in _shown(file, name, clip, wanted[0], damage):
+        resized = None
+        while wanted and place >= wanted[0]:
+            if resized is None:
+                picture = picture_of()
+                size = size or frame_size(picture.height, picture.width, count, vision, sampling, name)
+                resized = resize(picture, size)
+            frames.append(resized)
+            wanted.popleft()
+        if not wanted:
+            break
+    there = (total - damage.packets) / clip.line.rate if frames else 0.0
     check_loss(name, max(there, 0.0), damage)
-    if not frames or len(wanted) > 1 + LOST_SHARE * count:
+    if not frames or len(wanted) > 1 + LOST_SHARE * count or (wanted and sampling.strict and count > 1):
         raise damaged(name, f"{len(frames)} of {count} frames could be read")
     return [*frames, *[frames[-1]] * len(wanted)], rate
+
+
+def _sound(file: BinaryIO, name: str, rate: int, part: TimeRange, late: float, strict: bool) -> np.ndarray:
+    """The sound track of a clip, with silence for the time before it begins: float32 [S]."""
+    start = max(part.start or 0.0, 0.0)
+    silence = max(min(late, math.inf if part.end is None else part.end) - start, 0.0)
+    quiet = np.zeros(round(silence * rate), np.float32)
+    if part.end is not None and part.end <= late:
+        return quiet
+    rest = TimeRange(
+        max(start - late, 0.0) or None, None if part.end is None else part.end - late,
+        None if part.most is None else part.most - silence,
+    )  # fmt: skip
+    return np.concatenate([quiet, read_audio(file, name, rate, rest, missing=NO_SOUND, strict=strict)])
 
 
 def load_video(
@@ -190,6 +196,7 @@ def load_video(
     sampling: Sampling = DEFAULT,
     *,
     with_audio: bool = False,
+    silent: bool = False,
     audio_rate: int = 16000,
     most_seconds: float | None = None,
     access: Access = ANYTHING,
@@ -200,7 +207,8 @@ def load_video(
       source: a path, bytes or URL (see `media.fetch`) of a video or an animated GIF, or a list of pictures (see
         `images.load_image`) or an array uint8 [F, H, W, 3], its frames.
       sampling: which frames, of what size.
-      with_audio: read its sound track too, cut to the same times.
+      with_audio: read its sound track too, cut to the same times. A track that begins late is heard at its time.
+      silent: take a clip without sound as it is, with a warning, where its sound is asked for.
       most_seconds: that its sound may last; None for any length.
     Returns:
       The clip, and its sound (float32 [S], at `audio_rate`) or None.
@@ -213,19 +221,24 @@ def load_video(
     if isinstance(source, np.ndarray) and source.ndim == 4:
         source = list(source)
     if isinstance(source, list | tuple):
-        if with_audio:
+        if with_audio and not silent:
             raise MediaError(f"{name}: pictures {NO_SOUND}")
         frames, rate = _from_images(source, name, vision, sampling, access), sampling.fps or FPS
     else:
         with fetch(source, access) as file:
             try:
-                frames, rate = _decode(file, name, vision, sampling)
+                clip = _open(file, name, sampling.strict)
+                heard = with_audio and not (silent and clip.sound is None)
+                frames, rate = _decode(file, name, clip, vision, sampling, clip.late if heard else 0.0)
             except (av.FFmpegError, OSError) as e:
                 raise damaged(name, reason(e)) from None
-            if with_audio:
+            if heard:
                 file.seek(0)
                 part = TimeRange(sampling.start, sampling.end, most_seconds)
-                sound = read_audio(file, name, audio_rate, part, missing=NO_SOUND)
+                late = clip.sound if clip.sound is not None and clip.sound > DRIFT else 0.0
+                sound = _sound(file, name, audio_rate, part, late, sampling.strict)
+            elif with_audio:
+                warn(f"{name} has no sound track; it is watched without sound")
     patches = patchify(frames, vision, config)
     return Video(patches.pixels, patches.grid, vision.temporal_patch_size / rate), sound
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from omni_jax.config import VisionConfig
 from omni_jax.processing.images import explicit_size, pixel_limits, smart_resize
@@ -32,6 +32,9 @@ class Sampling:
       resized_height, resized_width: one frame's size, instead of the limits and the budget.
       start, end: seconds; the part in between is taken.
       most_tokens: what a clip may take; None for any number. Known before its frames are kept, so that memory holds.
+      sample_by: take frames at equal distances of their number, or of their time. By default of their number, as
+        qwen-omni-utils does, unless the frame rate varies.
+      strict: refuse a file of which anything is missing or cannot be decoded.
     """
 
     fps: float | None = None
@@ -46,6 +49,8 @@ class Sampling:
     start: float | None = None
     end: float | None = None
     most_tokens: int | None = None
+    sample_by: Literal["frames", "time"] | None = None
+    strict: bool = False
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], most_tokens: int | None = None) -> Sampling:
@@ -108,12 +113,17 @@ def frame_range(total: int, native_fps: float, sampling: Sampling, name: str) ->
     if sampling.end is not None:
         last = min(last, math.floor(min(max(sampling.end, 0.0), seconds) * native_fps))
     if first > last:
-        end = "its end" if sampling.end is None else f"{sampling.end} s"
-        raise MediaError(
-            f"{name} has no frame between {sampling.start or 0.0} s and {end}; it lasts {seconds:.2f} s, choose times "
-            "within it"
-        )
+        raise no_frame(name, seconds, sampling)
     return first, last
+
+
+def no_frame(name: str, seconds: float, sampling: Sampling) -> MediaError:
+    """The error of a clip of so many seconds that has no frame between the times that are wanted."""
+    end = "its end" if sampling.end is None else f"{sampling.end} s"
+    return MediaError(
+        f"{name} has no frame between {sampling.start or 0.0} s and {end}; it lasts {seconds:.2f} s, choose times "
+        "within it"
+    )
 
 
 def frame_size(

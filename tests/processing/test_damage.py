@@ -9,11 +9,14 @@ import struct
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from omni_jax.config import VisionConfig
+from omni_jax.errors import InputWarning
 from omni_jax.processing.audio import load_audio
 from omni_jax.processing.media import MediaError
 from omni_jax.processing.video import load_video
+from omni_jax.processing.video_sampling import Sampling
 from tests.media import encode_sound, encode_video, grey_levels, picture, tone
 from tests.processing.test_video import expected_greys, greys
 
@@ -87,8 +90,90 @@ def test_a_stream_that_starts_late(late):
     whole = encode_video(grey_levels(30), 10, codec="libx264", sound=tone(3.0))
     data = copy_streams(whole, "matroska", {late: 1.5})
     clip, sound = load_video(data, VISION, with_audio=True)
-    assert clip.grid[0] == 3
-    assert len(sound) / 16000 == pytest.approx(3.0, abs=0.1)
+    # The first frame stands while the sound runs already; silence comes before a sound that begins later.
+    assert clip.grid[0] == (4 if late == "video" else 3)
+    if late == "video":
+        assert clip.seconds_per_grid == pytest.approx(4.5 / 4, abs=0.05)
+        assert greys(clip)[:3] == pytest.approx([20] * 3, abs=4)
+        assert len(sound) / 16000 == pytest.approx(3.0, abs=0.1)
+    else:
+        assert len(sound) / 16000 == pytest.approx(4.5, abs=0.1)
+        assert not sound[: 16000 + 7000].any()
+        assert np.abs(sound[24000 + 2000 : 24000 + 8000]).max() > 0.2
+        part = Sampling(start=1.0, end=2.0)
+        cut = load_video(data, VISION, sampling=part, with_audio=True)[1]
+        np.testing.assert_allclose(cut, sound[16000:32000], atol=0.1)
+        assert not load_video(data, VISION, sampling=Sampling(start=0.2, end=1.0), with_audio=True)[1].any()
+    assert len(load_audio(data)) / 16000 == pytest.approx(3.0, abs=0.1)
+
+
+def varying(times: list[float], frames: list[np.ndarray], form: str = "matroska") -> bytes:
+    """A clip whose frames are shown from these seconds on."""
+    out = io.BytesIO()
+    with av.open(out, "w", format=form) as made:
+        stream = made.add_stream("mpeg4", rate=1000)
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
+        stream.bit_rate = 4_000_000
+        for time, pixels in zip(times, frames, strict=True):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = round(time * 1000), fractions.Fraction(1, 1000)
+            made.mux(stream.encode(frame))
+        made.mux(stream.encode(None))
+    return out.getvalue()
+
+
+def test_a_varying_frame_rate_is_sampled_by_time():
+    """8 s: forty frames in the first two seconds, then ten in six. By number, most frames would be of the start."""
+    times = [i / 20 for i in range(40)] + [2 + i * 0.6 for i in range(10)]
+    data = varying(times, grey_levels(50))
+    with pytest.warns(InputWarning, match="has a varying frame rate; its frames are sampled by their times"):
+        clip, _ = load_video(data, VISION)
+    assert clip.grid[0] * clip.seconds_per_grid == pytest.approx(8.0, abs=0.2)
+    assert clip.grid[0] == 8
+    wanted = np.linspace(0, 8 - 0.5, 16)
+    shown = np.searchsorted(times, wanted + 1e-3, side="right") - 1
+    np.testing.assert_allclose(greys(clip), expected_greys(50, shown), atol=6)
+    by_number, _ = load_video(data, VISION, sampling=Sampling(sample_by="frames", nframes=10))
+    indices = np.round(np.linspace(0, 49, 10)).astype(int)
+    np.testing.assert_allclose(greys(by_number), expected_greys(50, indices), atol=6)
+    cut, _ = load_video(data, VISION, sampling=Sampling(start=2.0, end=8.0, fps=1.0))
+    assert cut.grid[0] * cut.seconds_per_grid == pytest.approx(6.0, abs=0.1)
+    assert greys(cut)[0] == pytest.approx(expected_greys(50, [40])[0], abs=6)
+    with pytest.raises(MediaError, match=r"no frame between 9\.0 s and its end; it lasts [78]"):
+        load_video(data, VISION, sampling=Sampling(start=9.0))
+
+
+def test_a_steady_rate_is_sampled_alike_either_way():
+    data = encode_video(grey_levels(40), 10)
+    by_number, by_time = (load_video(data, VISION, sampling=Sampling(sample_by=s))[0] for s in (None, "time"))
+    assert by_time.grid == by_number.grid
+    assert by_time.seconds_per_grid == by_number.seconds_per_grid
+    np.testing.assert_allclose(greys(by_time), greys(by_number), atol=12)  # by one frame at most
+
+
+def test_an_animated_webp_is_a_clip():
+    frames = [Image.fromarray(f) for f in grey_levels(6)]
+    file = io.BytesIO()
+    frames[0].save(
+        file, "WEBP", save_all=True, append_images=frames[1:], duration=[250] * 4 + [1000] * 2, lossless=True
+    )
+    clip, _ = load_video(file.getvalue(), VISION)
+    assert clip.grid[0] * clip.seconds_per_grid == pytest.approx(3.0)
+    np.testing.assert_allclose(greys(clip), expected_greys(6, [0, 2, 4, 4, 5, 5]), atol=2)
+    with pytest.raises(MediaError, match="damaged or cut short"):
+        load_video(file.getvalue()[:250], VISION)
+
+
+def test_strict_refuses_what_is_not_whole():
+    whole = bytearray(encode_sound(tone(6.0, 48000), 48000, "ipod", "aac"))
+    assert len(load_audio(bytes(whole), strict=True)) > 90000
+    with av.open(io.BytesIO(bytes(whole))) as container:
+        packet = [p for p in container.demux() if p.size][100]
+    whole[packet.pos : packet.pos + packet.size] = b"\xff" * packet.size
+    with pytest.raises(
+        MediaError, match=r"is not whole \(\d packets cannot be decoded\); save it again, or leave strict"
+    ):
+        load_audio(bytes(whole), strict=True)
 
 
 def test_a_stream_that_is_shorter_than_its_file():

@@ -14,6 +14,7 @@ import tokenizers
 from PIL import Image
 
 from omni_jax.config import ConfigError
+from omni_jax.errors import InputWarning
 from omni_jax.processing import chat
 from omni_jax.processing import positions as P
 from omni_jax.processing.audio import load_audio
@@ -154,6 +155,16 @@ def test_each_clip_decides_on_its_sound(processor):
     check_counts(prompt)
     np.testing.assert_array_equal(prompt.positions, P.position_ids(prompt.segments, T))
     assert prompt.positions.shape == (3, len(prompt.ids))
+
+
+def test_a_silent_clip_among_others_is_watched(processor):
+    """`--use-audio-in-video` is for the clips that have sound; asked for by the clip itself, there must be some."""
+    silent, loud = ({"type": "video", "video": clip(1.0, s)} for s in (None, 1.0))
+    with pytest.warns(InputWarning, match="has no sound track; it is watched without sound"):
+        prompt = processor([user(silent, loud)], use_audio_in_video=True)
+    assert (len(prompt.videos), len(prompt.audios)) == (2, 1)
+    with pytest.raises(MediaError, match="has no sound track, though its sound is asked for"):
+        processor([user(silent | {"use_audio_in_video": True}, loud)])
 
 
 def test_random_conversations(processor):
