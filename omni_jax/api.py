@@ -29,7 +29,7 @@ from omni_jax.parallel.meshes import Placement, layout_fn, place
 from omni_jax.parallel.sharding import MeshError
 from omni_jax.processing.positions import next_position
 from omni_jax.processing.processor import Processor, Prompt, PromptError, check_context, stop_token_ids
-from omni_jax.runtime import generation
+from omni_jax.runtime import slots
 from omni_jax.runtime.admission import AdmissionControl, check_weights
 from omni_jax.runtime.memory_model import thinker_slots
 from omni_jax.runtime.reply import ReplyBuilder
@@ -157,34 +157,31 @@ class Omni:
 
         return run
 
-    def _batch(self, prompts: Sequence[Prompt]) -> generation.PromptBatch:
-        """Left-pads the prompts to their bucket; spare rows repeat the first."""
+    def _batch(self, prompts: Sequence[Prompt]) -> tuple[slots.Tokens, np.ndarray]:
+        """The prompts padded to their buckets, spare rows empty; and the position id [B] of each reply's first id."""
         vectors, index = self.encode_media(prompts)
         size = buckets.bucket(len(prompts), buckets.BATCH)
         width = _width(prompts)
         ids = np.zeros((size, width), np.int32)
         positions = np.zeros((3, size, width), np.int32)
-        start, after = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        counts, after = np.zeros(size, np.int32), np.zeros(size, np.int32)
         media_index = np.full((size, width), -1, np.int32)
-        for row in range(size):
-            i = row if row < len(prompts) else 0
-            n = len(prompts[i].ids)
-            ids[row, width - n :] = prompts[i].ids
-            positions[:, row, width - n :] = prompts[i].positions
-            media_index[row, width - n :] = index[i]
-            start[row], after[row] = width - n, next_position(prompts[i].positions)
+        for row, prompt in enumerate(prompts):
+            n = counts[row] = len(prompt.ids)
+            ids[row, :n], positions[:, row, :n] = prompt.ids, prompt.positions
+            media_index[row, :n] = index[row]
+            after[row] = next_position(prompt.positions)
         if vectors is None:
-            return generation.PromptBatch(ids, positions, start, after)
+            return slots.Tokens(ids, positions, counts), after
         media = np.zeros((buckets.bucket(len(vectors), buckets.MEDIA), vectors.shape[1]), vectors.dtype)
         media[: len(vectors)] = vectors
-        return generation.PromptBatch(ids, positions, start, after, media, media_index)
+        return slots.Tokens(ids, positions, counts, None, media, media_index), after
 
     def _sampling(self, settings: Sequence[GenerationSettings], size: int) -> Sampling:
         rows = [settings[i] if i < len(settings) else settings[0] for i in range(size)]
-        ends = [(*self.eos, *s.stop_ids) for s in rows]
-        width = 1 << max(2, (max(map(len, ends)) - 1).bit_length())  # a power of two: a shape that few requests change
-        stop = np.full((size, width), -1, np.int32)
-        for row, ids in enumerate(ends):
+        stop = np.full((size, slots.STOP_IDS), -1, np.int32)
+        for row, wanted in enumerate(rows):
+            ids = (*self.eos, *wanted.stop_ids)[: slots.STOP_IDS]
             stop[row, : len(ids)] = ids
         # The words of a threefry key are the seed's two halves: made here, since `jax.random.key` is an eager program.
         keys = np.array([[s.seed >> 32, s.seed & 0xFFFFFFFF] for s in rows], np.uint32)
@@ -201,7 +198,7 @@ class Omni:
         self,
         prompts: Sequence[Prompt],
         settings: Sequence[GenerationSettings],
-        steps: int = generation.LOOP_STEPS,
+        steps: int = slots.LOOP_STEPS,
         trace: ThinkerTrace | None = None,
     ) -> Generator[list[tuple[str, tuple[int, ...]]], None, list[Reply]]:
         """The loop below `generate` and `stream`: yields, after each call of the decode loop, the new text and ids of
@@ -210,7 +207,7 @@ class Omni:
         Args:
           prompts: from `prepare`.
           settings: one per prompt.
-          steps: ids to draw between two yields, at most `generation.LOOP_STEPS`.
+          steps: ids to draw between two yields, at most `slots.LOOP_STEPS`.
           trace: takes what the Talker needs, where there is to be speech.
         """
         for prompt in prompts:
@@ -221,36 +218,37 @@ class Omni:
         width = _width(prompts)
         capacity = thinker_slots(width, max(s.max_new_tokens for s in settings), self.context)
         self.guard.check_request(prompts, width, capacity, settings, trace is not None)
-        batch = self._batch(prompts)
+        batch, after = self._batch(prompts)
         encoded = clock()
-        sampling = self._sampling(settings, len(batch.start))
+        size = len(batch.counts)
+        sampling = self._sampling(settings, size)
         builders = [
             ReplyBuilder(self.processor.tokenizer, s, self.eos, self.context - len(p.ids))
             for p, s in zip(prompts, settings, strict=True)
         ]
-        size = len(batch.start)
-        with self.layout_for("thinker", size, width):
-            read = generation.prefill(cfg, params, batch, capacity=capacity, cache_dtype=self.cache_dtype)
+        program = slots.thinker_program(cfg)
         with self.layout_for("thinker", size):
-            state, out = generation.first_draw(params, read.cache, read.seen, read.last, batch.next_position, sampling)
+            state = slots.make_slots(program, params, size, capacity=capacity, cache_dtype=self.cache_dtype)
+        with self.layout_for("thinker", size, width):
+            state, embeddings, hidden = slots.extend(program, params, state, batch, first=True)
+        with self.layout_for("thinker", size):
+            state, out = slots.begin(program, params, state, batch.counts > 0, sampling, after)
         first = jax.device_get(out)
         if trace is not None:
-            trace.add_prompt(batch, read)
+            trace.add_prompt(batch, after, embeddings, hidden)
             trace.add_step(first.hidden[None])
-        del read  # its embeddings and hidden states are the Talker's
+        del embeddings, hidden  # they are the Talker's
         prefilled = clock()
         yield self._feed(builders, settings, jax.tree.map(lambda a: a[None], first), 1)
         while left := max(b.left for b in builders):
             # Rows that ended on a stop string are done on the host before they are on the device.
-            done = np.array(
-                [b.finish_reason is not None for b in builders] + [True] * (len(batch.start) - len(builders))
-            )
-            state = dataclasses.replace(state, done=done)
+            active = np.array([b.finish_reason is None for b in builders] + [False] * (size - len(builders)))
             with self.layout_for("thinker", size):
-                state, made, count = generation.advance(cfg, params, state, sampling, min(left, steps))
+                state, made, count = slots.step(program, params, state, active, min(left, steps))
+            made, count = jax.device_get((made, count))
             if trace is not None:
-                trace.add_step(np.asarray(made.hidden)[:count])
-            yield self._feed(builders, settings, made, count)
+                trace.add_step(made.hidden[:count])
+            yield self._feed(builders, settings, made, int(count))
         end = clock()
         timings = {"encode": encoded - begin, "prefill": prefilled - encoded, "decode": end - prefilled}
         return [self._reply(b, p, s, timings) for b, p, s in zip(builders, prompts, settings, strict=True)]
@@ -259,7 +257,7 @@ class Omni:
     def _feed(
         builders: Sequence[ReplyBuilder],
         settings: Sequence[GenerationSettings],
-        made: generation.StepOutput,
+        made: slots.StepOutput,
         count: int,
     ) -> list[tuple[str, tuple[int, ...]]]:
         """Hands the outputs [steps, B, ...] to the rows that still go on."""

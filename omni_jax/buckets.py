@@ -77,7 +77,7 @@ def chunk_groups(chunks: int) -> Iterator[tuple[int, int]]:
         chunks -= take
 
 
-# Tokens of a prompt, left-padded.
+# Tokens of a prompt, or of a piece of one, padding behind them.
 PROMPT = (64, 128, *steps(65536, 2, 256))
 # Media vectors of a batch of prompts: all that the largest batch could hold.
 MEDIA = (64, 128, *steps(256 * 65536, 2, 256))

@@ -27,7 +27,7 @@ from omni_jax.infer.batch import job
 from omni_jax.infer.bench import reference, text
 from omni_jax.model import audio, talker, token2wav, vision
 from omni_jax.parallel import meshes
-from omni_jax.runtime import generation, speech
+from omni_jax.runtime import slots, speech
 from omni_jax.settings import GenerationSettings, SpeechSettings
 from tests import conversations
 
@@ -56,8 +56,8 @@ def prompts(model: api.Omni) -> list[Any]:
 def live(cache: Any, size: int) -> list[np.ndarray]:
     """Keys and values of the live slots, row by row."""
     k, v = (np.stack([np.asarray(x) for x in a]) if isinstance(a, tuple) else np.asarray(a) for a in (cache.k, cache.v))
-    start, end = np.asarray(cache.start), int(cache.length)
-    return [a[:, row, :, start[row] : end] for a in (k, v) for row in range(size)]
+    lengths = np.asarray(cache.lengths)
+    return [a[:, row, :, : lengths[row]] for a in (k, v) for row in range(size)]
 
 
 def split(array: Any) -> list[str]:
@@ -70,25 +70,27 @@ def split(array: Any) -> list[str]:
 def kept(found: dict[str, list], size: int) -> Iterator[None]:
     """Keeps what the networks give while a generation runs, and where their arrays lie."""
 
-    def keep(stack: contextlib.ExitStack, module: Any, name: str, what: str, of: Any) -> None:
+    def keep(stack: contextlib.ExitStack, module: Any, name: str, what: Any, of: Any) -> None:
         whole = getattr(module, name)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             out = whole(*args, **kwargs)
-            found.setdefault(what, []).extend(of(out, *args))
+            found.setdefault(what if isinstance(what, str) else what(*args), []).extend(of(out, *args))
             return out
 
         stack.enter_context(mock.patch.object(module, name, run))
 
-    def read(out: generation.Prefill, *args: Any) -> list:
-        start = np.asarray(out.cache.start)
-        hidden = [np.asarray(a)[row, start[row] :] for a in (out.hidden, out.embeddings) for row in range(size)]
-        if not isinstance(out.cache.k, tuple):
-            found["where"] = [split(out.cache.k), split(out.hidden)]
-        return [*hidden, *live(out.cache, size)]
+    def read(out: tuple, program: Any, params: Any, before: Any, tokens: slots.Tokens) -> list:
+        state, embeddings, hidden = out
+        if program.hears_reply:
+            return [*live(state.cache, size), np.asarray(state.last)[:size]]
+        if not isinstance(state.cache.k, tuple):
+            found["where"] = [split(state.cache.k), split(hidden)]
+        rows = [np.asarray(a)[row, : tokens.counts[row]] for a in (hidden, embeddings) for row in range(size)]
+        return [*rows, *live(state.cache, size)]
 
-    def heard(out: talker.TalkerPrefill, *args: Any) -> list:
-        return [*live(out.cache, size), np.asarray(out.last)]
+    def part(what: str) -> Any:
+        return lambda program, *args: f"{'talker' if program.hears_reply else 'thinker'} {what}"
 
     def drawn(out: jax.Array, params: Any, cfg: Any, codes: Any, lengths: np.ndarray, *args: Any) -> list:
         """The true frames: what padding holds has no meaning."""
@@ -97,10 +99,8 @@ def kept(found: dict[str, list], size: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         keep(stack, vision, "vision_features", "vision", lambda out, *args: [out])
         keep(stack, audio, "audio_features", "audio", lambda out, *args: [out])
-        keep(stack, generation, "prefill", "thinker prefill", read)
-        keep(stack, generation, "advance", "thinker decode", lambda out, *args: live(out[0].cache, size))
-        keep(stack, talker, "prefill", "talker prefill", heard)
-        keep(stack, talker, "advance", "talker decode", lambda out, *args: live(out[0].cache, size))
+        keep(stack, slots, "extend", part("prefill"), read)
+        keep(stack, slots, "step", part("decode"), lambda out, *args: live(out[0].cache, size))
         keep(stack, token2wav, "sample_mel", "dit", drawn)
         keep(stack, token2wav, "vocode_mel", "bigvgan", lambda out, *args: [np.asarray(out)])
         yield
@@ -147,7 +147,7 @@ def side_by_side(checkpoint: pathlib.Path, folder: pathlib.Path, model: api.Omni
         media={"use_audio_in_video": False}, mesh="2x2", speech_mesh="2x2",
     )  # fmt: skip
     speaking, writing, events = threading.Event(), threading.Event(), []
-    say, advance = speech.Speech.synthesize, generation.advance
+    say, step = speech.Speech.synthesize, slots.step
     main = threading.get_ident()
 
     def slow_say(self: Any, *args: Any) -> Any:
@@ -158,14 +158,14 @@ def side_by_side(checkpoint: pathlib.Path, folder: pathlib.Path, model: api.Omni
             events.append("the Thinker wrote meanwhile" if writing.wait(120) else "nothing was written meanwhile")
         return say(self, *args)
 
-    def seen_advance(*args: Any) -> Any:
-        if speaking.is_set():
+    def seen_step(program: Any, *args: Any) -> Any:
+        if speaking.is_set() and not program.hears_reply:
             writing.set()
-        return advance(*args)
+        return step(program, *args)
 
     with (
         mock.patch.object(speech.Speech, "synthesize", slow_say),
-        mock.patch.object(generation, "advance", seen_advance),
+        mock.patch.object(slots, "step", seen_step),
         mock.patch.object(api, "load", return_value=model),
     ):  # fmt: skip
         counts = job.work(task)

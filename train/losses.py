@@ -81,9 +81,8 @@ def decode(
 ) -> jax.Array:
     """Hidden states [B, T, D] of packed rows: x [B, T, D], positions [B, 3, T], segments [B, T]. Runs in a layout."""
     tree = {"layers": params["layers"], "norm": params["norm"]}
-    start = jnp.zeros(x.shape[0], jnp.int32)
     rows = jnp.moveaxis(positions, 1, 0)
-    hidden, _ = Decoder(cfg, how.remat).apply({"params": tree}, x, rows, start, None, segments)
+    hidden, _ = Decoder(cfg, how.remat).apply({"params": tree}, x, rows, segments=segments)
     return hidden
 
 

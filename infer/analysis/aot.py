@@ -22,10 +22,11 @@ from omni_jax.infer.analysis.depth import truncate_layers
 from omni_jax.infer.analysis.facts import GIB, MIB, PICTURE_WINDOWS, Facts, clips, facts
 from omni_jax.model.token2wav import Flow
 from omni_jax.parallel import meshes
-from omni_jax.runtime import generation
+from omni_jax.runtime import slots
 
 CONTEXT = 4096
 LONG = 32768
+PIECE = 256  # tokens of a prompt that is read in pieces
 SPEECH_CODES = 500  # 10 s
 
 
@@ -33,7 +34,7 @@ def listed(
     cfg: C.OmniConfig, placement: meshes.Placement, keep: pathlib.Path | None = None
 ) -> dict[str, Callable[[], Facts]]:
     """The facts of every program of the table, by name; `keep` as for `compile_program`."""
-    loop, context = generation.LOOP_STEPS, CONTEXT
+    loop, context = slots.LOOP_STEPS, CONTEXT
     run: dict[str, Callable[[], Facts]] = {}
     said = partial(facts, keep=keep)
     for b in (1, 32):
@@ -44,7 +45,15 @@ def listed(
             b, where,
         )  # fmt: skip
     run["prefill 8k"] = lambda: said(P.thinker_prefill(cfg, placement, 1, 6144, 8192), "6144 tokens, 8192 slots")
+    for name, (batch, capacity) in {"extend 4k": (1, CONTEXT), "extend 1 of 8": (8, CONTEXT)}.items():
+        run[name] = partial(
+            lambda b, c: said(P.thinker_extend(cfg, placement, 1, PIECE, b, c), f"{PIECE} tokens, {b} × {c} slots"),
+            batch, capacity,
+        )  # fmt: skip
     if placement.thinker.size == 1:
+        run["extend 32k"] = lambda: said(
+            P.thinker_extend(cfg, placement, 1, PIECE, 1, LONG), f"{PIECE} tokens, 1 × {LONG} slots"
+        )
         run["decode 32k"] = lambda: said(P.thinker_decode(cfg, placement, 1, LONG), f"batch 1, {LONG} slots")
         run["prefill 32k"] = lambda: said(P.thinker_prefill(cfg, placement, 1, LONG, LONG), f"{LONG} tokens")
     run["vision picture"] = lambda: said(P.vision_call(cfg, placement, 1, PICTURE_WINDOWS), "1 frame of 448×448")

@@ -37,7 +37,8 @@ class Facts:
       weights, cache: bytes of the arguments that are such, on one device.
       arguments, temp, peak: bytes, by the compiler's own account; peak is None where it gives none.
       moved: HBM bytes of one call (see `hlo.Module.hbm_bytes`).
-      ideal: every weight but looked-up tables once and the whole cache once, over all devices, times the steps.
+      ideal: every weight but looked-up tables once, and once the rows of the cache that are read, over all devices,
+        times the steps.
       copies: instructions that write a whole cache, or a layer of it, anew.
       weight_copies: instructions that write a weight, or a layer of it, anew; see `copies.weight_copies`.
       replicas: how many times the cache lies on all devices together: 1 where none of it is replicated.
@@ -144,7 +145,7 @@ def facts(program: P.Program, what: str, steps: int = 1, keep: pathlib.Path | No
         temp=compiled.temp,
         peak=compiled.peak,
         moved=module.hbm_bytes(steps),
-        ideal=steps * (_read_in_full(program.weights) + whole_bytes(program.cache)) / devices,
+        ideal=steps * (_read_in_full(program.weights) + program.share * whole_bytes(program.cache)) / devices,
         copies=tuple(module.copies({*shards, *layers})) if shards else (),
         weight_copies=tuple(weight_copies(module, set(weights))),
         replicas=devices * base.cache / whole_bytes(program.cache) if shards else None,

@@ -97,11 +97,14 @@ def _ratios(found: dict[str, Facts], *, one: bool) -> list[Goal]:
         "decode 32": ("HBM bytes / ideal, Thinker step", 0.99, 1.02 if one else 1.10),
         "loop 1": ("HBM bytes / ideal, loop", 0.99, 1.02),
         "loop 32": ("HBM bytes / ideal, loop", 0.99, 1.02),
+        "extend 4k": ("HBM bytes / ideal, further tokens", 0.99, 1.10),
+        "extend 1 of 8": ("HBM bytes / ideal, further tokens", 0.99, 1.10),
+        "extend 32k": ("HBM bytes / ideal, further tokens", 0.99, 1.10),
         "talker 1": ("HBM bytes / ideal, Talker step", 0.99, 1.05),
         "talker 32": ("HBM bytes / ideal, Talker step", 0.99, 1.05),
     }
     if not one:
-        bounds = {name: bound for name, bound in bounds.items() if not name.startswith("talker")}
+        bounds = {name: bound for name, bound in bounds.items() if not name.startswith(("talker", "extend"))}
     out = []
     for name, (metric, low, high) in bounds.items():
         if name in found:

@@ -5,8 +5,9 @@ Nothing is allocated: parameters and inputs are `jax.ShapeDtypeStruct`s that car
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +17,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from omni_jax.config import DecoderConfig, OmniConfig
 from omni_jax.infer.analysis.targets import topology as topology  # of the devices that a Placement is made on
-from omni_jax.model import audio, talker, token2wav, vision
+from omni_jax.model import audio, token2wav, vision
 from omni_jax.model.kv_cache import CACHE_AXES, KVCache
 from omni_jax.model.parameters import param_specs, stack_of
-from omni_jax.model.sampling import Sampling
 from omni_jax.model.stages import inner_part, use_unrolled_layers
 from omni_jax.parallel.meshes import Placement
 from omni_jax.parallel.sharding import Layout, param_formats
-from omni_jax.runtime import generation
+from omni_jax.runtime import slots
 
-# Ids that end a reply: as wide as `Omni` makes the array for up to four.
-STOP_IDS = 4
 FLOW = token2wav.Flow()
 
 
@@ -40,6 +38,7 @@ class Program:
       function: jitted.
       args, kwargs: shapes with shardings, and static values.
       weights: the parameters among them; `cache`: the keys and values, where there are any.
+      share: of the cache that it has to read.
     """
 
     name: str
@@ -49,6 +48,7 @@ class Program:
     kwargs: dict[str, Any]
     weights: Any
     cache: tuple = ()
+    share: float = 1.0
 
     def lower(self) -> Any:
         """The program, lowered for the platform of its mesh."""
@@ -108,16 +108,8 @@ def cache_shapes(d: DecoderConfig, layout: Layout, batch: int, capacity: int, dt
     rows: Any = _struct(layout, shape, dtype, *CACHE_AXES)
     if _looped(layout):
         rows = _apart(rows)
-    start: Any = _struct(layout, (batch,), jnp.int32)
-    length: Any = _struct(layout, (), jnp.int32)
-    return KVCache(rows, rows, start, length)
-
-
-def sampling_shapes(layout: Layout, batch: int) -> Sampling:
-    """Sampling settings as shapes."""
-    f, i = (_struct(layout, (batch,), t) for t in (jnp.float32, jnp.int32))
-    key = _struct(layout, (batch, 2), jnp.uint32)
-    return Sampling(f, i, f, f, f, key, _struct(layout, (batch, STOP_IDS), jnp.int32))
+    lengths: Any = _struct(layout, (batch,), jnp.int32)
+    return KVCache(rows, rows, lengths)
 
 
 def text_weights(cfg: OmniConfig, placement: Placement, dtype: Any) -> Any:
@@ -126,69 +118,97 @@ def text_weights(cfg: OmniConfig, placement: Placement, dtype: Any) -> Any:
     return weights(cfg, placement, "thinker", dtype, names)
 
 
-def _state(layout: Layout, d: DecoderConfig, batch: int, capacity: int, dtype: Any, make: Callable) -> Any:
-    row = _struct(layout, (batch,), jnp.int32)
-    seen = _struct(layout, (batch, d.vocab_size), jnp.bool_, "batch", "act_vocab")
-    done = _struct(layout, (batch,), jnp.bool_)
-    return make(cache_shapes(d, layout, batch, capacity, dtype), row, row, seen, row, done)
+def slots_shapes(
+    program: slots.DecoderProgram, params: Any, layout: Layout, batch: int, capacity: int, dtype: Any, reply: int = 0
+) -> slots.Slots:
+    """The slots of a decoder as shapes with shardings, as every operation on them leaves them."""
+    marks = jax.ShapeDtypeStruct((2, program.vector_size), dtype) if program.hears_reply else None
+    make = functools.partial(slots.make_slots, program, rows=batch, capacity=capacity, cache_dtype=dtype, reply=reply)
+    made = whole(layout, jax.eval_shape(lambda p, m: make(p, marks=m), params, marks))
+    cache = cache_shapes(program.decoder, layout, batch, capacity, dtype)
+    seen: Any = _struct(layout, made.seen.shape, made.seen.dtype, None, "vocab")
+    return dataclasses.replace(made, cache=cache, seen=seen)
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
-def _thinker_step(cfg: Any, params: Any, state: Any, sampling: Any) -> Any:
-    return generation.decode_step(cfg, params, state, sampling)
+@functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
+def _step(program: slots.DecoderProgram, params: Any, state: slots.Slots, active: Any) -> Any:
+    return slots.decode_step(program, params, state, active)
+
+
+def _decode(
+    name: str, program: slots.DecoderProgram, params: Any, layout: Layout, state: slots.Slots, *, loop: bool
+) -> Program:
+    active = _struct(layout, state.done.shape, jnp.bool_)
+    cache = tuple(jax.tree.leaves((state.cache.k, state.cache.v)))
+    args: tuple[Any, ...] = (program, params, state, active)
+    if loop:
+        args = (*args, _struct(layout, (), jnp.int32))
+    return Program(
+        f"{name} loop" if loop else name, layout, slots.step_program if loop else _step, args, {}, params, cache
+    )
 
 
 def thinker_decode(
     cfg: OmniConfig, placement: Placement, batch: int, capacity: int, *, loop: bool = False, dtype: Any = jnp.bfloat16
 ) -> Program:
     """One decode step of the Thinker, or the loop of up to 32."""
-    layout, d = placement.layout("thinker", batch), cfg.thinker.text
+    layout, program = placement.layout("thinker", batch), slots.thinker_program(cfg.thinker)
     params = text_weights(cfg, placement, dtype)
-    state = _state(layout, d, batch, capacity, dtype, generation.DecodeState)
-    sampling = sampling_shapes(layout, batch)
-    cache = tuple(jax.tree.leaves((state.cache.k, state.cache.v)))
-    if loop:
-        steps = _struct(layout, (), jnp.int32)
-        args = (cfg.thinker, params, state, sampling, steps)
-        return Program("thinker decode loop", layout, generation.decode_loop, args, {}, params, cache)
-    return Program("thinker decode", layout, _thinker_step, (cfg.thinker, params, state, sampling), {}, params, cache)
-
-
-def thinker_prefill(
-    cfg: OmniConfig, placement: Placement, batch: int, length: int, capacity: int, dtype: Any = jnp.bfloat16
-) -> Program:
-    """Reading prompts of text."""
-    layout = placement.layout("thinker", batch, length)
-    params = text_weights(cfg, placement, dtype)
-    row = _struct(layout, (batch,), jnp.int32)
-    prompt = generation.PromptBatch(
-        _struct(layout, (batch, length), jnp.int32), _struct(layout, (3, batch, length), jnp.int32), row, row
-    )
-    options = {"capacity": capacity, "cache_dtype": jnp.dtype(dtype)}
-    return Program("thinker prefill", layout, generation.prefill, (cfg.thinker, params, prompt), options, params)
-
-
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
-def _talker_step(cfg: Any, params: Any, state: Any, reply: Any, sampling: Any) -> Any:
-    return talker.decode_step(cfg, params, state, reply, sampling)
+    state = slots_shapes(program, params, layout, batch, capacity, dtype)
+    return _decode("thinker decode", program, params, layout, state, loop=loop)
 
 
 def talker_decode(
     cfg: OmniConfig, placement: Placement, batch: int, capacity: int, *, loop: bool = False, reply: int = 512,
     dtype: Any = jnp.bfloat16,
 ) -> Program:  # fmt: skip
-    """One decode step of the Talker, or the loop of up to 32, over a reply of `reply` vectors."""
+    """One decode step of the Talker, or the loop of up to 32, with room for a reply of `reply` vectors."""
     assert cfg.talker is not None
-    layout, d = placement.layout("talker", batch), cfg.talker.decoder
+    layout, program = placement.layout("talker", batch), slots.talker_program(cfg.talker)
     params = weights(cfg, placement, "talker", dtype)
-    state = _state(layout, d, batch, capacity, dtype, talker.TalkerState)
-    vectors = _struct(layout, (batch, reply, cfg.talker.embedding_size), dtype, "batch", None, None)
-    args: tuple[Any, ...] = (cfg.talker, params, state, vectors, sampling_shapes(layout, batch))
-    cache = tuple(jax.tree.leaves((state.cache.k, state.cache.v)))
-    if loop:
-        args = (*args, _struct(layout, (), jnp.int32))
-        return Program("talker decode loop", layout, talker.decode_loop, args, {}, params, cache)
-    return Program("talker decode", layout, _talker_step, args, {}, params, cache)
+    state = slots_shapes(program, params, layout, batch, capacity, dtype, reply)
+    return _decode("talker decode", program, params, layout, state, loop=loop)
+
+
+def _extend(
+    name: str, program: slots.DecoderProgram, params: Any, layout: Layout, state: slots.Slots, tokens: slots.Tokens,
+    *, first: bool,
+) -> Program:  # fmt: skip
+    # A prefill reads no cache: there it is a result.
+    cache = () if first else tuple(jax.tree.leaves((state.cache.k, state.cache.v)))
+    args, rows = (program, params, state, tokens), len(state.done)
+    share = len(tokens.counts) / rows
+    return Program(name, layout, slots.extend_program, args, {"first": first}, params, cache, share)
+
+
+def thinker_prefill(
+    cfg: OmniConfig, placement: Placement, batch: int, length: int, capacity: int, dtype: Any = jnp.bfloat16
+) -> Program:
+    """Reading prompts of text, into slots of as many rows."""
+    return _thinker_extend("thinker prefill", cfg, placement, batch, length, batch, capacity, dtype)
+
+
+def thinker_extend(
+    cfg: OmniConfig, placement: Placement, batch: int, length: int, rows: int, capacity: int,
+    dtype: Any = jnp.bfloat16,
+) -> Program:  # fmt: skip
+    """Reading `length` further tokens of text in `batch` of `rows` rows."""
+    return _thinker_extend("thinker extend", cfg, placement, batch, length, rows, capacity, dtype)
+
+
+def _thinker_extend(
+    name: str, cfg: OmniConfig, placement: Placement, batch: int, length: int, rows: int, capacity: int, dtype: Any
+) -> Program:
+    first = name == "thinker prefill"
+    layout = placement.layout("thinker", batch, length, rows)
+    program, params = slots.thinker_program(cfg.thinker), weights(cfg, placement, "thinker", dtype, ("model",))
+    state = slots_shapes(program, params, placement.layout("thinker", rows), rows, capacity, dtype)
+    which: Any = None if first else _struct(layout, (batch,), jnp.int32)
+    tokens = slots.Tokens(
+        _struct(layout, (batch, length), jnp.int32), _struct(layout, (3, batch, length), jnp.int32),
+        _struct(layout, (batch,), jnp.int32), which,
+    )  # fmt: skip
+    return _extend(name, program, params, layout, state, tokens, first=first)
 
 
 def vision_call(cfg: OmniConfig, placement: Placement, frames: int, windows: int, dtype: Any = jnp.bfloat16) -> Program:
@@ -239,16 +259,13 @@ def bigvgan_call(cfg: OmniConfig, placement: Placement, batch: int, codes: int) 
 def talker_prefill(
     cfg: OmniConfig, placement: Placement, batch: int, length: int, capacity: int, dtype: Any = jnp.bfloat16
 ) -> Program:
-    """The Talker reading `length` places: what the Thinker has read, and the two at which speech begins."""
+    """The Talker reading `length` places of what the Thinker has read, into slots of as many rows."""
     assert cfg.talker is not None
-    layout, size = placement.layout("talker", batch, length), cfg.talker.embedding_size
-    params = weights(cfg, placement, "talker", dtype)
-    row = _struct(layout, (batch,), jnp.int32)
-    known = _struct(layout, (batch, length - talker.EXTRA, size), dtype, "batch", None, None)
-    positions = _struct(layout, (3, batch, length - talker.EXTRA), jnp.int32)
-    prompt = talker.TalkerPrompt(
-        known, known, positions, row, row, None, row, _struct(layout, (batch, size), dtype, "batch", None)
+    layout, program = placement.layout("talker", batch, length), slots.talker_program(cfg.talker)
+    params = weights(cfg, placement, "talker", dtype, ("model", "thinker_to_talker_proj"))
+    state = slots_shapes(program, params, placement.layout("talker", batch), batch, capacity, dtype, 64)
+    vectors = _struct(layout, (batch, length, program.vector_size), dtype)
+    positions, counts = _struct(layout, (3, batch, length), jnp.int32), _struct(layout, (batch,), jnp.int32)
+    return _extend(
+        "talker prefill", program, params, layout, state, slots.Tokens(vectors, positions, counts), first=True
     )
-    table = _struct(layout, (batch, size), dtype)
-    options = {"capacity": capacity, "cache_dtype": jnp.dtype(dtype)}
-    return Program("talker prefill", layout, talker.prefill, (cfg.talker, params, table, prompt), options, params)

@@ -50,7 +50,7 @@ def weights_and_cache(cfg: C.OmniConfig, prompt_tokens: int) -> tuple[int, int]:
     text = cfg.thinker.text
     capacity = thinker_slots(buckets.bucket(prompt_tokens, buckets.PROMPT), NEW_TOKENS, text.max_position_embeddings)
     make = functools.partial(init_cache, text, 1, capacity, jnp.float32, unroll=False)
-    cache = jax.eval_shape(make, jax.ShapeDtypeStruct((1,), jnp.int32))
+    cache = jax.eval_shape(make)
     return weights, sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in (cache.k, cache.v))
 
 

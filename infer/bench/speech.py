@@ -5,7 +5,6 @@ The Talker is bf16 on both sides, Token2Wav float32.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import gc
 import statistics
@@ -20,12 +19,11 @@ import numpy as np
 from omni_jax import buckets
 from omni_jax import config as C
 from omni_jax.infer.bench.reference import Row, SharedWeights, reference_config, reference_torch, timed_pairs
-from omni_jax.model import dit, talker, token2wav
-from omni_jax.model.kv_cache import init_cache
+from omni_jax.model import dit, token2wav
 from omni_jax.model.sampling import Sampling
 from omni_jax.model.voice import Voice
 from omni_jax.parallel.meshes import LayoutFn, Placement, layout_fn, on_one_device
-from omni_jax.runtime import speech
+from omni_jax.runtime import slots, speech
 
 HISTORY = 512  # places of the Talker's cache that are live
 # Codes of a timed run: speech is many codes in a row, and while a single one takes its 40 ms, the threads of the other
@@ -67,20 +65,23 @@ def _talker_row(cfg: C.OmniConfig, pairs: int, tick: Tick, placement: Placement 
     one = functools.partial(np.full, 1)
     sampling = Sampling(
         one(0, np.float32), one(0, np.int32), one(1, np.float32), one(0, np.float32), one(1.05, np.float32),
-        np.zeros((1, 2), np.uint32), np.full((1, 2), -1, np.int32),
+        np.zeros((1, 2), np.uint32), np.full((1, slots.STOP_IDS), -1, np.int32),
     )  # fmt: skip
-    reply: Any = np.random.default_rng(0).standard_normal((1, 64, part.embedding_size)).astype(jnp.bfloat16)
+    reply: Any = np.random.default_rng(0).standard_normal((64, 1, part.embedding_size)).astype(jnp.bfloat16)
+    room = buckets.bucket(HISTORY + max(speech.TALKER_CACHE_STEP, CODES * (pairs + 1)), buckets.CACHE)
 
-    slots = buckets.bucket(HISTORY + max(speech.TALKER_CACHE_STEP, CODES * (pairs + 1)), buckets.CACHE)
+    program, active = slots.talker_program(part), np.ones(1, bool)
 
-    @jax.jit
-    def begin() -> talker.TalkerState:
-        cache = init_cache(decoder, 1, slots, jnp.float32, jnp.zeros(1, jnp.int32), unroll=placement is None)
-        cache = dataclasses.replace(cache, length=jnp.int32(HISTORY))
-        seen = jnp.zeros((1, decoder.vocab_size), bool)
-        return talker.TalkerState(
-            cache, jnp.ones(1, jnp.int32), jnp.full(1, HISTORY), seen, jnp.zeros(1, jnp.int32), jnp.zeros(1, bool)
-        )
+    def begin() -> slots.Slots:
+        """As after HISTORY places, of which only their number counts here."""
+        with layout_for("talker"):
+            state = slots.make_slots(
+                program, params, 1, capacity=room, cache_dtype=jnp.float32, reply=len(reply), marks=reply[:2, 0]
+            )
+            nothing = np.zeros(1, np.int32)
+            state = slots.append_reply(state, reply, nothing, nothing, np.full(1, len(reply) - 1, np.int32))
+            state = slots.end_reply(slots.truncate(state, 0, HISTORY), active)
+            return slots.begin(program, params, state, active, sampling, np.full(1, HISTORY, np.int32))[0]
 
     ours: dict[str, Any] = {"state": begin()}
     shape = (1, decoder.num_key_value_heads, HISTORY, decoder.head_dim)
@@ -92,7 +93,7 @@ def _talker_row(cfg: C.OmniConfig, pairs: int, tick: Tick, placement: Placement 
 
     def our_codes() -> None:
         with layout_for("talker"):
-            ours["state"], _ = talker.advance(part, params, ours["state"], reply, sampling, CODES)
+            ours["state"], _, _ = slots.step(program, params, ours["state"], active, CODES)
 
     def their_step() -> None:
         x = model.thinker_to_talker_proj(model.model.embed_tokens(theirs["token"]) + heard)

@@ -31,7 +31,7 @@ from omni_jax.infer.bench.reference import Row, SharedWeights, reference_config,
 from omni_jax.model import audio, vision
 from omni_jax.model.sampling import Sampling
 from omni_jax.parallel.meshes import LayoutFn, Part, Placement, layout_fn, place
-from omni_jax.runtime import generation
+from omni_jax.runtime import slots
 from omni_jax.runtime.memory_model import thinker_slots
 
 STAGES = ("decode", "prefill", "audio", "vision")
@@ -83,11 +83,12 @@ def _text_rows(
 
     ids = np.random.default_rng(1).integers(0, text.vocab_size // 2, (1, PROMPT_TOKENS)).astype(np.int32)
     positions = np.broadcast_to(np.arange(PROMPT_TOKENS, dtype=np.int32), (3, 1, PROMPT_TOKENS))
-    prompt = generation.PromptBatch(ids, positions, np.zeros(1, np.int32), np.full(1, PROMPT_TOKENS, np.int32))
+    tokens = slots.Tokens(ids, positions, np.full(1, PROMPT_TOKENS, np.int32))
+    program, active = slots.thinker_program(cfg.thinker), np.ones(1, bool)
     one = functools.partial(np.full, 1)
     sampling = Sampling(
         one(0, np.float32), one(0, np.int32), one(1, np.float32), one(0, np.float32), one(1, np.float32),
-        np.zeros((1, 2), np.uint32), np.full((1, 4), -1, np.int32),
+        np.zeros((1, 2), np.uint32), np.full((1, slots.STOP_IDS), -1, np.int32),
     )  # fmt: skip
     # What `Omni.run` gives such a prompt by default.
     capacity = thinker_slots(PROMPT_TOKENS, 1, text.max_position_embeddings)
@@ -96,17 +97,19 @@ def _text_rows(
 
     def our_prefill() -> None:
         ours.clear()
-        with layout_for("thinker", 1, PROMPT_TOKENS):
-            read = generation.prefill(cfg.thinker, params, prompt, capacity=capacity, cache_dtype=jnp.float32)
         with layout_for("thinker"):
-            state, out = generation.first_draw(params, read.cache, read.seen, read.last, prompt.next_position, sampling)
+            state = slots.make_slots(program, params, 1, capacity=capacity, cache_dtype=jnp.float32)
+        with layout_for("thinker", 1, PROMPT_TOKENS):
+            state, _, _ = slots.extend(program, params, state, tokens, first=True)
+        with layout_for("thinker"):
+            state, out = slots.begin(program, params, state, active, sampling, tokens.counts)
         ours["state"] = state
         jax.block_until_ready(out)
 
     def our_decode() -> None:
         with layout_for("thinker"):
-            ours["state"], _, _ = generation.advance(cfg.thinker, params, ours["state"], sampling, 1)
-        jax.block_until_ready(ours["state"].cache.length)
+            ours["state"], _, _ = slots.step(program, params, ours["state"], active, 1)
+        jax.block_until_ready(ours["state"].cache.lengths)
 
     @torch.inference_mode()
     def their_step(tokens: Any) -> None:

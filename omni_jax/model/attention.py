@@ -28,23 +28,29 @@ KERNEL_CELL = 512
 
 
 class Past(NamedTuple):
-    """What was before the new tokens, in one of the cache's two forms.
+    """What came before the new tokens of R rows, in one of the cache's two forms.
 
     Attributes:
       k, v: [L, B, K, C, H] of all layers, or [B, K, C, H] of this one.
-      layer: int32 [], which of them; None with the second form.
+      lengths: int32 [R], live slots of each of the R rows; the first ones.
+      layer: int32 [], which layer; None with the second form.
+      rows: int32 [R], which rows of the cache; None: all of them, in order.
     """
 
     k: jax.Array
     v: jax.Array
-    layer: jax.Array | None
+    lengths: jax.Array
+    layer: jax.Array | None = None
+    rows: jax.Array | None = None
 
     def of_layer(self) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of this layer alone, [B, K, C, H]."""
-        if self.layer is None:
-            return self.k, self.v
-        k, v = (lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.k, self.v))
-        return k, v
+        """Keys and values of this layer's R rows alone, [R, K, C, H]."""
+
+        def one(x: jax.Array) -> jax.Array:
+            x = x if self.layer is None else lax.dynamic_index_in_dim(x, self.layer, keepdims=False)
+            return x if self.rows is None else jnp.take(x, self.rows, axis=0, mode="clip")
+
+        return one(self.k), one(self.v)
 
 
 def full_attention(
@@ -87,68 +93,57 @@ def full_attention(
 
 
 def causal_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    old: Past | None,
-    start: jax.Array,
-    length: jax.Array,
-    segments: jax.Array | None = None,
+    q: jax.Array, k: jax.Array, v: jax.Array, old: Past | None, segments: jax.Array | None = None
 ) -> jax.Array:
     """Causal grouped-query attention of new tokens to the cache and to themselves.
+
+    Padding stands behind the tokens of a row, where causality hides it from them.
 
     Args:
       q: [B, T, N, H].
       k, v: [B, K, T, H], the new rows.
       old: the cache, or None where nothing came before.
-      start: int32 [B]; slots before it are padding.
-      length: int32 [], live slots of the cache.
       segments: non-negative int32 [B, T], for training on packed rows: a token sees those of its own segment only.
     Returns:
       [B, T, N, H] in the dtype of `q`.
     """
     if old is None:
 
-        def by_kernel(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, segments: Any) -> jax.Array:
-            return prefill.causal_attention(q, k, v, start, segments)[0]
+        def by_kernel(q: jax.Array, k: jax.Array, v: jax.Array, segments: Any) -> jax.Array:
+            return prefill.causal_attention(q, k, v, segments)[0]
 
-        def by_plain(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, segments: Any) -> jax.Array:
-            return plain.causal_attention(q, k, v, None, start, jnp.zeros((), jnp.int32), segments)
+        def by_plain(q: jax.Array, k: jax.Array, v: jax.Array, segments: Any) -> jax.Array:
+            return plain.causal_attention(q, k, v, segments=segments)
 
-        def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, segments: Any) -> jax.Array:
-            return cudnn.causal_attention(q, k, v, start)
+        def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segments: Any) -> jax.Array:
+            return cudnn.causal_attention(q, k, v)
 
         on_gpu = by_cudnn if segments is None and cudnn.supported(k.dtype, q.shape[-1]) else by_plain
-        return _chosen(by_kernel, by_plain, on_gpu)(q, k, v, start, segments)
+        return _chosen(by_kernel, by_plain, on_gpu)(q, k, v, segments)
 
-    def with_plain(q: jax.Array, k: jax.Array, v: jax.Array, old: Past, *at: jax.Array) -> jax.Array:
-        return plain.causal_attention(q, k, v, old.of_layer(), *at)
+    def with_plain(q: jax.Array, k: jax.Array, v: jax.Array, old: Past) -> jax.Array:
+        return plain.causal_attention(q, k, v, old.of_layer(), old.lengths)
 
-    inputs = (q, k, v, old, start, length)
     if segments is not None:
         raise ValueError("segments are for training, which has no cache")
     if not decode.supported(old.k.shape[-2]) or old.layer is None:
-        return with_plain(*inputs)
-    return lax.platform_dependent(*inputs, tpu=_with_live_cache, default=with_plain)
+        return with_plain(q, k, v, old)
+    return lax.platform_dependent(q, k, v, old, tpu=_with_live_cache, default=with_plain)
 
 
-def _with_live_cache(
-    q: jax.Array, k: jax.Array, v: jax.Array, old: Past, start: jax.Array, length: jax.Array, interpret: bool = False
-) -> jax.Array:
+def _with_live_cache(q: jax.Array, k: jax.Array, v: jax.Array, old: Past, interpret: bool = False) -> jax.Array:
     """`causal_attention` to a cache by the kernel that reads its live part, merged with that to the new rows."""
     b, t, n, h = q.shape
     heads = k.shape[1]
     rows = q.reshape(b, t, heads, n // heads, h).transpose(0, 2, 3, 1, 4).reshape(b, heads, -1, h)
     assert old.layer is not None
-    past = decode.live_parts(rows, old.k, old.v, old.layer, start, length, interpret=interpret)
-    # Slots of the new rows begin at `length`; a row may still be in its padding there.
-    begin = jnp.maximum(start - length, 0)
+    past = decode.live_parts(rows, old.k, old.v, old.layer, old.lengths, old.rows, interpret=interpret)
     if t < KERNEL_TOKENS:
         place = jnp.arange(t)
-        mask = (place <= place[:, None]) & (place >= begin[:, None, None])
-        new = decode.parts(rows.astype(k.dtype), k, v, jnp.tile(mask, (1, n // heads, 1)))
+        mask = jnp.tile(place <= place[:, None], (n // heads, 1))
+        new = decode.parts(rows.astype(k.dtype), k, v, mask[None])
     else:
-        out, sums = prefill.causal_attention(q, k, v, begin, residuals=True, interpret=interpret)
+        out, sums = prefill.causal_attention(q, k, v, residuals=True, interpret=interpret)
         weighted = out.astype(jnp.float32).reshape(b, t, heads, n // heads, h).transpose(0, 2, 3, 1, 4)
         new = decode.Parts(weighted.reshape(rows.shape), sums.reshape(b, heads, -1), jnp.ones(rows.shape[:3]))
     out = decode.merge(past, new).reshape(b, heads, n // heads, t, h)

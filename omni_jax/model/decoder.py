@@ -26,9 +26,7 @@ class Attention(nn.Module):
     cfg: DecoderConfig
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, angles: jax.Array, old: Any, start: jax.Array, length: jax.Array, segments: Any = None
-    ) -> Any:
+    def __call__(self, x: jax.Array, angles: jax.Array, old: Past | None, segments: Any = None) -> Any:
         cfg, (b, t, _) = self.cfg, x.shape
         own = parameters.decoder_layer(cfg)["self_attn"]
         q, k, v = (Linear(own[name], name=name)(x) for name in ("q_proj", "k_proj", "v_proj"))
@@ -40,7 +38,7 @@ class Attention(nn.Module):
         # Rows take the cache's layout and dtype at once, so that prefill and decode attend to the same values.
         dtype = x.dtype if old is None else old.k.dtype
         k, v = (jnp.swapaxes(a, 1, 2).astype(dtype) for a in (k, v))
-        out = causal_attention(q, k, v, old, start, length, segments)
+        out = causal_attention(q, k, v, old, segments)
         out = constrain(out, "attend_batch", "attend_length", "act_heads", None).reshape(b, t, -1)
         out = constrain(out, "batch", "length", "act_proj")
         return Linear(own["o_proj"], name="o_proj")(out), (k, v)
@@ -52,17 +50,10 @@ class DecoderLayer(nn.Module):
     cfg: DecoderConfig
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, angles: jax.Array, old: Any, start: jax.Array, length: jax.Array, segments: Any = None
-    ) -> Any:
+    def __call__(self, x: jax.Array, angles: jax.Array, old: Past | None, segments: Any = None) -> Any:
         cfg, own = self.cfg, parameters.decoder_layer(self.cfg)
         y, rows = Attention(cfg, name="self_attn")(
-            RMSNorm(own["input_layernorm"], cfg.rms_norm_eps, name="input_layernorm")(x),
-            angles,
-            old,
-            start,
-            length,
-            segments,
+            RMSNorm(own["input_layernorm"], cfg.rms_norm_eps, name="input_layernorm")(x), angles, old, segments
         )
         x = constrain(x + y, "batch", "length", "act_embed")
         y = GatedMLP(own["mlp"], cfg.hidden_act, name="mlp")(
@@ -87,17 +78,19 @@ class Decoder(nn.Module):
         self,
         x: jax.Array,
         positions: jax.Array,
-        start: jax.Array,
         cache: KVCache | None = None,
+        rows: jax.Array | None = None,
         segments: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """Runs T new tokens.
 
+        Padding goes behind the tokens of a row, where no token sees it.
+
         Args:
           x: [B, T, D] input embeddings.
           positions: int32 [3, B, T].
-          start: int32 [B]; keys in slots before it are padding.
-          cache: what came before, or None for a first prefill (then nothing old is read).
+          cache: what came before, or None where that is nothing.
+          rows: int32 [B], the rows of the cache that these belong to; None: all of them, in order.
           segments: int32 [B, T], for training on packed rows; then no new rows are kept.
         Returns:
           hidden [B, T, D] after the final norm, and the new rows for `append_rows`.
@@ -105,57 +98,63 @@ class Decoder(nn.Module):
         cfg, own = self.cfg, parameters.decoder(self.cfg)
         angles = mrope_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.mrope_section)
         layer = DecoderLayer(cfg)
-        length = jnp.zeros((), jnp.int32) if cache is None else cache.length
         layers = declared(self, {"layers": own["layers"]})["layers"]
+        lengths: Any = None
+        if cache is not None:
+            lengths = cache.lengths if rows is None else cache.lengths.at[rows].get(mode="fill", fill_value=0)
 
         def body(params: Any, x: jax.Array, old: Any) -> tuple[jax.Array, Any]:
             if cache is not None and not isinstance(old, Past):
-                old = Past(cache.k, cache.v, old)
-            x, rows = layer.apply({"params": params}, x, angles, old, start, length, segments)
-            return x, None if segments is not None else rows
+                old = Past(cache.k, cache.v, lengths, old, rows)
+            x, new = layer.apply({"params": params}, x, angles, old, segments)
+            return x, None if segments is not None else new
 
         old: Any = None
         if cache is not None:
             if isinstance(cache.k, tuple):
-                old = [Past(k, v, None) for k, v in zip(cache.k, cache.v, strict=True)]
+                old = [Past(k, v, lengths, None, rows) for k, v in zip(cache.k, cache.v, strict=True)]
             else:
                 # Each layer is told its number and reads its part of the whole: a slice would be a copy to a kernel.
                 old = jnp.arange(cfg.num_hidden_layers)
-        x, rows = run_layers(rematerialise(body, self.remat), layers, x, old)
-        return RMSNorm(own["norm"], cfg.rms_norm_eps, name="norm")(x), rows
+        x, new = run_layers(rematerialise(body, self.remat), layers, x, old)
+        return RMSNorm(own["norm"], cfg.rms_norm_eps, name="norm")(x), new
 
 
 def forward(
-    cfg: DecoderConfig, params: Any, x: jax.Array, positions: jax.Array, cache: KVCache, *, first: bool = False
-) -> tuple[jax.Array, Any]:
+    cfg: DecoderConfig, params: Any, x: jax.Array, positions: jax.Array, cache: KVCache,
+    rows: jax.Array | None = None, *, first: bool = False,
+) -> tuple[jax.Array, Any]:  # fmt: skip
     """`params, cache, inputs → hidden, new rows`: what prefill and decode steps are made of.
 
     Args:
       params: `{"layers", "norm"}`.
-      x: [B, T, D] input embeddings.
-      positions: int32 [3, B, T].
+      x: [R, T, D] input embeddings, padding behind the tokens of a row.
+      positions: int32 [3, R, T].
       cache: what came before.
-      first: the cache is known to be empty, so that only the new tokens are attended to.
+      rows: int32 [R], the rows of the cache that these belong to; None: all of them, in order.
+      first: nothing came before, so that only the new tokens are attended to.
     Returns:
-      hidden [B, T, D] after the final norm, and the rows for `append_rows`, in the dtype of the cache.
+      hidden [R, T, D] after the final norm, and the rows for `append_rows`, in the dtype of the cache.
     """
     tree = {"layers": params["layers"], "norm": params["norm"]}
-    hidden, rows = Decoder(cfg).apply({"params": tree}, x, positions, cache.start, None if first else cache)
-    dtype = (cache.k[0] if isinstance(cache.k, tuple) else cache.k).dtype
-    return hidden, jax.tree.map(lambda a: a.astype(dtype), rows)
+    hidden, new = Decoder(cfg).apply({"params": tree}, x, positions, None if first else cache, rows)
+    return hidden, jax.tree.map(lambda a: a.astype(cache.dtype), new)
 
 
 def forward_and_append(
-    cfg: DecoderConfig, params: Any, x: jax.Array, positions: jax.Array, cache: KVCache, *, first: bool = False
-) -> tuple[jax.Array, KVCache]:
-    """`forward`, and the rows written: hidden [B, T, D], and the cache with T more slots.
+    cfg: DecoderConfig, params: Any, x: jax.Array, positions: jax.Array, cache: KVCache,
+    counts: jax.Array | None = None, *, first: bool = False,
+) -> tuple[jax.Array, KVCache]:  # fmt: skip
+    """`forward` of all rows, and their tokens written: hidden [B, T, D], and the longer cache.
 
-    The caller's jit donates the cache, which must have T free slots.
+    The caller's jit donates the cache, which must have room. `counts` [B] says how many tokens of each row are real;
+    by default all are.
     """
-    hidden, rows = forward(cfg, params, x, positions, cache, first=first)
-    return hidden, append_rows(cache, rows, first=first)
+    hidden, new = forward(cfg, params, x, positions, cache, first=first)
+    counts = jnp.full(x.shape[0], x.shape[1], jnp.int32) if counts is None else counts
+    return hidden, append_rows(cache, new, counts, first=first)
 
 
 def steps_on_host(params: Any) -> bool:
-    """Whether the host loops over the steps of a decoder with these parameters; see `generation.advance`."""
+    """Whether a decoder with these parameters reads and writes its cache in two programs; see `slots.step`."""
     return isinstance(params["model"]["layers"], tuple) and jax.default_backend() == "cpu"

@@ -1,12 +1,11 @@
-"""The KV cache: what the decoders remember of the tokens they have read.
+"""The KV cache: what the decoders remember of the tokens they have read, in rows of unequal lengths.
 
-Letters: L layers, B batch, K kv heads, C cache slots, T new tokens, H head size.
+Letters: L layers, B rows of the cache, K kv heads, C slots of a row, R rows of a call, T new tokens, H head size.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from flax import struct
 from jax import lax
 
 from omni_jax.config import DecoderConfig
+from omni_jax.parallel import on_mesh
 from omni_jax.parallel.sharding import constrain
 
 # Logical axes of the stacked keys and values.
@@ -23,29 +23,30 @@ CACHE_AXES = ("layers", "cache_batch", "cache_kv_heads", "cache_length", None)
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of every layer; all rows are written at the same slot (prompts are left-padded).
+    """Keys and values of every layer. Row b holds tokens in its slots 0 to `lengths[b]`; what lies behind is garbage.
 
     Attributes:
-      k: [L, B, K, C, H], or a tuple of L arrays [B, K, C, H] where layers are looped over (CPU).
+      k: [L, B, K, C, H], or a tuple of L arrays [B, K, C, H] where layers are looped over.
       v: like `k`.
-      start: int32 [B], first live slot of each row; what lies before is padding.
-      length: int32 [], slots written so far.
+      lengths: int32 [B].
     """
 
     k: Any
     v: Any
-    start: jax.Array
-    length: jax.Array
+    lengths: jax.Array
 
     @property
     def capacity(self) -> int:
-        """C, the number of slots."""
+        """C, the number of slots of a row."""
         return self.k[0].shape[2] if isinstance(self.k, tuple) else self.k.shape[3]
 
+    @property
+    def dtype(self) -> Any:
+        """Of keys and values."""
+        return (self.k[0] if isinstance(self.k, tuple) else self.k).dtype
 
-def init_cache(
-    cfg: DecoderConfig, batch: int, capacity: int, dtype: jnp.dtype, start: jax.Array, *, unroll: bool
-) -> KVCache:
+
+def init_cache(cfg: DecoderConfig, batch: int, capacity: int, dtype: Any, *, unroll: bool) -> KVCache:
     """An empty cache. `unroll` gives the tuple form. Trace it inside jit: it allocates."""
     shape = (batch, cfg.num_key_value_heads, capacity, cfg.head_dim)
     k: Any
@@ -54,49 +55,130 @@ def init_cache(
         k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_hidden_layers)) for _ in range(2))
     else:
         k, v = (jnp.zeros((cfg.num_hidden_layers, *shape), dtype) for _ in range(2))
-    return KVCache(k, v, start.astype(jnp.int32), jnp.zeros((), jnp.int32))
+    return pinned(KVCache(k, v, jnp.zeros(batch, jnp.int32)))
 
 
-def append_rows(cache: KVCache, rows: Any, *, first: bool = False) -> KVCache:
-    """Writes the new rows of every layer in one update, after the layers have run.
+def pinned(cache: KVCache) -> KVCache:
+    """The cache where the active layout has it."""
+    if isinstance(cache.k, tuple):
+        return cache
+    return KVCache(constrain(cache.k, *CACHE_AXES), constrain(cache.v, *CACHE_AXES), constrain(cache.lengths, None))
 
-    Layers read the old cache and emit only new rows: updating inside the scan would copy the cache (2.8 × the HBM
-    traffic of a decode step on a TPU v5e).
+
+def append_rows(
+    cache: KVCache, new: Any, counts: jax.Array, rows: jax.Array | None = None, *, first: bool = False
+) -> KVCache:
+    """Writes new tokens behind what their rows hold, in one pass after the layers have run.
+
+    Layers read the old cache and emit only new keys and values: updating inside the scan would copy the cache (2.8 ×
+    the HBM traffic of a decode step on a TPU v5e). A row is updated window by window, in place: a scatter would do for
+    heads of 128, but the TPU compiler turns a cache of narrower heads around for it.
 
     Args:
-      cache: has room for T more slots; the caller checks, since an update beyond the end would be clamped.
-      rows: (k, v), each [L, B, K, T, H], or a list of L pairs of [B, K, T, H] for the tuple form.
-      first: the cache is known to be empty.
+      cache: the caller sees to it that it has room: what would lie beyond the last slot is dropped.
+      new: (k, v), each [L, R, K, T, H], or a list of L pairs of [R, K, T, H] for the tuple form.
+      counts: int32 [R], how many of the T tokens of each row are real; the first ones.
+      rows: int32 [R], which row each belongs to, all different; what names a row from B on is dropped. None: R = B, in
+        order.
+      first: the rows are known to hold nothing; what they held is given up.
     """
-    k: Any
-    v: Any
+    batch = len(cache.lengths)
+    index = jnp.arange(batch) if rows is None else rows
+    start = jnp.zeros_like(counts) if first else cache.lengths.at[index].get(mode="fill", fill_value=0)
+    lengths = cache.lengths.at[jnp.where(counts > 0, index, batch)].set(start + counts, mode="drop")
     if isinstance(cache.k, tuple):
-        at = (0, 0, cache.length, 0)
-        k = tuple(lax.dynamic_update_slice(old, new[0], at) for old, new in zip(cache.k, rows, strict=True))
-        v = tuple(lax.dynamic_update_slice(old, new[1], at) for old, new in zip(cache.v, rows, strict=True))
-        new_tokens = rows[0][0].shape[2]
-    else:
-        new_tokens = rows[0].shape[3]
-        if first:
-            # Nothing to update: slots that lie on several chips are then written where they belong.
-            free = ((0, 0), (0, 0), (0, 0), (0, cache.capacity - new_tokens), (0, 0))
-            k, v = (jnp.pad(new, free) for new in rows)
-        else:
-            at5 = (0, 0, 0, cache.length, 0)
-            k, v = (lax.dynamic_update_slice(old, new, at5) for old, new in zip((cache.k, cache.v), rows, strict=True))
-        k, v = constrain(k, *CACHE_AXES), constrain(v, *CACHE_AXES)
-    return dataclasses.replace(cache, k=k, v=v, length=cache.length + new_tokens)
+        old, pairs = (*cache.k, *cache.v), (*(k for k, _ in new), *(v for _, v in new))
+        out = _write(old, pairs, index, start, counts, first=first)
+        layers = len(cache.k)
+        return KVCache(out[:layers], out[layers:], lengths)
+
+    def run(k: Any, v: Any, new_k: Any, new_v: Any, index: Any, start: Any, counts: Any) -> tuple[jax.Array, ...]:
+        """On a device's part of the cache. Without `rows` its new tokens are those of its own rows."""
+        own, offset = index - _offset("cache_batch", k.shape[1]), _offset("cache_length", k.shape[3])
+        return _write((k, v), (new_k, new_v), own, start, counts, first=first, offset=offset)
+
+    some = "cache_batch" if rows is None else None
+    fresh = ("layers", some, "cache_kv_heads", None, None)
+    ins = (CACHE_AXES, CACHE_AXES, fresh, fresh, (some,), (some,), (some,))
+    k, v = on_mesh.on_mesh(run, ins, (CACHE_AXES, CACHE_AXES))(cache.k, cache.v, *new, index, start, counts)
+    return KVCache(k, v, lengths)
 
 
-# The same as a program of its own. On CPU a program that also reads the cache would copy it before writing to it.
-write_rows = jax.jit(append_rows, donate_argnums=0)
+def _offset(axis: str, size: int) -> Any:
+    """Where this device's part of an axis begins, `size` being its own share."""
+    axes = on_mesh.mesh_axes(axis)
+    return lax.axis_index(axes) * size if axes else 0
 
 
-@partial(jax.jit, static_argnames="capacity")
-def grow(cache: KVCache, *, capacity: int) -> KVCache:
-    """The same cache with `capacity` slots, the new ones empty."""
+def _write(
+    old: tuple, new: tuple, rows: jax.Array, start: jax.Array, counts: jax.Array, *, first: bool, offset: Any = 0
+) -> tuple:
+    """Row by row: `new[..., i, :, t, :]` to slot `start[i] - offset + t` of row `rows[i]`, for t below `counts[i]`."""
+    *_, batch, _, capacity, _ = old[0].shape
+    tokens = new[0].shape[-2]
+    width = min(tokens, capacity)
+    known_start = first and isinstance(offset, int)
+
+    def one(i: Any, old: tuple) -> tuple:
+        # The window of slots that the tokens fall into, moved where it would reach beyond the cache; and of the tokens
+        # those that fall into it.
+        begin = 0 if known_start else start[i] - offset
+        slot = 0 if known_start else jnp.clip(begin, 0, capacity - width)
+        token = slot - begin
+        window = 0 if known_start else jnp.clip(token, 0, tokens - width)
+        at = token + jnp.arange(width)
+        live = (at >= 0) & (at < counts[i]) & (rows[i] >= 0) & (rows[i] < batch)
+
+        def write(old: jax.Array, new: jax.Array) -> jax.Array:
+            lead, (_, heads, _, size) = old.shape[:-4], new.shape[-4:]
+            zeros, shape = (0,) * len(lead), (*lead, 1, heads, width, size)
+            fresh = lax.dynamic_slice(new, (*zeros, i, 0, window, 0), shape)
+            if not known_start and width > 1:
+                fresh = jnp.roll(fresh, window - token, axis=-2)
+            place = (*zeros, jnp.clip(rows[i], 0, batch - 1), 0, slot, 0)
+            held = lax.dynamic_slice(old, place, shape)
+            return lax.dynamic_update_slice(old, jnp.where(live[:, None], fresh, held), place)
+
+        return tuple(map(write, old, new))
+
+    return lax.fori_loop(0, new[0].shape[-4], one, old)
+
+
+def copy_row(cache: KVCache, source: jax.Array, target: jax.Array, length: jax.Array) -> KVCache:
+    """The cache with the first `length` tokens of row `source` in row `target` as well; all int32 []."""
+
+    def copy(leaf: jax.Array) -> jax.Array:
+        axis = leaf.ndim - 4
+        before, axes = _offset("cache_batch", leaf.shape[axis]), on_mesh.mesh_axes("cache_batch")
+
+        def here(row: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return (row >= before) & (row < before + leaf.shape[axis]), jnp.clip(row - before, 0, leaf.shape[axis] - 1)
+
+        mine, row = here(source)
+        held = lax.dynamic_slice_in_dim(leaf, row, 1, axis)
+        if axes:
+            held = lax.psum(jnp.where(mine, held, 0), axes)
+        mine, row = here(target)
+        kept = lax.dynamic_slice_in_dim(leaf, row, 1, axis)
+        return lax.dynamic_update_slice_in_dim(leaf, jnp.where(mine, held, kept), row, axis)
+
+    lengths = cache.lengths.at[target].set(length)
+    if isinstance(cache.k, tuple):
+        return KVCache(tuple(map(copy, cache.k)), tuple(map(copy, cache.v)), lengths)
+    both = on_mesh.on_mesh(lambda k, v: (copy(k), copy(v)), (CACHE_AXES,) * 2, (CACHE_AXES,) * 2)
+    k, v = both(cache.k, cache.v)
+    return KVCache(k, v, lengths)
+
+
+def grow(cache: KVCache, capacity: int) -> KVCache:
+    """The same cache with `capacity` slots a row, the new ones empty."""
 
     def widen(a: jax.Array) -> jax.Array:
         return jnp.pad(a, [(0, capacity - n if axis == a.ndim - 2 else 0) for axis, n in enumerate(a.shape)])
 
-    return dataclasses.replace(cache, k=jax.tree.map(widen, cache.k), v=jax.tree.map(widen, cache.v))
+    k, v = jax.tree.map(widen, (cache.k, cache.v))
+    return pinned(dataclasses.replace(cache, k=k, v=v))
+
+
+# A program of its own: on CPU one that also reads the cache would copy it before writing to it.
+write_rows = jax.jit(append_rows, donate_argnums=0, static_argnames="first")

@@ -43,10 +43,11 @@ def embed(
 
 
 def forward(
-    cfg: ThinkerConfig, params: Params, x: jax.Array, positions: jax.Array, cache: KVCache, *, first: bool = False
-) -> tuple[jax.Array, KVCache]:
+    cfg: ThinkerConfig, params: Params, x: jax.Array, positions: jax.Array, cache: KVCache,
+    counts: jax.Array | None = None, *, first: bool = False,
+) -> tuple[jax.Array, KVCache]:  # fmt: skip
     """Hidden states of T new tokens. See `decoder.forward_and_append`."""
-    return forward_and_append(cfg.text, params["model"], x, positions, cache, first=first)
+    return forward_and_append(cfg.text, params["model"], x, positions, cache, counts, first=first)
 
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:

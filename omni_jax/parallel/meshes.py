@@ -183,26 +183,26 @@ def _heads(sizes: Sizes, heads: int, kv: int, *, sequence: bool) -> tuple[tuple[
 
 
 def _decoder(
-    sizes: Sizes, d: DecoderConfig, weights: Mapping[str, tuple[str, ...]], batch: int, length: int
+    sizes: Sizes, d: DecoderConfig, weights: Mapping[str, tuple[str, ...]], batch: int, length: int, slots: int
 ) -> dict[str, tuple[str, ...]]:
-    """The activations' and the cache's side of a decoder's table.
+    """The activations' and the cache's side of a decoder's table. That of the cache depends on its own rows alone.
 
     The cache is split by kv heads over the tensor axis. Over the sequence axis it is split by rows where the batch
     fills it, since then no softmax crosses chips, and by slots elsewhere.
     """
-    rows = fit(sizes, [batch], ("data", "fsdp"), ("data",), ("fsdp",))
-    with_sequence = (*rows, "sequence") if sizes["sequence"] > 1 else rows
-    by_rows = fit(sizes, [batch], with_sequence) == with_sequence and sizes["sequence"] > 1
-    slots = () if by_rows else fit(sizes, [math.gcd(*buckets.CACHE)], ("sequence",))
+    rows, held = (fit(sizes, [n], ("data", "fsdp"), ("data",), ("fsdp",)) for n in (batch, slots))
+    with_sequence = (*held, "sequence") if sizes["sequence"] > 1 else held
+    by_rows = fit(sizes, [slots], with_sequence) == with_sequence and sizes["sequence"] > 1
+    length_axes = () if by_rows else fit(sizes, [math.gcd(*buckets.CACHE)], ("sequence",))
     heads, kv = _heads(sizes, d.num_attention_heads, d.num_key_value_heads, sequence=length > 1)
     out = {
         "batch": rows, "length": (), "act_embed": (), "act_proj": weights["heads"], "act_mlp": weights["mlp"],
         "act_vocab": weights["vocab"], "attend_batch": rows, "attend_length": (), "act_heads": heads,
-        "act_kv_heads": kv, "cache_batch": with_sequence if by_rows else rows, "cache_kv_heads": kv,
-        "cache_length": slots,
+        "act_kv_heads": kv, "cache_batch": with_sequence if by_rows else held, "cache_kv_heads": kv,
+        "cache_length": length_axes,
     }  # fmt: skip
     if length == 1:
-        return out | {"attend_batch": out["cache_batch"]}
+        return out | {"attend_batch": out["cache_batch"]} if batch == slots else out
     if "sequence" not in heads:
         out["attend_length"] = fit(sizes, [length], ("sequence",))
     if length >= LONG_PROMPT:
@@ -214,7 +214,9 @@ def _decoder(
     return out
 
 
-def rules(part: Part, cfg: OmniConfig, sizes: Sizes, batch: int = 1, length: int = 1) -> Rules:
+def rules(
+    part: Part, cfg: OmniConfig, sizes: Sizes, batch: int = 1, length: int = 1, slots: int | None = None
+) -> Rules:
     """The rules of a part on a mesh.
 
     Args:
@@ -223,6 +225,7 @@ def rules(part: Part, cfg: OmniConfig, sizes: Sizes, batch: int = 1, length: int
       sizes: of the mesh axes.
       batch: rows, frames or chunks of a call (a bucket).
       length: new tokens of a call of a decoder: 1 for a decode step.
+      slots: rows of the decoder's cache, where the call reads some of them only; `batch` by default.
     Raises:
       MeshError: a part that the model lacks.
     """
@@ -231,7 +234,7 @@ def rules(part: Part, cfg: OmniConfig, sizes: Sizes, batch: int = 1, length: int
     table |= weights
     if part in ("thinker", "talker"):
         d = cfg.thinker.text if part == "thinker" else _talker(cfg).decoder
-        return Rules(table | _decoder(sizes, d, weights, batch, length), DECODER_MINOR_AXIS)
+        return Rules(table | _decoder(sizes, d, weights, batch, length, slots or batch), DECODER_MINOR_AXIS)
     table["batch"] = table["attend_batch"] = fit(sizes, [batch], ("data", "fsdp"), ("data",), ("fsdp",))
     if part == "bigvgan":
         return Rules(table)  # its convolutions, half a gigabyte, are whole on each chip
@@ -246,14 +249,18 @@ def rules(part: Part, cfg: OmniConfig, sizes: Sizes, batch: int = 1, length: int
     return Rules(table, VISION_MINOR_AXIS if part == "vision" else {})
 
 
-def layout(part: Part, cfg: OmniConfig, mesh: Mesh, batch: int = 1, length: int = 1) -> Layout:
+def layout(
+    part: Part, cfg: OmniConfig, mesh: Mesh, batch: int = 1, length: int = 1, slots: int | None = None
+) -> Layout:
     """`rules` on a mesh."""
-    return Layout(mesh, _rules(part, cfg, tuple(mesh.shape.items()), batch, length))
+    return Layout(mesh, _rules(part, cfg, tuple(mesh.shape.items()), batch, length, slots or batch))
 
 
 @functools.lru_cache(maxsize=4096)
-def _rules(part: Part, cfg: OmniConfig, sizes: tuple[tuple[str, int], ...], batch: int, length: int) -> Rules:
-    return rules(part, cfg, dict(sizes), batch, length)
+def _rules(
+    part: Part, cfg: OmniConfig, sizes: tuple[tuple[str, int], ...], batch: int, length: int, slots: int
+) -> Rules:
+    return rules(part, cfg, dict(sizes), batch, length, slots)
 
 
 @dataclass(frozen=True)
@@ -279,9 +286,9 @@ class Placement:
         """The mesh that a part runs on."""
         return self.thinker if part in ("thinker", "vision", "audio") else self.speech
 
-    def layout(self, part: Part, batch: int = 1, length: int = 1) -> Layout:
-        """The layout of one call of a part."""
-        return layout(part, self.cfg, self.mesh(part), batch, length)
+    def layout(self, part: Part, batch: int = 1, length: int = 1, slots: int | None = None) -> Layout:
+        """The layout of one call of a part; see `rules`."""
+        return layout(part, self.cfg, self.mesh(part), batch, length, slots)
 
 
 def place(
@@ -328,12 +335,16 @@ def place(
 
 
 class LayoutFn(Protocol):
-    """`layout_for(part, batch, length)` is the context that a call of a part runs in."""
+    """`layout_for(part, batch, length, slots)` is the context that a call of a part runs in; see `rules`."""
 
-    def __call__(self, part: Part, batch: int = 1, length: int = 1) -> AbstractContextManager[None]: ...
+    def __call__(
+        self, part: Part, batch: int = 1, length: int = 1, slots: int | None = None
+    ) -> AbstractContextManager[None]: ...
 
 
-def on_one_device(part: Part, batch: int = 1, length: int = 1) -> AbstractContextManager[None]:
+def on_one_device(
+    part: Part, batch: int = 1, length: int = 1, slots: int | None = None
+) -> AbstractContextManager[None]:
     """`LayoutFn` without a mesh: no context at all."""
     return contextlib.nullcontext()
 
@@ -343,8 +354,10 @@ def layout_fn(placement: Placement | None) -> LayoutFn:
     if placement is None:
         return on_one_device
 
-    def layout_for(part: Part, batch: int = 1, length: int = 1) -> AbstractContextManager[None]:
-        return placement.layout(part, batch, length).active()
+    def layout_for(
+        part: Part, batch: int = 1, length: int = 1, slots: int | None = None
+    ) -> AbstractContextManager[None]:
+        return placement.layout(part, batch, length, slots).active()
 
     return layout_for
 

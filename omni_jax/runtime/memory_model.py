@@ -27,7 +27,7 @@ from omni_jax.model.vision import frame_layout
 from omni_jax.parallel import meshes
 from omni_jax.parallel.meshes import Part, Sizes
 from omni_jax.parallel.sharding import Rules
-from omni_jax.runtime.generation import LOOP_STEPS
+from omni_jax.runtime.slots import LOOP_STEPS
 from omni_jax.settings import MAX_LOGPROBS, GenerationSettings
 
 GIB = 1 << 30

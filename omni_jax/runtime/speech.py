@@ -21,13 +21,12 @@ from omni_jax.checkpoint.speakers import load_voices, pick_voice
 from omni_jax.config import OmniConfig, Token2WavConfig, load_config
 from omni_jax.errors import InputError
 from omni_jax.model import talker, token2wav
-from omni_jax.model.kv_cache import grow
 from omni_jax.model.sampling import Sampling
 from omni_jax.model.stages import PARTS as PARTS
 from omni_jax.model.stages import stage_formats, use_unrolled_layers
 from omni_jax.model.voice import Voice
 from omni_jax.parallel.meshes import LayoutFn, Placement, layout_fn, on_one_device, place, transfer_to_mesh
-from omni_jax.runtime import generation
+from omni_jax.runtime import slots
 from omni_jax.runtime.watchdog import SpeechBuilder
 from omni_jax.settings import Reply, SpeechSettings
 
@@ -48,6 +47,7 @@ class ThinkerTrace:
 
     Attributes:
       batch: the prompts.
+      next_position: int32 [B], the position id that follows the largest one of each.
       embeddings, hidden: [B, T, E], on the device.
       steps: the hidden states [n, B, E] of the replies' ids, in pieces, on the host: entry i belongs to id i.
     """
@@ -55,9 +55,9 @@ class ThinkerTrace:
     def __init__(self) -> None:
         self.steps: list[np.ndarray] = []
 
-    def add_prompt(self, batch: generation.PromptBatch, prefill: generation.Prefill) -> None:
+    def add_prompt(self, batch: slots.Tokens, next_position: np.ndarray, embeddings: Any, hidden: Any) -> None:
         """Takes what reading the prompts has given."""
-        self.batch, self.embeddings, self.hidden = batch, prefill.embeddings, prefill.hidden
+        self.batch, self.next_position, self.embeddings, self.hidden = batch, next_position, embeddings, hidden
 
     def add_step(self, hidden: np.ndarray) -> None:
         """Takes the hidden states [n, B, E] that ids were drawn from: each is that of the id before."""
@@ -69,15 +69,22 @@ class TalkerInputs:
     """What the Talker needs of what the Thinker left: on the chips of speech, where it has some of its own.
 
     Attributes:
-      prompt: what was read.
-      table: [V, E], the Thinker's embeddings, or those rows of it that `prompt.voice` names.
-      vectors: [B, R, E], of `talker.reply_vectors`.
+      prompt: [B, T, E], of `talker.prompt_vectors`.
+      positions: int32 [3, B, T]; counts: int32 [B], how many of the T are real.
+      next_position: int32 [B], the position id that follows the prompt's largest.
+      voices: [B, E], the Thinker's vectors of the voices; marks: [2, E], those of text end and text pad.
+      reply: [n, B, E], of `talker.reply_vectors`; lengths: int32 [B], how many of the n are real.
       seconds: what this has taken.
     """
 
-    prompt: talker.TalkerPrompt
-    table: Any
-    vectors: Any
+    prompt: Any
+    positions: np.ndarray
+    counts: np.ndarray
+    next_position: np.ndarray
+    voices: Any
+    marks: Any
+    reply: Any
+    lengths: np.ndarray
     seconds: float
 
 
@@ -91,7 +98,7 @@ def draw_settings(settings: Sequence[SpeechSettings], stop_ids: tuple[int, ...])
     return Sampling(
         of("temperature", np.float32), of("top_k", np.int32), of("top_p", np.float32),
         np.zeros(len(settings), np.float32), of("repetition_penalty", np.float32), keys,
-        np.array([stop_ids] * len(settings), np.int32),
+        np.array([(*stop_ids, *[-1] * (slots.STOP_IDS - len(stop_ids)))] * len(settings), np.int32),
     )  # fmt: skip
 
 
@@ -238,7 +245,7 @@ class Speech:
         """
         began = time.perf_counter() - heard.seconds
         builders = self.builders(replies, settings)
-        for _ in self._draw(heard, settings, builders, talker.LOOP_STEPS):
+        for _ in self._draw(heard, settings, builders, slots.LOOP_STEPS):
             pass
         drawn = time.perf_counter()
         wanted = [s for s in settings if s is not None]
@@ -267,12 +274,12 @@ class Speech:
         replies: Sequence[Reply],
         settings: Sequence[SpeechSettings | None],
         builders: Mapping[int, SpeechBuilder],
-        steps: int = talker.LOOP_STEPS,
+        steps: int = slots.LOOP_STEPS,
     ) -> Iterator[None]:
         """Feeds the builders; yields after each call of the decode loop.
 
         Args:
-          steps: codes to draw between two yields, at most `talker.LOOP_STEPS`.
+          steps: codes to draw between two yields, at most `slots.LOOP_STEPS`.
         """
         yield from self._draw(self.prepare_inputs(trace, replies, settings), settings, builders, steps)
 
@@ -288,29 +295,62 @@ class Speech:
         """
         began = time.perf_counter()
         cfg, batch = self.talker, trace.batch
-        size = len(batch.start)
+        size = len(batch.counts)
         table = self.params["thinker"]["model"]["embed_tokens"]["weight"]
         voices = np.array([pick_voice(self.voices, s.voice).bos_token for s in self._rows(settings, size)], np.int32)
-        said = reply_arrays(trace, replies)
+        marks = np.array([cfg.tts_text_end_token_id, cfg.tts_text_pad_token_id], np.int32)
+        ids, hidden, lengths = reply_arrays(trace, replies)
+        given = (batch.media_index, voices, marks, ids, hidden)
 
-        def prompt(voices: Any, first: Any) -> talker.TalkerPrompt:
-            return talker.TalkerPrompt(
-                trace.embeddings, trace.hidden, batch.positions, batch.start, batch.next_position,
-                batch.media_index, voices, first,
-            )  # fmt: skip
+        def vectors(media_index: Any, voices: Any, marks: Any, ids: Any, hidden: Any) -> tuple[Any, ...]:
+            prompt = talker.prompt_vectors(trace.embeddings, trace.hidden, media_index)
+            rows = (talker.table_rows(table, ids) for ids in (voices, marks))
+            return (prompt, *rows, talker.reply_vectors(table, ids, hidden))
 
         if self.placement is None or not self.placement.has_speech_mesh:
             with self.layout_for("thinker", size):
-                first, vectors = talker.reply_vectors(cfg, table, *said)
-            return TalkerInputs(prompt(voices, first), table, vectors, time.perf_counter() - began)
-        with jax.transfer_guard("disallow"), self.layout_for("thinker", size):
-            *said, voices = transfer_to_mesh((*said, voices), self.placement.thinker)
-            first, vectors = talker.reply_vectors(cfg, table, *said)
-            # The chips of speech have no table of the Thinker's: they get the voices' rows of it.
-            rows = talker.table_rows(table, voices)
-            heard = (prompt(np.arange(size, dtype=np.int32), first), rows, vectors)
-            read, rows, vectors = transfer_to_mesh(heard, self.placement.speech)
-            return TalkerInputs(read, rows, vectors, time.perf_counter() - began)
+                made = vectors(*given)
+        else:
+            with jax.transfer_guard("disallow"), self.layout_for("thinker", size):
+                made = vectors(*transfer_to_mesh(given, self.placement.thinker))
+                made = transfer_to_mesh(made, self.placement.speech)
+        prompt, voices, marks, reply = made
+        return TalkerInputs(
+            prompt, batch.positions, batch.counts, trace.next_position, voices, marks, reply, lengths,
+            time.perf_counter() - began,
+        )  # fmt: skip
+
+    def read(self, heard: TalkerInputs) -> tuple[slots.Slots, np.ndarray, np.ndarray]:
+        """Slots whose rows have read the prompts and the openings of speech.
+
+        Returns:
+          the slots; int32 [B], the position id of each row's first code; int32 [B], the tokens that each holds.
+        """
+        program, params = slots.talker_program(self.talker), self.params["talker"]
+        size, width = heard.positions.shape[1:]
+        # Also for fewer codes: 10 and 500 run the same programs.
+        capacity = cache_slots(width + talker.EXTRA, TALKER_CACHE_STEP)
+        with self.layout_for("talker", size):
+            state = slots.make_slots(
+                program, params, size, capacity=capacity, cache_dtype=self.cache_dtype, reply=len(heard.reply),
+                marks=heard.marks,
+            )  # fmt: skip
+            every = np.arange(size, dtype=np.int32)
+            state = slots.append_reply(state, heard.reply, every, np.zeros(size, np.int32), heard.lengths)
+            state = slots.end_reply(state, heard.counts > 0)
+            assert state.reply is not None
+            opening = talker.opening_vectors(self.talker, params, heard.voices, state.reply.vectors, every)
+        with self.layout_for("talker", size, width):
+            tokens = slots.Tokens(heard.prompt, heard.positions, heard.counts)
+            state, _, _ = slots.extend(program, params, state, tokens, first=True)
+        # The two places continue the last segment of the prompt; codes continue after the largest id of all.
+        last = heard.positions[:, every, np.maximum(heard.counts - 1, 0)].max(0)
+        after = last[:, None] + np.arange(1, talker.EXTRA + 1, dtype=np.int32)
+        counts = np.where(heard.counts > 0, talker.EXTRA, 0).astype(np.int32)
+        with self.layout_for("talker", size, talker.EXTRA):
+            tokens = slots.Tokens(opening, np.broadcast_to(after, (3, *after.shape)), counts)
+            state, _, _ = slots.extend(program, params, state, tokens)
+        return state, np.maximum(heard.next_position, after[:, -1] + 1), heard.counts + counts
 
     def _draw(
         self,
@@ -321,35 +361,32 @@ class Speech:
     ) -> Iterator[None]:
         if not any(b.left for b in builders.values()):
             return
-        cfg, params, prompt, vectors = self.talker, self.params["talker"], heard.prompt, heard.vectors
-        size = len(prompt.start)
-        rows = self._rows(settings, size)
-        sampling = draw_settings(rows, self.stop_ids)
-        places = prompt.positions.shape[2] + talker.EXTRA
-        capacity = cache_slots(places, TALKER_CACHE_STEP)  # also for fewer codes: 10 and 500 run the same programs
-        with self.layout_for("talker", size, places):
-            read = talker.prefill(cfg, params, heard.table, prompt, capacity=capacity, cache_dtype=self.cache_dtype)
+        program, params = slots.talker_program(self.talker), self.params["talker"]
+        state, position, places = self.read(heard)
+        size = len(position)
+        sampling = draw_settings(self._rows(settings, size), self.stop_ids)
+        active = np.zeros(size, bool)
+        active[list(builders)] = True
         with self.layout_for("talker", size):
-            state = talker.first_draw(cfg, params, read.cache, read.seen, read.last, read.position, sampling)
-        made = np.asarray(state.token)[None]
+            state, out = slots.begin(program, params, state, active, sampling, position)
+        made = jax.tree.map(lambda a: np.asarray(a)[None], out)
         while True:
             for row, builder in builders.items():
-                for code in made[:, row].tolist():
+                for code in made.token[made.valid[:, row], row].tolist():
                     builder.feed(code)
             yield
             if not (left := max(b.left for b in builders.values())):
                 return
-            # Rows that the host has ended are done before the device knows; rows without speech never began.
-            done = np.ones(size, bool)
-            done[list(builders)] = [b.finish_reason is not None for b in builders.values()]
+            # Rows that the host has ended are done before the device knows.
+            active[list(builders)] = [b.finish_reason is None for b in builders.values()]
             left = min(left, steps)
-            state = dataclasses.replace(state, done=done)
             with self.layout_for("talker", size):
-                if places + left > capacity:
-                    capacity = cache_slots(places, max(b.left for b in builders.values()))
-                    state = dataclasses.replace(state, cache=grow(state.cache, capacity=capacity))
-                state, made = talker.advance(cfg, params, state, vectors, sampling, left)
-            places += len(made)
+                if places.max() + left > state.cache.capacity:
+                    most = max(b.left for b in builders.values())
+                    state = slots.grow(state, capacity=cache_slots(int(places.max()), most))
+                state, made, _ = slots.step(program, params, state, active, left)
+            made = jax.device_get(made)
+            places = places + made.valid.sum(0)
 
 
 def cache_slots(places: int, left: int) -> int:
@@ -360,17 +397,18 @@ def cache_slots(places: int, left: int) -> int:
 
 
 def reply_arrays(trace: ThinkerTrace, replies: Sequence[Reply]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `talker.reply_vectors` takes: ids [B, R] and hidden states [B, R, E] of the replies, each without its last
-    id, and how many they are [B]; R is a bucket with room for the two marks."""
+    """What `talker.reply_vectors` takes: ids [n, B] and hidden states [n, B, E] of the replies, each without its last
+    id, and how many they are [B]; n is a bucket with room for the end mark."""
     # The first hidden state is the prompt's own: the first id was drawn from it.
     hidden = np.concatenate(trace.steps)[1:]
     size = hidden.shape[1]
     lengths = np.zeros(size, np.int32)
     lengths[: len(replies)] = [max(0, len(r.token_ids) - 1) for r in replies]
-    width = buckets.bucket(int(lengths.max()) + 2, buckets.REPLY)
-    ids = np.zeros((size, width), np.int32)
-    vectors = np.zeros((size, width, hidden.shape[2]), hidden.dtype)
+    most = int(lengths.max())
+    width = buckets.bucket(most + 1, buckets.REPLY)
+    ids = np.zeros((width, size), np.int32)
+    vectors = np.zeros((width, *hidden.shape[1:]), hidden.dtype)
+    vectors[:most] = hidden[:most]
     for i, reply in enumerate(replies):
-        n = lengths[i]
-        ids[i, :n], vectors[i, :n] = reply.token_ids[:n], hidden[:n, i]
+        ids[: lengths[i], i] = reply.token_ids[: lengths[i]]
     return ids, vectors, lengths

@@ -13,11 +13,9 @@ import transformers
 from omni_jax import GenerationSettings, SpeechSettings, buckets
 from omni_jax import config as C
 from omni_jax.checkpoint.load import load_params
-from omni_jax.checkpoint.speakers import pick_voice
 from omni_jax.model import talker
-from omni_jax.model.kv_cache import grow
 from omni_jax.model.sampling import filter_logits, penalise
-from omni_jax.runtime import speech
+from omni_jax.runtime import slots, speech
 from tests import conversations, oracle, oracle_speech
 from tests.compile_counter import count_compiles
 
@@ -56,34 +54,25 @@ def test_prompt_vectors_logits_and_codes_of_every_kind(kind, speaker, oracle_omn
 
     # The prompt's vectors and the logits of the first code.
     cfg, params = speaker.config.talker, speaker.params["talker"]
-    table = speaker.params["thinker"]["model"]["embed_tokens"]["weight"]
-    first, _ = talker.reply_vectors(cfg, table, *speech.reply_arrays(trace, [reply]))
-    voice = pick_voice(speaker.voices)
-    batch = trace.batch
-    asked = talker.TalkerPrompt(
-        trace.embeddings, trace.hidden, batch.positions, batch.start, batch.next_position, batch.media_index,
-        np.array([voice.bos_token]), first,
-    )  # fmt: skip
-    sums = talker.prompt_vectors(cfg, params, table, asked)[:, batch.start[0] :]
-    assert oracle.relative_error(sums[0], want.sums) < 1e-4
-    read = talker.prefill(cfg, params, table, asked, capacity=1024, cache_dtype=jnp.float32)
-    error = oracle.relative_error(talker.logits(params, read.last)[0], want.scores[0])
+    heard = speaker.speech.prepare_inputs(trace, [reply], [GREEDY])
+    opening = talker.opening_vectors(cfg, params, heard.voices, heard.reply.swapaxes(0, 1), np.arange(1))
+    sums = jnp.concatenate([heard.prompt[0, : len(prompt.ids)], opening[0]])
+    assert oracle.relative_error(sums, want.sums) < 1e-4
+    state, _, _ = speaker.speech.read(heard)
+    error = oracle.relative_error(talker.logits(params, state.last)[0], want.scores[0])
     assert error < 1e-4
-    print("errors: sums", oracle.relative_error(sums[0], want.sums), "logits", error)
+    print("errors: sums", oracle.relative_error(sums, want.sums), "logits", error)
 
 
 def test_positions_of_the_first_code(speaker):
     """Mark and first vector continue the prompt's last segment; codes continue after the largest id of all."""
     replies, _, trace = codes_of(speaker, KINDS["text"], GREEDY, 24)
-    cfg, table = speaker.config.talker, speaker.params["thinker"]["model"]["embed_tokens"]["weight"]
-    first, _ = talker.reply_vectors(cfg, table, *speech.reply_arrays(trace, replies))
-    batch = trace.batch
-    for largest, want in ((batch.next_position, batch.positions[0, :, -1] + 3), (np.array([900], np.int32), [900])):
-        asked = talker.TalkerPrompt(
-            trace.embeddings, trace.hidden, batch.positions, batch.start, largest, None, np.array([5]), first
-        )
-        read = talker.prefill(cfg, speaker.params["talker"], table, asked, capacity=1024, cache_dtype=jnp.float32)
-        assert read.position.tolist() == list(want)
+    heard = speaker.speech.prepare_inputs(trace, replies, [GREEDY])
+    last = heard.positions[0, 0, heard.counts[0] - 1]
+    for largest, want in ((heard.next_position, last + 3), (np.array([900], np.int32), 900)):
+        state, position, places = speaker.speech.read(dataclasses.replace(heard, next_position=largest))
+        assert position.tolist() == [want]
+        assert places.tolist() == state.cache.lengths.tolist() == [heard.counts[0] + 2]
 
 
 def test_penalty_of_the_oracle(speaker, oracle_omni):
@@ -122,7 +111,9 @@ def test_filters_and_history_on_given_logits(speaker):
     sampling = speech.draw_settings([SpeechSettings()], speaker.speech.stop_ids)
     seen = np.zeros((1, vocab), bool)
     seen[0, history] = True
-    mine = talker.suppress(cfg, jnp.asarray(logits))
+    program = slots.talker_program(cfg)
+    assert set(program.marks) == set(marks)
+    mine = jnp.asarray(logits).at[:, jnp.array(program.suppressed)].set(-jnp.inf)
     mine = penalise(mine, seen, sampling.repetition_penalty)
     mine = filter_logits(mine, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)[0]
     np.testing.assert_array_equal(np.isfinite(mine), np.isfinite(want))
@@ -196,15 +187,13 @@ def test_scanned_layers_give_the_same_codes(checkpoint, speaker, monkeypatch):
 
 def test_cache_grows(speaker, monkeypatch):
     """A cache that grows while the Talker speaks gives the same codes as one that is large from the start."""
-    settings = dataclasses.replace(GREEDY, max_codes=90, watchdog=None)
+    settings = dataclasses.replace(GREEDY, max_codes=150, watchdog=None)
     _, [want], _ = codes_of(speaker, KINDS["text"], settings, 24)
-    monkeypatch.setattr(speech, "TALKER_CACHE_STEP", 16)
-    monkeypatch.setattr(buckets, "CACHE", buckets.steps(4096, 4, 128))
-    grown = []
-    monkeypatch.setattr(
-        speech, "grow", lambda cache, capacity: grown.append(capacity) or grow(cache, capacity=capacity)
-    )
+    monkeypatch.setattr(speech, "TALKER_CACHE_STEP", 32)
+    monkeypatch.setattr(buckets, "CACHE", buckets.steps(4096, 8, 16))
+    grown, grow = [], slots.grow
+    monkeypatch.setattr(slots, "grow", lambda state, capacity: grown.append(capacity) or grow(state, capacity=capacity))
     _, [got], _ = codes_of(speaker, KINDS["text"], settings, 24)
     assert len(set(grown)) > 1
     assert got.codes == want.codes
-    assert len(got.codes) == 90 or got.finish_reason == "eos"
+    assert len(got.codes) == 150 or got.finish_reason == "eos"

@@ -16,7 +16,7 @@ from omni_jax.model.decoder import DecoderLayer
 from omni_jax.model.kv_cache import init_cache
 from omni_jax.model.layers import unstack
 from omni_jax.model.rope import mrope_angles
-from omni_jax.runtime import generation
+from omni_jax.runtime import slots
 from tests import conversations, oracle
 from tests.tiny import tiny_config
 
@@ -52,21 +52,20 @@ def test_every_decoder_layer():
     states = [oracle.to_numpy(h) for h in out.hidden_states]
     angles = mrope_angles(positions, text.head_dim, text.rope_theta, text.mrope_section)
     for i, layer in enumerate(unstack(params["model"]["layers"])[:-1]):  # the last state has the final norm applied
-        y, _ = DecoderLayer(text).apply({"params": layer}, states[i], angles, None, jnp.zeros(2, jnp.int32), 0)
+        y, _ = DecoderLayer(text).apply({"params": layer}, states[i], angles, None)
         assert oracle.relative_error(y, states[i + 1]) < 1e-5
 
 
-def _hidden(cfg, params, ids, positions, pieces: list[int], *, unroll: bool, start=None, dtype=jnp.float32):
+def _hidden(cfg, params, ids, positions, pieces: list[int], *, unroll: bool, dtype=jnp.float32):
     """Hidden states by feeding the tokens in pieces through the cache."""
     tree = params | {"model": params["model"] | {"layers": unstack(params["model"]["layers"])}} if unroll else params
-    start = jnp.zeros(len(ids), jnp.int32) if start is None else start
 
     @functools.partial(jax.jit, static_argnames="first")
     def step(tree, ids, positions, cache, first):
         h, cache = thinker.forward(cfg, tree, thinker.embed(tree, ids), positions, cache, first=first)
         return h, thinker.logits(tree, h[:, -1]), cache
 
-    cache = init_cache(cfg.text, len(ids), ids.shape[1] + 3, dtype, start, unroll=unroll)
+    cache = init_cache(cfg.text, len(ids), ids.shape[1] + 3, dtype, unroll=unroll)
     hidden, at = [], 0
     for n in pieces:
         piece = slice(at, at + n)
@@ -90,14 +89,26 @@ def test_logits_through_the_cache(pieces, unroll):
     assert oracle.relative_error(logits, want[:, -1]) < 1e-5
 
 
-def test_left_padding_changes_nothing():
+@pytest.mark.parametrize("unroll", [True, False], ids=["loop", "scan"])
+def test_rows_of_unequal_lengths(unroll):
+    """Padding behind the tokens of a row changes nothing, and the next token stands where it ended."""
     cfg, _, params = _tiny()
-    ids, positions = _ids(cfg, 1, 21), _positions(1, 21)
-    alone, _ = _hidden(cfg.thinker, params, ids, positions, [20, 1], unroll=True)
-    padded = np.concatenate([_ids(cfg, 1, 6, 9), ids], 1)
-    shifted = np.concatenate([positions[:, :, :6], positions], -1)
-    hidden, _ = _hidden(cfg.thinker, params, padded, shifted, [26, 1], unroll=True, start=np.array([6], np.int32))
-    assert oracle.relative_error(hidden[:, 6:], alone) < 1e-6
+    tree = params | {"model": params["model"] | {"layers": unstack(params["model"]["layers"])}} if unroll else params
+    ids, positions, counts = _ids(cfg, 2, 21), _positions(2, 21), np.array([20, 13], np.int32)
+
+    @functools.partial(jax.jit, static_argnames="first")
+    def step(ids, positions, cache, counts, first):
+        return thinker.forward(cfg.thinker, tree, thinker.embed(tree, ids), positions, cache, counts, first=first)
+
+    cache = init_cache(cfg.thinker.text, 2, 24, jnp.float32, unroll=unroll)
+    read, cache = step(ids[:, :20], positions[..., :20], cache, counts, True)
+    rows = np.arange(2)
+    last, cache = step(ids[rows, counts][:, None], positions[:, rows, counts][..., None], cache, counts * 0 + 1, False)
+    assert cache.lengths.tolist() == [21, 14]
+    for row, n in enumerate(counts):
+        row_ids, row_positions = ids[row : row + 1, : n + 1], positions[:, row : row + 1, : n + 1]
+        alone, _ = _hidden(cfg.thinker, params, row_ids, row_positions, [n, 1], unroll=unroll)
+        assert oracle.relative_error(jnp.concatenate([read[row, :n], last[row]]), alone[0]) < 1e-6
 
 
 def test_long_prompts_run_in_query_blocks(monkeypatch):
@@ -147,13 +158,14 @@ def test_logits_of_conversations(kind, model, oracle_thinker):
         inputs.get("video_second_per_grid"),
     )  # fmt: skip
     np.testing.assert_array_equal(prompt.positions, positions[:, 0].numpy())
-    batch = model._batch([prompt])
-    assert batch.next_position[0] == delta.item() + len(prompt.ids)
-    params = model.params["thinker"]
-    read = generation.prefill(model.config.thinker, params, batch, capacity=2048, cache_dtype=jnp.float32)
-    logits = thinker.logits(params, read.hidden[:, batch.start[0] :])
+    tokens, after = model._batch([prompt])
+    assert after[0] == delta.item() + len(prompt.ids)
+    program, params = slots.thinker_program(model.config.thinker), model.params["thinker"]
+    state = slots.make_slots(program, params, 1, capacity=2048, cache_dtype=jnp.float32)
+    state, _, hidden = slots.extend(program, params, state, tokens, first=True)
+    logits = thinker.logits(params, hidden[:, : len(prompt.ids)])
     assert oracle.relative_error(logits, want.logits) < 1e-4
-    assert int(read.cache.length) == batch.ids.shape[1]
+    assert state.cache.lengths.tolist() == [len(prompt.ids)]
 
 
 def test_a_tied_head_is_the_embedding():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import torch
 from omni_jax import GenerationSettings, buckets, load
 from omni_jax.api import PromptError
 from omni_jax.errors import InputError
-from omni_jax.runtime import generation
+from omni_jax.runtime import slots
 from omni_jax.settings import DoneEvent, TextEvent
 from tests import conversations
 from tests.compile_counter import count_compiles
@@ -44,7 +45,7 @@ def test_greedy_ids_of_every_kind(kind, model, oracle_thinker):
     assert len(set(reply.token_ids)) > 4  # a reply that could differ
 
 
-def test_a_left_padded_batch(model, oracle_thinker):
+def test_a_batch_of_unequal_lengths(model, oracle_thinker):
     """Unequal conversations, with and without media, in one batch: equal to the oracle's batch and to each alone."""
     batch = [KINDS["text"], KINDS["mixed"], say("A short one"), KINDS["image"]]
     replies = model.generate(batch, max_new_tokens=24)
@@ -67,7 +68,7 @@ def test_the_loop_of_a_gpu_gives_the_same_ids(model, monkeypatch):
     """There the layers are apart as here, and one program makes all steps."""
     kind = {"max_new_tokens": 20, "temperature": 0.8, "top_k": 9, "seed": 2}
     here = model.generate(KINDS["text"], **kind)
-    monkeypatch.setattr(generation, "steps_on_host", lambda params: False)
+    monkeypatch.setattr(slots, "steps_on_host", lambda params: False)
     assert model.generate(KINDS["text"], **kind).token_ids == here.token_ids
 
 
@@ -191,19 +192,13 @@ def test_the_decode_step_writes_the_cache_once(checkpoint):
     """The scanned form as a TPU would run it, compiled here: rows are written once, after the scan; the cache is
     donated; nothing copies it."""
     model = load(checkpoint, dtype="float32", unroll=False)
-    cfg, params = model.config.thinker, model.params["thinker"]
-    batch = model._batch([model.prepare(say("hello"))])
-    sampling = model._sampling([GenerationSettings()], 1)
-
-    def begin(params, batch, sampling):
-        read = generation.prefill(cfg, params, batch, capacity=2048, cache_dtype=jnp.float32)
-        return generation.first_draw(params, read.cache, read.seen, read.last, batch.next_position, sampling)[0]
-
-    state = jax.eval_shape(begin, params, batch, sampling)
-    step = jax.jit(generation.decode_step, static_argnums=0, donate_argnums=2)
-    lowered = step.lower(cfg, params, state, sampling)
+    program, params = slots.thinker_program(model.config.thinker), model.params["thinker"]
+    make = functools.partial(slots.make_slots, program, rows=3, capacity=2048, cache_dtype=jnp.float32)
+    state = jax.eval_shape(make, params)
+    step = jax.jit(slots.decode_step, static_argnums=0, donate_argnums=2)
+    lowered = step.lower(program, params, state, np.ones(3, bool))
     shape = state.cache.k.shape
-    # In the program that we write: one update of keys and one of values, and no other operation makes a cache.
+    # In the program that we write: one update of keys and one of values, in the loop over the rows that writes them.
     stable = lowered.as_text()
     tensor = "tensor<" + "x".join(map(str, shape)) + "xf32>"
     made = [line for line in stable.splitlines() if line.rstrip().endswith(f"-> {tensor}") and "func" not in line]

@@ -30,7 +30,7 @@ def test_only_the_assistants_words_are_learned(kind, model, checkpoint):
 
 
 def test_what_the_talker_reads_is_what_generation_feeds_it(speaker, checkpoint):
-    """Vectors, positions and labels of each place against `talker.prefill` and the decode steps."""
+    """Vectors, positions and labels of each place against `talker.prompt_vectors` and the decode steps."""
     codes = [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]
     read = training.reader(speaker, checkpoint, "talker")
     (sample,) = training.samples(read, ["image"], codes=codes)

@@ -241,7 +241,7 @@ class Reader:
         )
 
     def _codes(self, prompt: Prompt, turn: tuple[int, int], codes: np.ndarray, voice: Any) -> Codes:
-        """What the Talker reads place by place; see `talker.prefill` and `talker.decode_step`."""
+        """What the Talker reads place by place; see `talker.prompt_vectors`, `opening_vectors` and `step_vectors`."""
         from omni_jax.checkpoint.speakers import pick_voice
 
         cfg, (begin, end), size = self.talker, turn, len(codes)

@@ -22,25 +22,18 @@ def supported(dtype: jnp.dtype, head_dim: int) -> bool:
 
 
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, *, implementation: Literal["cudnn", "xla"] = "cudnn"
+    q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: Literal["cudnn", "xla"] = "cudnn"
 ) -> jax.Array:
-    """Causal grouped-query attention of tokens to themselves.
-
-    cuDNN knows padding at the end of a row only, so rows are turned until theirs is there, and back.
+    """Causal grouped-query attention of tokens to themselves; padding stands behind the tokens of a row.
 
     Args:
       q: [B, T, N, H].
       k, v: [B, K, T, H].
-      start: int32 [B]; what lies before is padding.
       implementation: "xla" runs the same call anywhere, with whole scores.
     Returns:
-      [B, T, N, H]; of padding: without meaning.
+      [B, T, N, H].
     """
-    turn = jax.vmap(lambda x, by: jnp.roll(x, by, axis=0))
-    q, k, v = (turn(x, -start) for x in (q, k.swapaxes(1, 2), v.swapaxes(1, 2)))
-    live = (q.shape[1] - start).astype(jnp.int32)
     out = jax.nn.dot_product_attention(
-        q.astype(k.dtype), k, v, is_causal=True, query_seq_lengths=live, key_value_seq_lengths=live,
-        implementation=implementation,
-    )  # fmt: skip
-    return turn(out, start).astype(q.dtype)
+        q.astype(k.dtype), k.swapaxes(1, 2), v.swapaxes(1, 2), is_causal=True, implementation=implementation
+    )
+    return out.astype(q.dtype)

@@ -23,8 +23,11 @@ from omni_jax.parallel import on_mesh
 
 # Slots of the cache fetched at a time, the largest that divides it: 256 KiB of keys and values of two heads of 128.
 BLOCKS = (512, 256, 128)
-# Query rows of one step: their scores are 1 MiB a kv head.
-ROWS = 512
+# Most query rows of one step, 512 new tokens of eight heads: each step of so many reads the cache once.
+ROWS = 4096
+# Rows from which the kernel says how much of the chip's fast memory it wants: more than it would get.
+MANY_ROWS = 512
+FAST_MEMORY = 100 << 20
 # A tile of bf16 queries has 16 rows.
 SUBLANES = 16
 LANES = 128
@@ -68,12 +71,13 @@ def parts(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> Parts:
 
 
 def live_parts_plain(
-    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, start: jax.Array, length: jax.Array
+    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, lengths: jax.Array, rows: jax.Array | None = None
 ) -> Parts:
-    """The reference of `live_parts`: reads the whole cache of the layer."""
+    """The reference of `live_parts`: reads the whole rows."""
     k, v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k, v))
-    slots = jnp.arange(k.shape[2])
-    return parts(q, k, v, ((slots < length) & (slots >= start[:, None]))[:, None])
+    if rows is not None:
+        k, v = (jnp.take(x, rows, axis=0, mode="clip") for x in (k, v))
+    return parts(q, k, v, (jnp.arange(k.shape[2]) < lengths[:, None])[:, None])
 
 
 def supported(capacity: int) -> bool:
@@ -81,17 +85,15 @@ def supported(capacity: int) -> bool:
     return capacity % (BLOCKS[-1] * on_mesh.ways("cache_length")) == 0
 
 
-def _blocks(start: jax.Array, length: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-    """First and last block with live slots; one block, all of it masked, where there are none."""
+def _last_block(length: jax.Array, block: int) -> jax.Array:
+    """The last block with live slots; the first, all of it masked, where there are none."""
     # `//` would ask of the compiler which TPU it is that it compiles for; here no number is negative.
-    last = lax.div(jnp.maximum(length - 1, 0), jnp.int32(block))
-    return jnp.minimum(lax.div(start, jnp.int32(block)), last), last
+    return lax.div(jnp.maximum(length - 1, 0), jnp.int32(block))
 
 
-def _kernel(layer, start, length, q, k, v, weighted, top, total, *, block, scale, turned):
-    del layer
-    b, step = pl.program_id(0), pl.program_id(2)
-    first, last = _blocks(start[b], length[0], block)
+def _kernel(layer, rows, lengths, q, k, v, weighted, top, total, *, block, scale, turned):
+    del layer, rows
+    length, step = lengths[pl.program_id(0)], pl.program_id(2)
     by_keys, by_slots = ((((1,), (axis,)), ((), ())) for axis in ((0, 1) if turned else (1, 0)))
 
     @pl.when(step == 0)
@@ -100,11 +102,9 @@ def _kernel(layer, start, length, q, k, v, weighted, top, total, *, block, scale
         top[...] = jnp.full_like(top, MASKED)
         total[...] = jnp.zeros_like(total)
 
-    @pl.when(first + step <= last)
+    @pl.when(step <= _last_block(length, block))
     def _() -> None:
-        rows = q.shape[2]
-        slots = (first + step) * block + lax.broadcasted_iota(jnp.int32, (rows, block), 1)
-        live = (slots >= start[b]) & (slots < length[0])
+        live = step * block + lax.broadcasted_iota(jnp.int32, (q.shape[2], block), 1) < length
         for head in range(q.shape[1]):
             scores = lax.dot_general(q[0, head], k[0, 0, head], by_keys, preferred_element_type=jnp.float32)
             scores = jnp.where(live, scores * scale, MASKED)
@@ -119,17 +119,17 @@ def _kernel(layer, start, length, q, k, v, weighted, top, total, *, block, scale
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def _live_parts(
-    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, start: jax.Array, length: jax.Array, *,
+    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, rows: jax.Array, lengths: jax.Array, *,
     interpret: bool = False,
 ) -> Parts:  # fmt: skip
-    """`live_parts` on one device, where `length` may differ between devices."""
-    b, heads, rows, size = q.shape
+    """`live_parts` on one device, whose part of the cache has `lengths` live slots in each of `rows`."""
+    b, heads, queries, size = q.shape
     capacity = k.shape[3]
     block = next(n for n in BLOCKS if capacity % n == 0)
-    padded = -(-rows // SUBLANES) * SUBLANES
+    padded = -(-queries // SUBLANES) * SUBLANES
     tile = padded if padded <= ROWS else ROWS
     padded = -(-padded // tile) * tile
-    q = jnp.pad(q.astype(k.dtype), ((0, 0), (0, 0), (0, padded - rows), (0, 0)))
+    q = jnp.pad(q.astype(k.dtype), ((0, 0), (0, 0), (0, padded - queries), (0, 0)))
     # Heads narrower than the registers are stored with the slots innermost, and the kernel takes them so: another
     # order would be a copy of the cache.
     turned = size % LANES != 0
@@ -139,11 +139,10 @@ def _live_parts(
     def row_map(b, r, step, *_):
         return b, 0, r, 0
 
-    def cache_map(b, r, step, layer, start, length):
-        first, last = _blocks(start[b], length[0], block)
+    def cache_map(b, r, step, layer, rows, lengths):
         # Steps beyond the last live block name it again: a block that is there already is not fetched.
-        place = jnp.minimum(first + step, last)
-        return (layer[0], b, 0, 0, place) if turned else (layer[0], b, 0, place, 0)
+        place = jnp.minimum(step, _last_block(lengths[b], block))
+        return (layer[0], rows[b], 0, 0, place) if turned else (layer[0], rows[b], 0, place, 0)
 
     wide = pl.BlockSpec((1, heads, tile, size), row_map)
     narrow = pl.BlockSpec((1, heads, tile, LANES), row_map)
@@ -161,7 +160,10 @@ def _live_parts(
             jax.ShapeDtypeStruct((b, heads, padded, LANES), jnp.float32),
             jax.ShapeDtypeStruct((b, heads, padded, LANES), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=FAST_MEMORY if tile > MANY_ROWS else None,
+        ),
         # What a step at full length costs; without it the compiler would take the operands, the caches of all layers.
         cost_estimate=pl.CostEstimate(
             flops=4 * b * heads * padded * capacity * size,
@@ -170,44 +172,51 @@ def _live_parts(
         ),
         interpret=interpret,
         name="live_cache_attention",
-    )(layer.reshape(1), start, length.reshape(1), q, k, v)
-    return Parts(weighted[:, :, :rows], top[:, :, :rows, 0], total[:, :, :rows, 0])
+    )(layer.reshape(1), rows, lengths, q, k, v)
+    return Parts(weighted[:, :, :queries], top[:, :, :queries, 0], total[:, :, :queries, 0])
 
 
 def live_parts(
-    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, start: jax.Array, length: jax.Array, *,
+    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, lengths: jax.Array, rows: jax.Array | None = None, *,
     interpret: bool = False,
 ) -> Parts:  # fmt: skip
     """The softmax of the query rows over one layer's live slots, in parts.
 
-    Where the slots lie on several devices, each reads its own; one collective brings the parts together.
+    Where the slots, or the rows that are named, lie on several devices, each reads its own; one collective brings the
+    parts together.
 
     Args:
       q: [B, K, R, H].
-      k, v: [L, B, K, C, H], the cache; C is a multiple of 128 on each device (`supported`).
+      k, v: [L, S, K, C, H], the cache; C is a multiple of 128 on each device (`supported`).
       layer: int32 [].
-      start: int32 [B], first live slot of each row of the batch.
-      length: int32 [], slots written so far; those from `start` to here are live.
+      lengths: int32 [B], live slots of each row, the first ones.
+      rows: int32 [B], the row of the cache that each row of queries belongs to; None: S = B, in order.
       interpret: run without a TPU, slowly.
     """
     axes = on_mesh.mesh_axes("cache_length")
+    row_axes = () if rows is None else on_mesh.mesh_axes("cache_batch")
 
-    def run(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, start: jax.Array, length: jax.Array) -> tuple:
-        if not axes:
-            return tuple(_live_parts(q, k, v, layer, start, length, interpret=interpret))
-        here = k.shape[3]
-        before = lax.axis_index(axes) * here
-        own = _live_parts(
-            q, k, v, layer, jnp.clip(start - before, 0, here), jnp.clip(length - before, 0, here), interpret=interpret
-        )
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, lengths: jax.Array, *rows: jax.Array) -> tuple:
+        index = rows[0] if rows else jnp.arange(len(lengths), dtype=jnp.int32)
+        if row_axes:
+            index = index - lax.axis_index(row_axes) * k.shape[1]
+            lengths = jnp.where((index >= 0) & (index < k.shape[1]), lengths, 0)
+        if axes:
+            lengths = jnp.clip(lengths - lax.axis_index(axes) * k.shape[3], 0, k.shape[3])
+        index = jnp.clip(index, 0, k.shape[1] - 1)
+        own = _live_parts(q, k, v, layer, index, lengths, interpret=interpret)
+        if not axes and not row_axes:
+            return tuple(own)
         packed = jnp.concatenate([own.weighted, own.top[..., None], own.total[..., None]], axis=-1)
-        each = lax.all_gather(packed, axes)
+        each = lax.all_gather(packed, (*row_axes, *axes))
         weighted, tops, totals = each[..., :-2], each[..., -2], each[..., -1]
         top = jnp.max(tops, axis=0)
         share = jnp.exp(tops - top)
         return jnp.sum(weighted * share[..., None], axis=0), top, jnp.sum(totals * share, axis=0)
 
-    rows = ("cache_batch", "cache_kv_heads", None)
+    batch = "cache_batch" if rows is None else None
+    named = (batch, "cache_kv_heads", None)
     cache = ("layers", "cache_batch", "cache_kv_heads", "cache_length", None)
-    ins = ((*rows, None), cache, cache, (), ("cache_batch",), ())
-    return Parts(*on_mesh.on_mesh(run, ins, ((*rows, None), rows, rows))(q, k, v, layer, start, length))
+    given = () if rows is None else (rows,)
+    ins = ((*named, None), cache, cache, (), (batch,), *(((None,),) * len(given)))
+    return Parts(*on_mesh.on_mesh(run, ins, ((*named, None), named, named))(q, k, v, layer, lengths, *given))

@@ -89,12 +89,14 @@ def full_attention(
     return out.swapaxes(1, 2).reshape(*lead, T, H, D)
 
 
-def _attend_new(q: jax.Array, k: jax.Array, v: jax.Array, old: tuple | None, live: jax.Array, live_old: jax.Array):
+def _attend_new(
+    q: jax.Array, k: jax.Array, v: jax.Array, old: tuple | None, live: jax.Array, live_old: jax.Array | None
+) -> jax.Array:
     """Softmax over old and new keys together, without joining the two.
 
     Args:
       q: [B, K, G, T, H]; k, v: [B, K, S, H]; old: (k, v) [B, K, C, H] or None.
-      live: bool [B, T, S]; live_old: bool [B, C].
+      live: bool [B or 1, T, S]; live_old: bool [B, C], with `old`.
     Returns:
       [B, K, G, T, H] float32.
     """
@@ -116,7 +118,7 @@ def _attend_new(q: jax.Array, k: jax.Array, v: jax.Array, old: tuple | None, liv
 
     new = scores(k, live[:, None, None])
     top = lax.stop_gradient(jnp.max(new, axis=-1, keepdims=True))
-    if old is None:
+    if old is None or live_old is None:
         p = jnp.exp(new - top)
         return weigh(p, v) / jnp.sum(p, axis=-1, keepdims=True)
     past = scores(old[0], live_old[:, None, None, None])
@@ -127,22 +129,16 @@ def _attend_new(q: jax.Array, k: jax.Array, v: jax.Array, old: tuple | None, liv
 
 
 def causal_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    old: tuple | None,
-    start: jax.Array,
-    length: jax.Array,
+    q: jax.Array, k: jax.Array, v: jax.Array, old: tuple | None = None, lengths: jax.Array | None = None,
     segments: jax.Array | None = None,
-) -> jax.Array:
+) -> jax.Array:  # fmt: skip
     """Causal grouped-query attention of new tokens to the cache and to themselves.
 
     Args:
       q: [B, T, N, H].
       k, v: [B, K, T, H], the new rows.
       old: (k, v) of the cache, each [B, K, C, H], or None where nothing came before.
-      start: int32 [B]; slots before it are padding.
-      length: int32 [], live slots of the cache.
+      lengths: int32 [B], live slots of each row of the cache, the first ones; with `old`.
       segments: int32 [B, T], for training on packed rows: a token sees those of its own segment only.
     Returns:
       [B, T, N, H] in the dtype of `q`.
@@ -150,23 +146,25 @@ def causal_attention(
     b, t, n, h = q.shape
     kv = k.shape[1]
     q5 = jnp.moveaxis(q.reshape(b, t, kv, n // kv, h), 1, 3)
-    slots = length + jnp.arange(t)
+    places = jnp.arange(t)
 
     def visible(at: jax.Array, own: jax.Array | None) -> jax.Array:
-        """[B, queries, T]: which new keys the queries in slots `at`, of segments `own`, see."""
-        mask = (slots[None, None, :] <= at[None, :, None]) & (slots >= start[:, None])[:, None, :]
+        """[B or 1, queries, T]: which new keys the queries at places `at`, of segments `own`, see."""
+        mask = (places <= at[:, None])[None]
         return mask if own is None or segments is None else mask & (own[:, :, None] == segments[:, None, :])
 
-    capacity = 0 if old is None else old[0].shape[2]
-    past = jnp.arange(capacity)
-    live_old = (past < length) & (past >= start[:, None])
+    capacity, live_old = 0, None
+    if old is not None:
+        assert lengths is not None
+        capacity = old[0].shape[2]
+        live_old = jnp.arange(capacity) < lengths[:, None]
     block = query_block(b, n, t, t + capacity, CAUSAL_SCORE_BYTES)
     if block == t or t % block:
-        out = _attend_new(q5, k, v, old, visible(slots, segments), live_old)
+        out = _attend_new(q5, k, v, old, visible(places, segments), live_old)
     else:
 
         def one(x: tuple[jax.Array, jax.Array]) -> jax.Array:
-            at = lax.dynamic_slice_in_dim(slots, x[1] * block, block)
+            at = lax.dynamic_slice_in_dim(places, x[1] * block, block)
             own = None if segments is None else lax.dynamic_slice_in_dim(segments, x[1] * block, block, axis=1)
             return _attend_new(x[0], k, v, old, visible(at, own), live_old).astype(q.dtype)
 

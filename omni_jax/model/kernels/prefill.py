@@ -114,7 +114,7 @@ def _attend(
 
 @functools.partial(jax.jit, static_argnames=("residuals", "interpret"))
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, segments: jax.Array | None = None, *,
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None, *,
     residuals: bool = False, interpret: bool = False,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """Causal grouped-query attention of tokens to themselves.
@@ -122,12 +122,11 @@ def causal_attention(
     Args:
       q: [B, T, N, H].
       k, v: [B, K, T, H].
-      start: int32 [B]; what lies before is padding.
       segments: non-negative int32 [B, T]; a token sees those of its own segment only. None: all are one.
       residuals: also give the logarithm of each softmax's sum, for `decode.merge`; then there is no gradient.
       interpret: run without a TPU, slowly.
     Returns:
-      [B, T, N, H] in the dtype of `q` (of padding: finite, without meaning), and float32 [B, N, T] if asked for.
+      [B, T, N, H] in the dtype of `q`, and float32 [B, N, T] if asked for.
     """
     length = q.shape[1]
     parts = on_mesh.ways("attend_length")
@@ -136,16 +135,16 @@ def causal_attention(
     pad = padded_length(length) - length if parts == 1 else 0
 
     def longer(x: jax.Array, axis: int) -> jax.Array:
-        """Padding goes to the left, where there may be some already."""
-        return jnp.pad(x, [(pad, 0) if i == axis else (0, 0) for i in range(x.ndim)])
+        """Padding goes behind, where causality hides it."""
+        return jnp.pad(x, [(0, pad) if i == axis else (0, 0) for i in range(x.ndim)])
 
     own = jnp.zeros((len(q), length), jnp.int32) if segments is None else segments.astype(jnp.int32)
-    ids = jnp.where(jnp.arange(pad + length) >= start[:, None] + pad, longer(own, 1), PADDING)
+    ids = longer(own, 1)
     out, *sums = _attend(
         longer(q.swapaxes(1, 2), 2), longer(k, 2), longer(v, 2), (ids, ids), q.shape[-1] ** -0.5,
         causal=True, residuals=residuals, interpret=interpret, parts=parts,
     )  # fmt: skip
-    return out[:, :, pad:].swapaxes(1, 2).astype(q.dtype), *(s[:, :, pad:] for s in sums)
+    return out[:, :, :length].swapaxes(1, 2).astype(q.dtype), *(s[:, :, :length] for s in sums)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
