@@ -33,7 +33,6 @@ from tests import conversations
 
 # Name → (mesh, mesh of speech, LONG_PROMPT or None, whether it speaks).
 LAYOUTS: dict[str, tuple[str, str | None, int | None, bool]] = {
-    "2x2": ("2x2", None, None, False),
     "2x4": ("2x4", None, None, True),
     "data, tensor and sequence": ("data=2,tensor=2,sequence=2", None, None, False),
     "data, fsdp and sequence": ("data=2,fsdp=2,sequence=2", None, None, False),

@@ -22,7 +22,6 @@ SPEAKING = {"talker prefill", "talker decode", "dit", "bigvgan"}
 # Where the cache [layers, batch, kv heads, slots, head] and the hidden states [batch, tokens, features] lie for the two
 # rows of the test: nothing here is equal because it was whole on each device.
 WHERE = {
-    "2x2": ("- sequence tensor", ""),
     "2x4": ("- - tensor sequence", ""),
     "data, tensor and sequence": ("- data tensor sequence", "data"),
     "data, fsdp and sequence": ("- data - sequence", "data"),
