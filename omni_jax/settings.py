@@ -288,6 +288,9 @@ class MediaSettings:
     max_frames: int | None = option(None, "Maximum number of frames of a video. Default: 768.", (2, MAX_FRAMES))
     min_pixels: int | None = option(None, "Minimum pixels of an image or frame, by scaling up.", (1, MAX_PIXELS))
     max_pixels: int | None = option(None, "Maximum pixels of an image or frame, by scaling down.", (1, MAX_PIXELS))
+    fit: bool = option(False, "Lower frames, then pixels, until the prompt fits the context, and say what was chosen.")
+    strict: bool = option(False, "Refuse audio and video of which anything is missing or damaged.", flag="strict-media")
+    private_urls: bool = option(False, "Also fetch media from private, local and reserved addresses.")
 
     def __post_init__(self) -> None:
         """Raises InputError naming the setting that is wrong."""

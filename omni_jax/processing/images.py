@@ -18,7 +18,7 @@ from PIL import Image as Pillow
 from PIL import ImageOps
 
 from omni_jax.config import VisionConfig
-from omni_jax.processing.media import ANYTHING, Access, MediaError, describe, fetch
+from omni_jax.processing.media import ANYTHING, Access, MediaError, TooManyTokens, describe, fetch
 from omni_jax.processing.positions import Grid
 
 MAX_RATIO = 200
@@ -186,21 +186,33 @@ def image_patches(
       MediaError: see `load_image`; limits that contradict each other; too many tokens.
     """
     name = describe(source)
-    low, high = pixel_limits(name, min_pixels, max_pixels, config.min_pixels, config.max_pixels)
-    factor = vision.patch_size * vision.spatial_merge_size
-    size = explicit_size(name, resized_height, resized_width, factor)
     image = load_image(source, access)
-    try:
-        size = size or smart_resize(image.height, image.width, factor, low, high)
-    except MediaError as e:
-        raise MediaError(f"{name}: {e}") from None
-    tokens = size[0] * size[1] // factor**2
+    size = image_size(
+        name, image.height, image.width, vision, config, min_pixels=min_pixels, max_pixels=max_pixels,
+        resized_height=resized_height, resized_width=resized_width,
+    )  # fmt: skip
+    tokens = size[0] * size[1] // (vision.patch_size * vision.spatial_merge_size) ** 2
     if most_tokens is not None and tokens > most_tokens:
-        raise MediaError(
+        raise TooManyTokens(
             f"{name} would take {tokens} tokens, and the model's context holds {most_tokens}; lower min_pixels or "
             "max_pixels"
         )
     return patchify([resize(image, size)], vision, config)
+
+
+def image_size(
+    name: str, height: int, width: int, vision: VisionConfig, config: ImageConfig, *, min_pixels: int | None = None,
+    max_pixels: int | None = None, resized_height: int | None = None, resized_width: int | None = None,
+) -> tuple[int, int]:  # fmt: skip
+    """(height, width) to which a picture is resized. Arguments and errors as for `image_patches`."""
+    low, high = pixel_limits(name, min_pixels, max_pixels, config.min_pixels, config.max_pixels)
+    factor = vision.patch_size * vision.spatial_merge_size
+    try:
+        return explicit_size(name, resized_height, resized_width, factor) or smart_resize(
+            height, width, factor, low, high
+        )
+    except MediaError as e:
+        raise MediaError(str(e) if str(e).startswith(name) else f"{name}: {e}") from None
 
 
 def explicit_size(name: str, height: int | None, width: int | None, factor: int) -> tuple[int, int] | None:

@@ -23,6 +23,10 @@ class MediaError(InputError):
     """A picture, sound or clip that cannot be used; the one-line message names the input and the remedy."""
 
 
+class TooManyTokens(MediaError):
+    """A medium that takes more tokens than the model's context holds."""
+
+
 @dataclass(frozen=True)
 class Access:
     """What a conversation may open. A server that takes conversations from strangers turns `files` off.
@@ -58,12 +62,68 @@ def describe(source: Any) -> str:
         else:
             short = name if len(name) <= 200 else f"{name[:120]}…{name[-40:]}"
         return "".join([c if c.isprintable() else "?" for c in short])
+    if isinstance(source, Borrowed):
+        return source.name
     if isinstance(source, bytes | bytearray | memoryview):
         return f"<{len(source)} bytes>"
     if isinstance(source, list | tuple):
         return f"<{type(source).__name__} of {len(source)}>"
     shape = getattr(source, "shape", getattr(source, "size", ""))
     return f"<{type(source).__name__} {shape}>" if shape != "" else f"<{type(source).__name__}>"
+
+
+class Borrowed:
+    """A binary file that somebody else opened and closes; it is read from its start.
+
+    Attributes:
+      name: for messages.
+    """
+
+    def __init__(self, file: Any, name: str = ""):
+        """Raises MediaError for a file that was opened as text, or that cannot seek."""
+        self._file = file
+        self.name = name or f"<{describe(getattr(file, 'name', '')) or type(file).__name__}>"
+        try:
+            file.seek(0)
+            fits = isinstance(file.read(0), bytes)
+        except (AttributeError, OSError, ValueError) as e:
+            raise MediaError(f"{self.name} cannot be read from its start ({e}); give its bytes") from None
+        if not fits:
+            raise MediaError(f"{self.name} is opened as text; open it with mode 'rb'")
+
+    def read(self, size: int = -1) -> bytes:
+        """Bytes from where it is."""
+        return bytes(self._file.read(size))
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Moves to a place; returns it."""
+        self._file.seek(offset, whence)
+        return int(self._file.tell())
+
+    def tell(self) -> int:
+        """Where it is."""
+        return int(self._file.tell())
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def close(self) -> None:
+        """Leaves the file open, for its owner."""
+
+    def __enter__(self) -> Borrowed:
+        self._file.seek(0)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def hold(source: Any, access: Access) -> Any:
+    """A source that is to be read twice: a web address is fetched now, and its file stands for it."""
+    if isinstance(source, str) and source.split(":", 1)[0].lower() in ("http", "https"):
+        return Borrowed(fetch(source, access), describe(source))
+    return source
 
 
 def _download(url: str, access: Access) -> BinaryIO:
@@ -119,7 +179,8 @@ def fetch(source: Any, access: Access = ANYTHING) -> BinaryIO:
     """Opens a source for reading; the caller closes it.
 
     Args:
-      source: a path (str or Path), bytes, a file:// URL, a data: URL (base64 or percent-encoded), or an http(s) URL.
+      source: a path (str or Path), bytes, a file:// URL, a data: URL (base64 or percent-encoded), an http(s) URL, or an
+        open binary file that can seek, which stays open.
       access: what may be opened.
     Returns:
       A seekable binary file at its start.
@@ -128,6 +189,9 @@ def fetch(source: Any, access: Access = ANYTHING) -> BinaryIO:
     """
     if isinstance(source, bytes | bytearray | memoryview):
         return _not_empty(io.BytesIO(bytes(source)), source)
+    if hasattr(source, "read") and not isinstance(source, str | os.PathLike):
+        borrowed = source if isinstance(source, Borrowed) else Borrowed(source)
+        return _not_empty(cast(BinaryIO, borrowed), source)
     if not isinstance(source, str | os.PathLike):
         raise MediaError(f"{describe(source)} is no path, URL or bytes; give one of those")
     name = os.fspath(source)

@@ -78,6 +78,8 @@ OPTIONS: dict[str, MediaOption] = {
     "video_start": MediaOption(("video",), "second from which the video is read"),
     "video_end": MediaOption(("video",), "second up to which the video is read"),
     "use_audio_in_video": MediaOption(("video",), "hear the audio track, too", bool),
+    "fit": MediaOption((), "lower frames, then pixels, until the prompt fits; for all media together", bool),
+    "private_urls": MediaOption((), "also fetch from private, local and reserved addresses; for all media", bool),
     "strict": MediaOption(("audio", "video"), "refuse files of which anything is missing or damaged", bool),
     "audio_start": MediaOption(("audio",), "second from which the audio is read"),
     "audio_end": MediaOption(("audio",), "second up to which the audio is read"),

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from omni_jax.config import ConfigError, OmniConfig, ThinkerConfig
-from omni_jax.errors import InputError
+from omni_jax.errors import InputError, warn
 from omni_jax.processing import audio, chat, images, options
+from omni_jax.processing import fit as fitting
 from omni_jax.processing import positions as P
 from omni_jax.processing.audio import MelConfig, TimeRange, load_audio, log_mel, mel_config
 from omni_jax.processing.images import ImageConfig, Patches, image_config, image_patches
-from omni_jax.processing.media import ANYTHING, Access, MediaError, describe
+from omni_jax.processing.media import ANYTHING, Access, MediaError, TooManyTokens, describe, hold
 from omni_jax.processing.tokenizer import Tokenizer
 from omni_jax.processing.video import Video, load_video
 from omni_jax.processing.video_sampling import Sampling
@@ -203,9 +204,13 @@ class Processor:
         Raises:
           ConversationError: a conversation that cannot be read, or a template that does not fit it.
           MediaError: a medium that cannot be read.
-          InputError: an unknown option or one out of range, or a prompt that leaves no room in the context.
+          InputError: an unknown option or one out of range, or a prompt that leaves no room in the context; the message
+            says what each medium costs and which settings would fit. The option `fit` has them chosen.
         """
         defaults = media_defaults(media, given)
+        fit = defaults.pop("fit", False)
+        if defaults.pop("private_urls", False):
+            access = dataclasses.replace(access, private_urls=True)
         conversation = chat.with_system_message(chat.parse_conversation(messages), speech=speech)
         text, mark = chat.render(
             conversation, self.template, tools=tools, add_generation_prompt=add_generation_prompt,
@@ -213,11 +218,77 @@ class Processor:
         )  # fmt: skip
         parts = [p for m in conversation for p in m.parts if p.kind != "text"]
         runs = self._split(text, mark, [p.kind for p in parts])
-        read = [self._read(p, _options(p, defaults), access) for p in parts]
-        prompt = self._assemble(text.replace(mark, ""), runs, read)
-        if context is not None:
-            check_context(prompt, context)
+        chosen = [_options(p, defaults) for p in parts]
+        limit = self.cfg.text.max_position_embeddings if context is None else context
+        words = sum(map(len, runs))
+        if fit:
+            parts = [dataclasses.replace(p, source=hold(p.source, access)) for p in parts]
+            chosen = self._fit(parts, chosen, fitting.prompt_room(limit) - words, access)
+        try:
+            alone = sum(p.kind == "video" for p in parts) == 1
+            read = [self._read(p, c, access, alone) for p, c in zip(parts, chosen, strict=True)]
+            prompt = self._assemble(text.replace(mark, ""), runs, read)
+            if context is not None:
+                check_context(prompt, context)
+        except (TooManyTokens, PromptError) as e:
+            raise self._explained(e, parts, chosen, words, limit, access) from None
         return prompt
+
+    def _costs(
+        self, parts: Sequence[chat.Part], chosen: Sequence[dict[str, Any]], access: Access
+    ) -> list[fitting.Cost]:
+        """What each medium costs. Raises MediaError where one cannot be read."""
+        return [
+            fitting.measure(p.kind, p.source, c, self._sound_tokens(p, c, access), self.cfg, self.image, access)
+            for p, c in zip(parts, chosen, strict=True)
+        ]
+
+    def _sound_tokens(self, part: chat.Part, chosen: dict[str, Any], access: Access) -> int:
+        if part.kind == "audio":
+            return self._tokens(self._mel(part, chosen, access), part)
+        if part.kind == "image" or not chosen.get("use_audio_in_video") or isinstance(part.source, list | tuple):
+            return 0
+        wanted = TimeRange(chosen.get("video_start"), chosen.get("video_end"), self._most_seconds)
+        try:
+            samples = load_audio(part.source, self.mel.rate, wanted, access=access)
+        except MediaError:  # no sound, of which reading says more
+            return 0
+        return self.cfg.audio.token_count(-(-len(samples) // self.mel.hop)) + 2  # and the marks round them
+
+    def _fit(
+        self, parts: Sequence[chat.Part], chosen: Sequence[dict[str, Any]], room: int, access: Access
+    ) -> list[dict[str, Any]]:
+        """The options with which the media fit, and an InputWarning of those that changed. Where none do, the options
+        stay: reading them says why."""
+        costs = self._costs(parts, chosen, access)
+        lowered = fitting.lower(costs, room, self.cfg)
+        if lowered is None:
+            return list(chosen)
+        for cost, change in zip(costs, lowered, strict=True):
+            if change:
+                said = " and ".join(f"{name} {value}" for name, value in change.items())
+                warn(f"{cost}, too much for the context; fit chose {said}")
+        return [c | change for c, change in zip(chosen, lowered, strict=True)]
+
+    def _explained(
+        self, error: InputError, parts: Sequence[chat.Part], chosen: Sequence[dict[str, Any]], words: int, limit: int,
+        access: Access,
+    ) -> InputError:  # fmt: skip
+        """The error of a prompt that is too long, with what each medium costs and which settings would fit."""
+        if not parts:
+            return error
+        try:
+            costs = self._costs(parts, chosen, access)
+        except InputError:
+            return error
+        total = words + sum(c.tokens + c.fixed for c in costs)
+        lowered = fitting.lower(costs, fitting.prompt_room(limit) - words, self.cfg)
+        if lowered is not None and not any(lowered):
+            return error
+        return PromptError(
+            f"the prompt has {total} tokens and leaves no room for a reply in the context of {limit}: text takes "
+            f"{words}, {', '.join(map(str, costs))}; {fitting.advice(costs, lowered)}"
+        )
 
     def _assemble(self, text: str, runs: Sequence[Sequence[int]], media: Sequence[_Medium]) -> Prompt:
         """Runs of text with media between them as one prompt."""
@@ -273,7 +344,8 @@ class Processor:
             )
         return runs
 
-    def _read(self, part: chat.Part, chosen: dict[str, Any], access: Access) -> _Medium:
+    def _read(self, part: chat.Part, chosen: dict[str, Any], access: Access, alone: bool) -> _Medium:
+        """Reads a medium. `alone`: it is the only clip, which must have sound where the sound of clips is asked for."""
         if part.kind == "image":
             patches = image_patches(
                 part.source, self.cfg.vision, self.image,
@@ -281,16 +353,14 @@ class Processor:
             )  # fmt: skip
             return _Medium(P.Image(patches.grid), image=patches)
         if part.kind == "audio":
-            wanted = TimeRange(chosen.get("audio_start"), chosen.get("audio_end"), self._most_seconds)
-            strict = chosen.get("strict", False)
-            samples = load_audio(part.source, self.mel.rate, wanted, access=access, strict=strict)
-            mel = log_mel(samples, self.mel, describe(part.source))
+            mel = self._mel(part, chosen, access)
             return _Medium(P.Audio(self._tokens(mel, part)), audio=mel)
         sampling = Sampling.from_options(chosen, self.cfg.text.max_position_embeddings)
         clip, track = load_video(
             part.source, self.cfg.vision, self.image, sampling,
-            with_audio=chosen.get("use_audio_in_video", False), silent="use_audio_in_video" not in part.options,
-            audio_rate=self.mel.rate, most_seconds=self._most_seconds, access=access,
+            with_audio=chosen.get("use_audio_in_video", False),
+            silent=not alone and "use_audio_in_video" not in part.options, audio_rate=self.mel.rate,
+            most_seconds=self._most_seconds, access=access,
         )  # fmt: skip
         seconds = clip.seconds_per_grid * clip.grid[0]
         if seconds * self.cfg.position_id_per_seconds >= MAX_POSITION:
@@ -306,6 +376,11 @@ class Processor:
     def _most_seconds(self) -> float:
         """The longest sound of which the context could hold the tokens: 22 minutes of the published models."""
         return self.cfg.text.max_position_embeddings / self.cfg.position_id_per_seconds
+
+    def _mel(self, part: chat.Part, chosen: dict[str, Any], access: Access) -> np.ndarray:
+        wanted = TimeRange(chosen.get("audio_start"), chosen.get("audio_end"), self._most_seconds)
+        samples = load_audio(part.source, self.mel.rate, wanted, access=access, strict=chosen.get("strict", False))
+        return log_mel(samples, self.mel, describe(part.source))
 
     def _tokens(self, mel: np.ndarray, part: chat.Part) -> int:
         tokens = self.cfg.audio.token_count(len(mel))

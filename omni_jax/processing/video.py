@@ -189,6 +189,33 @@ def _sound(file: BinaryIO, name: str, rate: int, part: TimeRange, late: float, s
     return np.concatenate([quiet, read_audio(file, name, rate, rest, missing=NO_SOUND, strict=strict)])
 
 
+def measure_video(source: Any, sampling: Sampling, access: Access = ANYTHING) -> tuple[int, int, int]:
+    """How many frames `load_video` would take of a source, and (height, width) of the first, as stored.
+
+    Raises:
+      MediaError: as `load_video`.
+    """
+    name = describe(source)
+    check_sampling(sampling, name)
+    if isinstance(source, np.ndarray) and source.ndim == 4:
+        return len(source) + len(source) % 2, source.shape[1], source.shape[2]
+    if isinstance(source, list | tuple):
+        picture = load_image(source[0], access) if source else None
+        if picture is None:
+            raise MediaError(f"{name} holds no frames; give at least one picture")
+        return len(source) + len(source) % 2, picture.height, picture.width
+    with fetch(source, access) as file:
+        try:
+            clip = _open(file, name, False)
+            chosen, _, _ = choose_frames(clip.line, sampling, name)
+            for _, picture_of in _shown(file, name, clip, 0, Damage()):
+                picture = picture_of()
+                return len(chosen), picture.height, picture.width
+        except (av.FFmpegError, OSError) as e:
+            raise damaged(name, reason(e)) from None
+    raise damaged(name, "no frame could be read")
+
+
 def load_video(
     source: Any,
     vision: VisionConfig,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from omni_jax.config import VisionConfig
 from omni_jax.processing.images import explicit_size, pixel_limits, smart_resize
-from omni_jax.processing.media import MediaError
+from omni_jax.processing.media import MediaError, TooManyTokens
 
 FPS = 2.0
 MIN_FRAMES = 4
@@ -150,7 +150,7 @@ def frame_size(
             raise MediaError(f"{name}: {e}") from None
     tokens = -(-count // vision.temporal_patch_size) * size[0] * size[1] // unit
     if sampling.most_tokens is not None and tokens > sampling.most_tokens:
-        raise MediaError(
+        raise TooManyTokens(
             f"{name} would take {tokens} tokens, and the model's context holds {sampling.most_tokens}; "
             "lower fps, max_frames or max_pixels, or give a part of it"
         )

@@ -14,7 +14,7 @@ import tokenizers
 from PIL import Image
 
 from omni_jax.config import ConfigError
-from omni_jax.errors import InputWarning
+from omni_jax.errors import InputError, InputWarning
 from omni_jax.processing import chat
 from omni_jax.processing import positions as P
 from omni_jax.processing.audio import load_audio
@@ -242,13 +242,13 @@ def test_bad_media_are_named(processor, tmp_path):
         ),
         ({"type": "video", "video": clip(1.0, 0.01), "use_audio_in_video": True, "video_end": 0.02}, "too short"),
         ({"type": "video", "video": [picture(28, 28)] * 4, "fps": 1e-9}, "beyond all position ids; give a larger fps"),
-        ({"type": "video", "video": clip(1.0), "min_pixels": 1 << 25}, "tokens, and the model's context holds 32768"),
-        ({"type": "image", "image": picture(28, 28), "min_pixels": 1 << 26}, "tokens, and the model's context holds"),
+        ({"type": "video", "video": clip(1.0), "min_pixels": 1 << 25}, "the context of 32768: text takes"),
+        ({"type": "image", "image": picture(28, 28), "min_pixels": 1 << 26}, "the context of 32768: text"),
         ({"type": "audio", "audio": tmp_path / "click.wav", "audio_end": -1}, "no sound between 0 s and -1 s"),
         ({"type": "audio", "audio": "x" * 5000}, "cannot be opened (File name too long)"),
         ({"type": "audio", "audio": (np.zeros(16000 * 1400, np.float32), 16000)}, "more than the 1311 s"),
     ):
-        with pytest.raises(MediaError) as e:
+        with pytest.raises(InputError) as e:
             processor([user(item)])
         assert message in str(e.value)
         assert "\n" not in str(e.value)
