@@ -5,44 +5,44 @@ Everything between the jitted programs is numpy: what an eager jax operation wou
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import pathlib
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from omni_jax import buckets
 from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.sources import local_files
 from omni_jax.checkpoint.speakers import load_voices
 from omni_jax.config import OmniConfig, load_config
-from omni_jax.model import audio, vision
-from omni_jax.model.sampling import Sampling
-from omni_jax.model.stages import stage_formats, use_unrolled_layers
+from omni_jax.model.stages import PARTS, stage_formats, use_unrolled_layers
 from omni_jax.model.voice import Voice
 from omni_jax.parallel.meshes import Placement, layout_fn, place
 from omni_jax.parallel.sharding import MeshError
-from omni_jax.processing.positions import next_position
-from omni_jax.processing.processor import Processor, Prompt, PromptError, check_context, stop_token_ids
-from omni_jax.runtime import slots
+from omni_jax.processing.processor import Processor, Prompt, PromptError, stop_token_ids
+from omni_jax.processing.voice_activity import TurnDetector
 from omni_jax.runtime.admission import AdmissionControl, check_weights
+from omni_jax.runtime.driver import EngineDriver
+from omni_jax.runtime.engine import Engine, EngineOptions
+from omni_jax.runtime.hosts import HostDriver
+from omni_jax.runtime.loaded import LoadedModel
 from omni_jax.runtime.memory_model import thinker_slots
-from omni_jax.runtime.reply import ReplyBuilder
-from omni_jax.runtime.speech import PARTS, Speech, SpeechError, ThinkerTrace
+from omni_jax.runtime.session import AsyncSession, Session, SessionOptions
+from omni_jax.runtime.speech import SpeechError, Vocoder, check_speaks, check_voices
+from omni_jax.runtime.turn import Request
 from omni_jax.settings import (
     DoneEvent,
+    ErrorEvent,
     Event,
     GenerationSettings,
     MediaSettings,
     Reply,
     SpeechSettings,
-    TextEvent,
-    TokenLogprob,
     generation_settings,
     speech_settings,
 )
@@ -50,8 +50,8 @@ from omni_jax.settings import (
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 
-# Ids that the streaming loop draws between two looks at the text: one is the soonest.
-STREAM_STEPS = 1
+# Tokens that a session has room for unless more are asked for: about five minutes of audio.
+SESSION_TOKENS = 8192
 
 
 class Omni:
@@ -80,18 +80,27 @@ class Omni:
         self.dtype = jnp.dtype(dtype)
         self.cache_dtype = jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else self.dtype
         self.guard = AdmissionControl(config, params, placement, self.dtype.itemsize, self.cache_dtype.itemsize)
+        self._idle: Engine | None = None
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model as an engine takes it."""
+        return LoadedModel(
+            self.config, self.params, self.processor.tokenizer, self.eos, self.voices, self.placement, self.dtype,
+            self.cache_dtype, self.guard,
+        )  # fmt: skip
 
     @property
     def context(self) -> int:
         """Most tokens of prompt and reply together: the config's, as far as the buckets reach."""
-        return min(self.config.thinker.text.max_position_embeddings, buckets.PROMPT[-1])
+        return self.loaded.context
 
     @property
-    def speech(self) -> Speech:
-        """Talker and Token2Wav. Raises SpeechError where they are not loaded."""
-        if self.config.talker is not None and "talker" not in self.params:
-            raise SpeechError("this model was loaded for text only; load it with parts=omni_jax.PARTS to have it speak")
-        return Speech(self.config, self.params, self.voices, self.cache_dtype, self.placement, self.guard.check_speech)
+    def vocoder(self) -> Vocoder:
+        """Token2Wav for codes that are there already. Raises SpeechError where it is not loaded."""
+        check_speaks(self.config, self.params)
+        assert self.config.token2wav is not None
+        return Vocoder(self.config.token2wav, self.params["token2wav"], self.voices, self.layout_for)
 
     def prepare(
         self,
@@ -103,188 +112,8 @@ class Omni:
     ) -> Prompt:
         """Messages to ids, positions and media arrays. See `processing.processor.Processor`."""
         prompt = self.processor(messages, media, speech=speech, tools=tools, context=self.context)
-        self._check(prompt)
+        self.loaded.check_prompt(prompt)
         return prompt
-
-    def _check(self, prompt: Prompt) -> None:
-        cfg = self.config.thinker
-        check_context(prompt, self.context)
-        # JAX gathers clamp: an id beyond the table would silently read its last row.
-        if prompt.ids.size == 0 or prompt.ids.min() < 0 or prompt.ids.max() >= cfg.text.vocab_size:
-            raise PromptError(
-                f"the prompt holds ids outside the model's vocabulary of {cfg.text.vocab_size}; "
-                "the tokenizer belongs to another checkpoint"
-            )
-
-    def encode_media(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray | None, list[np.ndarray]]:
-        """Runs the towers over the media of several prompts.
-
-        Returns:
-          [M, D] vectors (None without media), and for each prompt int32 [T]: the row of each place, -1 for text.
-        """
-        cfg, params = self.config.thinker, self.params["thinker"]
-        images = [(p.pixels, p.grid) for prompt in prompts for p in prompt.images]
-        videos = [(c.pixels, c.grid) for prompt in prompts for c in prompt.videos]
-        mels = [mel for prompt in prompts for mel in prompt.audios]
-        kinds = ((cfg.image_token_id, images), (cfg.video_token_id, videos), (cfg.audio_token_id, mels))
-        index = [np.full(len(p.ids), -1, np.int32) for p in prompts]
-        rows: list[np.ndarray] = []
-        offset = 0
-        for token, media in kinds:
-            if not media:
-                continue
-            if token == cfg.audio_token_id:
-                run = self._on_mesh("audio", audio.audio_program(cfg.audio))
-                vectors = audio.audio_features(run, params["audio_tower"], cfg.audio, cast(Any, media), self.dtype)
-            else:
-                run = self._on_mesh("vision", vision.vision_program(cfg.vision))
-                vectors = vision.vision_features(run, params["visual"], cfg.vision, cast(Any, media), self.dtype)
-            places = [np.flatnonzero(p.ids == token) for p in prompts]
-            if sum(map(len, places)) != len(vectors):
-                raise PromptError(f"{sum(map(len, places))} places of id {token} cannot take {len(vectors)} vectors")
-            for i, at in enumerate(places):
-                index[i][at] = np.arange(offset, offset + len(at), dtype=np.int32)
-                offset += len(at)
-            rows.append(vectors)
-        return (np.concatenate(rows) if rows else None), index
-
-    def _on_mesh(self, tower: Literal["vision", "audio"], program: vision.Run) -> vision.Run:
-        """The program of a tower, each call laid out for its number of frames or chunks."""
-
-        def run(params: Any, first: Any, *others: Any) -> jax.Array:
-            with self.layout_for(tower, len(first)):
-                return program(params, first, *others)
-
-        return run
-
-    def _batch(self, prompts: Sequence[Prompt]) -> tuple[slots.Tokens, np.ndarray]:
-        """The prompts padded to their buckets, spare rows empty; and the position id [B] of each reply's first id."""
-        vectors, index = self.encode_media(prompts)
-        size = buckets.bucket(len(prompts), buckets.BATCH)
-        width = _width(prompts)
-        ids = np.zeros((size, width), np.int32)
-        positions = np.zeros((3, size, width), np.int32)
-        counts, after = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        media_index = np.full((size, width), -1, np.int32)
-        for row, prompt in enumerate(prompts):
-            n = counts[row] = len(prompt.ids)
-            ids[row, :n], positions[:, row, :n] = prompt.ids, prompt.positions
-            media_index[row, :n] = index[row]
-            after[row] = next_position(prompt.positions)
-        if vectors is None:
-            return slots.Tokens(ids, positions, counts), after
-        media = np.zeros((buckets.bucket(len(vectors), buckets.MEDIA), vectors.shape[1]), vectors.dtype)
-        media[: len(vectors)] = vectors
-        return slots.Tokens(ids, positions, counts, None, media, media_index), after
-
-    def _sampling(self, settings: Sequence[GenerationSettings], size: int) -> Sampling:
-        rows = [settings[i] if i < len(settings) else settings[0] for i in range(size)]
-        stop = np.full((size, slots.STOP_IDS), -1, np.int32)
-        for row, wanted in enumerate(rows):
-            ids = (*self.eos, *wanted.stop_ids)[: slots.STOP_IDS]
-            stop[row, : len(ids)] = ids
-        # The words of a threefry key are the seed's two halves: made here, since `jax.random.key` is an eager program.
-        keys = np.array([[s.seed >> 32, s.seed & 0xFFFFFFFF] for s in rows], np.uint32)
-
-        def of(name: str, dtype: Any) -> np.ndarray:
-            return np.array([getattr(s, name) for s in rows], dtype)
-
-        return Sampling(
-            of("temperature", np.float32), of("top_k", np.int32), of("top_p", np.float32), of("min_p", np.float32),
-            of("repetition_penalty", np.float32), keys, stop,
-        )  # fmt: skip
-
-    def run(
-        self,
-        prompts: Sequence[Prompt],
-        settings: Sequence[GenerationSettings],
-        steps: int = slots.LOOP_STEPS,
-        trace: ThinkerTrace | None = None,
-    ) -> Generator[list[tuple[str, tuple[int, ...]]], None, list[Reply]]:
-        """The loop below `generate` and `stream`: yields, after each call of the decode loop, the new text and ids of
-        each prompt, and returns (as the generator's value) the replies.
-
-        Args:
-          prompts: from `prepare`.
-          settings: one per prompt.
-          steps: ids to draw between two yields, at most `slots.LOOP_STEPS`.
-          trace: takes what the Talker needs, where there is to be speech.
-        """
-        for prompt in prompts:
-            self._check(prompt)
-        clock = time.perf_counter
-        begin = clock()
-        cfg, params = self.config.thinker, self.params["thinker"]
-        width = _width(prompts)
-        capacity = thinker_slots(width, max(s.max_new_tokens for s in settings), self.context)
-        self.guard.check_request(prompts, width, capacity, settings, trace is not None)
-        batch, after = self._batch(prompts)
-        encoded = clock()
-        size = len(batch.counts)
-        sampling = self._sampling(settings, size)
-        builders = [
-            ReplyBuilder(self.processor.tokenizer, s, self.eos, self.context - len(p.ids))
-            for p, s in zip(prompts, settings, strict=True)
-        ]
-        program = slots.thinker_program(cfg)
-        with self.layout_for("thinker", size):
-            state = slots.make_slots(program, params, size, capacity=capacity, cache_dtype=self.cache_dtype)
-        with self.layout_for("thinker", size, width):
-            state, embeddings, hidden = slots.extend(program, params, state, batch, first=True)
-        with self.layout_for("thinker", size):
-            state, out = slots.begin(program, params, state, batch.counts > 0, sampling, after)
-        first = jax.device_get(out)
-        if trace is not None:
-            trace.add_prompt(batch, after, embeddings, hidden)
-            trace.add_step(first.hidden[None])
-        del embeddings, hidden  # they are the Talker's
-        prefilled = clock()
-        yield self._feed(builders, settings, jax.tree.map(lambda a: a[None], first), 1)
-        while left := max(b.left for b in builders):
-            # Rows that ended on a stop string are done on the host before they are on the device.
-            active = np.array([b.finish_reason is None for b in builders] + [False] * (size - len(builders)))
-            with self.layout_for("thinker", size):
-                state, made, count = slots.step(program, params, state, active, min(left, steps))
-            made, count = jax.device_get((made, count))
-            if trace is not None:
-                trace.add_step(made.hidden[:count])
-            yield self._feed(builders, settings, made, int(count))
-        end = clock()
-        timings = {"encode": encoded - begin, "prefill": prefilled - encoded, "decode": end - prefilled}
-        return [self._reply(b, p, s, timings) for b, p, s in zip(builders, prompts, settings, strict=True)]
-
-    @staticmethod
-    def _feed(
-        builders: Sequence[ReplyBuilder],
-        settings: Sequence[GenerationSettings],
-        made: slots.StepOutput,
-        count: int,
-    ) -> list[tuple[str, tuple[int, ...]]]:
-        """Hands the outputs [steps, B, ...] to the rows that still go on."""
-        pieces = []
-        for row, (builder, wanted) in enumerate(zip(builders, settings, strict=True)):
-            text, ids = [], []
-            for i in range(count):
-                if builder.finish_reason is not None:
-                    break
-                best = zip(made.best_ids[i, row].tolist(), made.best[i, row].tolist(), strict=True)
-                top = tuple(best)[: wanted.logprobs or 0]
-                token = TokenLogprob(int(made.token[i, row]), float(made.logprob[i, row]), top)
-                text.append(builder.feed(token))
-                ids.append(token.id)
-            pieces.append(("".join(text), tuple(ids)))
-        return pieces
-
-    @staticmethod
-    def _reply(
-        builder: ReplyBuilder, prompt: Prompt, settings: GenerationSettings, timings: Mapping[str, float]
-    ) -> Reply:
-        assert builder.finish_reason is not None
-        seconds = dict(timings) | {"total": sum(timings.values())}
-        decoded = len(builder.ids) - 1  # the first id comes from the prefill
-        seconds["tokens_per_second"] = decoded / timings["decode"] if decoded else 0.0
-        logprobs = tuple(builder.logprobs) if settings.logprobs is not None else None
-        return Reply(builder.text, tuple(builder.ids), len(prompt.ids), builder.finish_reason, seconds, logprobs)
 
     def generate(
         self,
@@ -307,7 +136,7 @@ class Omni:
           tools: that the model may call, for chat templates that have a place for them.
           **changes: fields of `GenerationSettings`, as a short form: `generate(messages, max_new_tokens=20)`.
         Returns:
-          a `Reply`, or a list of them for a batch.
+          a `Reply`, or a list of them for a batch: there, one whose `error` is set could not be completed.
         Raises:
           ValueError: bad messages, media, settings or an overlong prompt, or speech of a model that has none; one line
             that names it and the remedy.
@@ -333,6 +162,8 @@ class Omni:
         ]
         processed = time.perf_counter() - began
         replies = [_with_processing(r, processed) for r in self.answer(prompts, each, spoken)]
+        if single and replies[0].error is not None:
+            raise replies[0].error
         return replies[0] if single else replies
 
     def answer(
@@ -347,30 +178,20 @@ class Omni:
           prompts: a batch of them.
           settings: one for each.
           speech: one for each, or None for text alone.
+        Returns:
+          a reply for each; one whose `error` is set could not be completed.
         Raises:
-          ValueError: as for `generate`.
-        """
-        return self.write(prompts, settings, speech)()
-
-    def write(
-        self,
-        prompts: Sequence[Prompt],
-        settings: Sequence[GenerationSettings],
-        speech: Sequence[SpeechSettings | None] | None = None,
-    ) -> Callable[[], list[Reply]]:
-        """`answer` in two steps: the text now, and the speech by the call of what is returned.
-
-        Where speech has chips of its own, that call leaves the others alone: a thread may make it while the next
-        prompts are answered. Arguments and errors are those of `answer`; CodeError comes from the second step.
+          ValueError: prompts or settings that cannot be served at all.
         """
         spoken = self._speech_settings(speech, len(prompts))
-        trace = ThinkerTrace() if any(spoken) else None
-        replies = _exhaust(self.run(prompts, settings, trace=trace))
-        if trace is None:
-            return lambda: replies
-        return functools.partial(
-            self.speech.synthesize, self.speech.prepare_inputs(trace, replies, spoken), replies, spoken
-        )
+        requests = [Request(p, s, v) for p, s, v in zip(prompts, settings, spoken, strict=True)]
+        replies: dict[int, Reply] = {}
+        with self._engine(requests) as engine:
+            numbers = [engine.submit(r) for r in requests]
+            for number, _, event in engine.run():
+                if isinstance(event, DoneEvent | ErrorEvent) and event.reply is not None:
+                    replies[number] = event.reply
+        return [replies[n] for n in numbers]
 
     def stream(
         self,
@@ -382,49 +203,113 @@ class Omni:
         tools: Any = None,
         **changes: Any,
     ) -> Iterator[Event]:
-        """Answers a conversation piece by piece: `TextEvent`s as text becomes certain, one `DoneEvent` at the end,
-        whose reply carries the speech.
+        """Answers a conversation piece by piece: `TextEvent`s as text becomes certain, `AudioEvent`s as it is spoken,
+        and one `DoneEvent` at the end, with the whole reply.
 
-        Arguments and errors as for `generate`; the ids and the codes are the same.
+        Arguments and errors as for `generate`; the ids and the codes are the same. The audio is made block by block
+        while the text is written, unless `speech.mode` asks for the exact form.
         """
-        each = generation_settings(settings, changes, 1)
-        spoken = self._speech_settings(speech, 1)
+        [wanted] = generation_settings(settings, changes, 1)
+        [spoken] = self._speech_settings(speech, 1)
         began = time.perf_counter()
-        prompts = [self.prepare(messages, media, speech=any(spoken), tools=tools)]
+        prompt = self.prepare(messages, media, speech=spoken is not None, tools=tools)
+        request = Request(prompt, wanted, spoken, stream=True)
         processed = time.perf_counter() - began
-        trace = ThinkerTrace() if any(spoken) else None
-        loop = self.run(prompts, each, STREAM_STEPS, trace)
-        while True:
+        with self._engine([request]) as engine:
+            number = engine.submit(request)
             try:
-                ((text, ids),) = next(loop)
-            except StopIteration as stop:
-                replies = [_with_processing(stop.value[0], processed)]
-                if trace is not None:
-                    replies = self.speech.speak(trace, replies, spoken)
-                yield DoneEvent(replies[0])
-                return
-            yield TextEvent(text, ids)
+                for _, _, event in engine.run():
+                    if isinstance(event, ErrorEvent):
+                        raise event.error
+                    if isinstance(event, DoneEvent):
+                        event = dataclasses.replace(event, reply=_with_processing(event.reply, processed))
+                    yield event
+            finally:
+                engine.cancel(number)
+
+    def driver(self, rows: int = 1, *, capacity: int | None = None, speech: bool | None = None) -> EngineDriver:
+        """An engine for sessions. Where the model lies over several processes, the first one has the sessions, and the
+        others call `HostDriver.follow` of the same driver.
+
+        Args:
+          rows: conversations at a time.
+          capacity: tokens of a conversation; by default SESSION_TOKENS, or the model's context where that is less.
+          speech: whether replies can be spoken; by default where the model was loaded with its Talker.
+        Raises:
+          ValueError: more tokens than the context has.
+        """
+        capacity = min(SESSION_TOKENS, self.context) if capacity is None else capacity
+        if not 0 < capacity <= self.context:
+            raise PromptError(f"capacity {capacity} is not between 1 and the context of {self.context} tokens")
+        speaks = "talker" in self.params if speech is None else speech
+        options = EngineOptions(rows, buckets.bucket(capacity, buckets.CACHE), speaks)
+        meshes = () if self.placement is None else (self.placement.thinker, self.placement.speech)
+        hosts = {d.process_index for mesh in meshes for d in mesh.devices.flat}
+        return (HostDriver if len(hosts) > 1 else EngineDriver)(Engine(self.loaded, options))
+
+    def session(
+        self,
+        settings: GenerationSettings | None = None,
+        *,
+        speech: SpeechSettings | None = None,
+        turns: TurnDetector | None = None,
+        driver: EngineDriver | None = None,
+        **options: Any,
+    ) -> Session:
+        """A conversation whose audio, video and text come in while they happen; see `runtime.session.Session`.
+
+        Args:
+          settings, speech: of its replies.
+          turns: finds the ends of turns by voice activity; None leaves them to `commit`.
+          driver: of `driver`, for several sessions on one engine; by default the session has one of its own.
+          **options: fields of `SessionOptions`: output, system, fps, max_pixels, when_full.
+        """
+        wanted = speech or SpeechSettings()
+        if "talker" in self.params:
+            self.check_speech([wanted])
+        made = driver or self.driver()
+        return Session(made, self.processor, settings or GenerationSettings(), wanted, SessionOptions(**options), turns)
+
+    def async_session(self, *args: Any, **given: Any) -> AsyncSession:
+        """`session` for an event loop; its engine runs in a thread."""
+        driver = given.setdefault("driver", self.driver())
+        driver.start()
+        return AsyncSession(self.session(*args, **given))
+
+    @contextlib.contextmanager
+    def _engine(self, requests: Sequence[Request]) -> Iterator[Engine]:
+        """An engine with a row for each request: the one of the last call where it fits, so that a conversation that
+        goes on is not read again, else a new one."""
+        loaded = self.loaded
+        for request in requests:
+            loaded.check_prompt(request.prompt)
+        prompts, settings = [r.prompt for r in requests], [r.settings for r in requests if r.settings is not None]
+        width = buckets.bucket(max(len(p.ids) for p in prompts), buckets.PROMPT)
+        capacity = thinker_slots(width, max(s.max_new_tokens for s in settings), self.context)
+        speaks = any(r.speech is not None for r in requests)
+        self.guard.check_request(prompts, width, capacity, settings, speaks)
+        options = EngineOptions(buckets.bucket(len(requests), buckets.BATCH), capacity, speaks)
+        # Taken while it is in use: a call inside a stream gets an engine of its own.
+        engine, self._idle = self._idle, None
+        same = engine is not None and (engine.model.config, engine.model.eos) == (self.config, self.eos)
+        if engine is None or not same or not engine.serves(options, requests):
+            engine = None  # its memory is free before another one's is taken
+            engine = Engine(loaded, options)
+        yield engine
+        self._idle = engine
 
     def _speech_settings(
         self, speech: SpeechSettings | Sequence[SpeechSettings | None] | None, count: int
     ) -> list[SpeechSettings | None]:
         each = speech_settings(speech, count)
-        if any(each):
-            self.speech.check(each)
+        self.check_speech(each)
         return each
 
-
-def _width(prompts: Sequence[Prompt]) -> int:
-    """The bucket of the longest prompt."""
-    return buckets.bucket(max(len(p.ids) for p in prompts), buckets.PROMPT)
-
-
-def _exhaust(loop: Any) -> list[Reply]:
-    while True:
-        try:
-            next(loop)
-        except StopIteration as stop:
-            return stop.value
+    def check_speech(self, settings: Sequence[SpeechSettings | None]) -> None:
+        """Raises VoiceError or SpeechError where the model cannot speak, or not in such a voice."""
+        if any(settings):
+            check_speaks(self.config, self.params)
+            check_voices(self.config, self.voices, settings)
 
 
 def _with_processing(reply: Reply, seconds: float) -> Reply:

@@ -79,6 +79,8 @@ def chunk_groups(chunks: int) -> Iterator[tuple[int, int]]:
 
 # Tokens of a prompt, or of a piece of one, padding behind them.
 PROMPT = (64, 128, *steps(65536, 2, 256))
+# Tokens of a stretch of a prompt that is read at once.
+PIECE = (16, *PROMPT)
 # Media vectors of a batch of prompts: all that the largest batch could hold.
 MEDIA = (64, 128, *steps(256 * 65536, 2, 256))
 # Slots of the KV cache: a prompt's bucket and the reply. Beyond the context, since padding takes slots too.

@@ -20,10 +20,14 @@ import numpy as np
 
 from omni_jax.errors import InputError, unknown_name
 
-FinishReason = Literal["eos", "stop", "length", "context"]
-SpeechFinishReason = Literal["eos", "length", "empty", "watchdog:length", "watchdog:loop", "watchdog:silence"]
+FinishReason = Literal["eos", "stop", "length", "context", "interrupted", "error"]
+SpeechFinishReason = Literal[
+    "eos", "length", "empty", "interrupted", "watchdog:length", "watchdog:loop", "watchdog:silence"
+]
 Dtype = Literal["bfloat16", "float32"]
 # Names of `ode.SOLVERS`; that module imports jax, and this one must not.
+VocoderMode = Literal["exact", "windowed"]
+OutputMode = Literal["auto", "text", "speech", "both"]
 OdeSolver = Literal["rk38", "midpoint", "euler"]
 
 # How many alternatives a reply can carry per token; the decode loop always keeps this many, so that asking compiles
@@ -270,6 +274,12 @@ class SpeechSettings(VocoderSettings):
         MAX_CODES, "Maximum number of codes (50 a second), the end code not counted.", (1, MAX_CODES)
     )
     watchdog: Watchdog | None = option(Watchdog(), "When to cut speech off; None for never.", flag=None)
+    mode: VocoderMode | None = option(
+        None,
+        "How audio is made: exact (of the whole utterance, equal to the reference) or windowed (block by block while "
+        "the codes come). Default: windowed where the reply is streamed, else exact.",
+        flag=None,
+    )
 
     def __post_init__(self) -> None:
         """Raises InputError naming the setting that is wrong."""
@@ -369,6 +379,7 @@ class Reply:
       speech_finish_reason: `eos` (the Talker ended), `length` (max_codes), `empty` (the reply has less than two ids,
         so that the Talker hears nothing), `watchdog:…` (cut off; see `Watchdog`).
       seconds: length of the waveform.
+      error: why the reply is not complete; None where it is.
     """
 
     text: str
@@ -381,11 +392,14 @@ class Reply:
     waveform: np.ndarray | None = field(default=None, compare=False)
     speech_finish_reason: SpeechFinishReason | None = None
     seconds: float | None = None
+    error: InputError | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; log-probabilities and speech only when asked for, the waveform never."""
-        out = dataclasses.asdict(dataclasses.replace(self, waveform=None))
-        del out["waveform"]
+        out = dataclasses.asdict(dataclasses.replace(self, waveform=None, error=None))
+        del out["waveform"], out["error"]
+        if self.error is not None:
+            out["error"] = str(self.error)
         out["codec_ids"] = out.pop("codes")
         absent = ["logprobs"] if self.logprobs is None else []
         if self.codes is None:
@@ -395,17 +409,91 @@ class Reply:
 
 @dataclass(frozen=True)
 class TextEvent:
-    """A piece of streamed text, never half a character and never part of a stop string, and the ids drawn for it."""
+    """A piece of streamed text, never half a character and never part of a stop string, and the ids drawn for it.
+
+    Attributes:
+      seconds: since the request was submitted; in the other events too.
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class AudioEvent:
+    """A piece of streamed speech.
+
+    Attributes:
+      samples: float32 [n] at 24 kHz, 480 for each code.
+      codes: the codec ids that these samples are.
+      drawn: codes that the Talker had drawn when this piece left.
+    """
+
+    samples: np.ndarray
+    codes: tuple[int, ...]
+    drawn: int
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class ErrorEvent:
+    """A request that failed: the last event of it. `reply` is what there is of its reply. Other requests go on."""
+
+    error: InputError
+    seconds: float = 0.0
+    reply: Reply | None = None
+
+
+@dataclass(frozen=True)
+class ReadEvent:
+    """The end of a request that only reads.
+
+    Attributes:
+      tokens: of the prompt.
+      reused: of these, those that had been read before.
+    """
+
+    tokens: int
+    reused: int
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class DoneEvent:
-    """The end of a stream; the whole reply."""
+    """The end of a request; the whole reply."""
 
     reply: Reply
+    seconds: float = 0.0
 
 
-Event = TextEvent | DoneEvent
+@dataclass(frozen=True)
+class TurnEvent:
+    """Somebody has begun or ended to speak, by voice activity; `seconds` since the session's audio began."""
+
+    what: Literal["begin", "end"]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrimEvent:
+    """The context of a session was full: so many media or turns were given up, the oldest first."""
+
+    dropped: int
+
+
+Event = TextEvent | AudioEvent | ReadEvent | ErrorEvent | DoneEvent | TurnEvent | TrimEvent
+
+
+def output_of(mode: OutputMode, typed: bool, heard: bool, can_speak: bool = True) -> tuple[bool, bool]:
+    """How a turn is answered: whether the reply is spoken, and whether its text is shown.
+
+    `auto` answers typed text in text, speech in speech, and a mixture in both, as far as the model speaks.
+
+    Args:
+      typed: the turn has text; heard: it has audio, be it that of a video.
+    """
+    if mode == "auto":
+        spoken = heard and can_speak
+        return spoken, typed or not spoken
+    return mode != "text", mode != "speech"

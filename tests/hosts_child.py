@@ -6,6 +6,7 @@ python -m tests.hosts_child CHECKPOINT FOLDER PORT NUMBER
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -65,6 +66,29 @@ def loading(checkpoint: pathlib.Path) -> tuple[api.Omni, dict[str, Any]]:
     }  # fmt: skip
 
 
+def conversation(model: api.Omni) -> list[Any]:
+    """A session of two turns, the first of which is spoken in blocks: ids and codes of the replies. With several
+    processes the first one has the session."""
+    driver = model.driver(2, capacity=1536)  # the shapes of `generate` before it
+    spoken = dataclasses.replace(SPOKEN[0], mode="exact")
+    if jax.process_index():
+        driver.follow()
+        return []
+    said = []
+    samples = np.random.default_rng(0).normal(size=36000).astype(np.float32) * 0.1
+    with model.session(GREEDY[0], speech=spoken, driver=driver) as session:
+        for at in range(0, len(samples), 4000):
+            session.send_audio(samples[at : at + 4000], 16000)
+        session.commit()
+        said.append(list(session.events())[-1].reply)
+        session.send_text("And now?")
+        session.commit()
+        said.append(list(session.events())[-1].reply)
+    if jax.process_count() > 1:
+        driver.stop()
+    return [[list(r.token_ids), None if r.codes is None else list(r.codes)] for r in said]
+
+
 def main(checkpoint: pathlib.Path, folder: pathlib.Path, port: str, number: str) -> None:
     """Loads, generates, and runs a batch job, all with the other process."""
     jax.distributed.initialize(f"localhost:{port}", 2, int(number), initialization_timeout=60)
@@ -77,7 +101,8 @@ def main(checkpoint: pathlib.Path, folder: pathlib.Path, port: str, number: str)
     )  # fmt: skip
     with mock.patch.object(api, "load", return_value=model):
         counts = job.work(task)
-    out = {"loading": loaded, "ids": [r.token_ids for r in replies], "codes": [r.codes for r in replies]}
+    said = conversation(model)
+    out = {"said": said, "loading": loaded, "ids": [r.token_ids for r in replies], "codes": [r.codes for r in replies]}
     print(json.dumps(out | {"counts": counts, "devices": [jax.device_count(), jax.local_device_count()]}))
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +26,9 @@ from omni_jax.infer.batch import job
 from omni_jax.infer.bench import reference, text
 from omni_jax.model import audio, talker, token2wav, vision
 from omni_jax.parallel import meshes
-from omni_jax.runtime import slots, speech
+from omni_jax.runtime import slots
+from omni_jax.runtime.talker_stage import TalkerStage
+from omni_jax.runtime.thinker_stage import ThinkerStage
 from omni_jax.settings import GenerationSettings, SpeechSettings
 from tests import conversations
 
@@ -85,7 +86,7 @@ def kept(found: dict[str, list], size: int) -> Iterator[None]:
             return [*live(state.cache, size), np.asarray(state.last)[:size]]
         if not isinstance(state.cache.k, tuple):
             found["where"] = [split(state.cache.k), split(hidden)]
-        rows = [np.asarray(a)[row, : tokens.counts[row]] for a in (hidden, embeddings) for row in range(size)]
+        rows = [np.asarray(a)[i, :n] for a in (hidden, embeddings) for i, n in enumerate(tokens.counts) if n]
         return [*rows, *live(state.cache, size)]
 
     def part(what: str) -> Any:
@@ -108,7 +109,7 @@ def kept(found: dict[str, list], size: int) -> Iterator[None]:
 def error(a: np.ndarray, b: np.ndarray) -> float:
     """Largest difference, in parts of the largest value."""
     assert a.shape == b.shape, (a.shape, b.shape)
-    return float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
+    return 0.0 if not a.size else float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
 
 
 def answer(model: api.Omni, speaks: bool = True) -> tuple[dict[str, list], list[Any]]:
@@ -138,39 +139,40 @@ def guarded() -> Any:
 
 
 def side_by_side(checkpoint: pathlib.Path, folder: pathlib.Path, model: api.Omni) -> dict[str, Any]:
-    """A batch job on stages apart: the first batch is not spoken before the second one is being written."""
+    """A batch job on stages apart: in some rounds both decoders are asked before either is waited for."""
     lines = [[conversations._user(conversations._text(t))] for t in ("What is a cat?", "Why?", "Who are you?", "How?")]
     (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     task = job.Job(
         checkpoint, folder / "in.jsonl", folder / "out.jsonl", GREEDY[0], SPOKEN[0], dtype="float32", batch_size=2,
         media={"use_audio_in_video": False}, mesh="2x2", speech_mesh="2x2",
     )  # fmt: skip
-    speaking, writing, events = threading.Event(), threading.Event(), []
-    say, step = speech.Speech.synthesize, slots.step
-    main = threading.get_ident()
+    events: list[str] = []
 
-    def slow_say(self: Any, *args: Any) -> Any:
-        events.append("said" if threading.get_ident() == main else "said in a thread")
-        if len(events) == 1:
-            speaking.set()
-            # It goes on when the Thinker writes; were it not to, until then, this would time out.
-            events.append("the Thinker wrote meanwhile" if writing.wait(120) else "nothing was written meanwhile")
-        return say(self, *args)
+    def noted(method: Any, what: str) -> Any:
+        def run(*args: Any) -> Any:
+            events.append(what)
+            return method(*args)
 
-    def seen_step(program: Any, *args: Any) -> Any:
-        if speaking.is_set() and not program.hears_reply:
-            writing.set()
-        return step(program, *args)
+        return run
 
-    with (
-        mock.patch.object(speech.Speech, "synthesize", slow_say),
-        mock.patch.object(slots, "step", seen_step),
-        mock.patch.object(api, "load", return_value=model),
-    ):  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for stage, name in ((ThinkerStage, "write"), (TalkerStage, "talk")):
+            stack.enter_context(mock.patch.object(stage, "step", noted(stage.step, name)))
+            stack.enter_context(
+                mock.patch.object(
+                    stage,
+                    "fetch",
+                    staticmethod(noted(stage.fetch, f"{name}: wait"))
+                    if stage is ThinkerStage
+                    else noted(stage.fetch, f"{name}: wait"),
+                )
+            )
+        stack.enter_context(mock.patch.object(api, "load", return_value=model))
         counts = job.work(task)
     records = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    together = sum(events[i : i + 2] == ["write", "talk"] for i in range(len(events)))
     return {
-        "counts": counts, "events": events, "codes": [r["codec_ids"] for r in records],
+        "counts": counts, "rounds together": together, "codes": [r["codec_ids"] for r in records],
         "ids": [r["token_ids"] for r in records], "files": [pathlib.Path(r["speech"]).exists() for r in records],
     }  # fmt: skip
 

@@ -156,7 +156,7 @@ def facts(program: P.Program, what: str, steps: int = 1, keep: pathlib.Path | No
 
 
 def clips(cfg: C.OmniConfig) -> dict[str, dict[str, tuple[int, int]]]:
-    """The tower calls that encode a video or an audio file, as `encode_media` makes them.
+    """The tower calls that encode a video or an audio file, as `runtime.media.Towers` makes them.
 
     Returns:
       for 60 s of `video` of 448×448, and for 300 s of `sound`: program → (frames or chunks of a call, number of calls).

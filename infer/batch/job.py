@@ -27,10 +27,9 @@ from omni_jax.errors import InputError, print_warnings
 from omni_jax.infer.batch import launch, openai, records
 from omni_jax.infer.batch.records import JobError, Line
 from omni_jax.infer.batch.requests import Reading
-from omni_jax.settings import GenerationSettings, SpeechSettings, Watchdog
+from omni_jax.settings import ErrorEvent, GenerationSettings, SpeechSettings, Watchdog
 
-# Batches whose prompts are made ready together, then sorted by length: more of them make fuller buckets and hold more
-# media in memory.
+# Batches whose prompts are made ready together, then sorted by length: more of them hold more media in memory.
 AHEAD = 2
 # Threads that read media while the device works.
 READERS = 2
@@ -55,7 +54,7 @@ class Job:
       mesh: see `meshes.axis_sizes`; None for one device a process.
       speech_mesh: further chips, for Talker and Token2Wav.
       dtype: of weights and computation.
-      batch_size: most conversations at a time.
+      batch_size: conversations that are answered at the same time.
       adapter: folder of a PEFT adapter to merge into the weights.
       progress: show how far it is on stderr; `bar`: there is a terminal for a bar.
     """
@@ -124,66 +123,59 @@ def _make_ready(model: Any, job: Job, line: Line) -> Request | dict[str, Any]:
     try:
         ask = reading.read(line, job.settings, job.speech)
         if ask.speech is not None:
-            model.speech.check([ask.speech])
+            model.check_speech([ask.speech])
         prompt = model.prepare(ask.messages, job.media, speech=ask.speech is not None, tools=ask.tools)
         return Request(line, reading.named, prompt, ask.settings, ask.speech, ask.openai)
     except LINE_ERRORS as e:
         return _record(line, reading.named, {"error": f"line {line.number}: {e}"})
 
 
-def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
-    """Requests whose prompts share a bucket, at most `size` at a time."""
-    from omni_jax import buckets
-
-    by_bucket: dict[int, list[Request]] = {}
-    for request in requests:
-        by_bucket.setdefault(buckets.bucket(len(request.prompt.ids), buckets.PROMPT), []).append(request)
-    for width in sorted(by_bucket):
-        row = by_bucket[width]
-        yield from (row[i : i + size] for i in range(0, len(row), size))
-
-
-def _answers(model: Any, job: Job, made: Iterable[Sequence[Request] | dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The records of batches; those that there are already go through. Where speech has chips of its own, a batch is
-    spoken while the next one is written."""
-    apart = job.speech is not None and model.placement is not None and model.placement.has_speech_mesh
-    waiting: tuple[Sequence[Request], Callable[[], list[Any]]] | None = None
-    with ThreadPoolExecutor(1) as speaker:
-        for requests in made:
-            if isinstance(requests, dict):
-                yield requests
+def _answers(model: Any, job: Job, windows: Iterable[Sequence[Request | dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """The records, as they are made: a row that has ended takes the next request at once. Records that there are
+    already go through."""
+    engine: Any = None
+    asked: dict[int, Request] = {}
+    for window in windows:
+        for request in window:
+            if isinstance(request, dict):
+                yield request
                 continue
-            columns = ([getattr(r, name) for r in requests] for name in ("prompt", "settings", "speech"))
             try:
-                speak = model.write(*columns)
+                engine = engine or _engine(model, job, request)
+                asked[engine.submit(_engine_request(request))] = request
             except LINE_ERRORS as e:
-                speak = _raising(e)
-            if apart:
-                before, waiting = waiting, (requests, speaker.submit(speak).result)
-                if before is not None:
-                    yield from _spoken(model, job, *before)
-            else:
-                yield from _spoken(model, job, requests, speak)
-        if waiting is not None:
-            yield from _spoken(model, job, *waiting)
+                yield request.answer({"error": f"line {request.line.number}: {e}"})
+            while engine is not None and engine.waiting:
+                yield from _step(engine, model, job, asked)
+    while engine is not None and not engine.is_idle:
+        yield from _step(engine, model, job, asked)
 
 
-def _raising(error: Exception) -> Callable[[], list[Any]]:
-    def speak() -> list[Any]:
-        raise error
+def _engine(model: Any, job: Job, first: Request) -> Any:
+    """An engine of as many rows as the job asks for; their room grows with what comes."""
+    from omni_jax import buckets
+    from omni_jax.runtime.engine import Engine, EngineOptions
 
-    return speak
+    rows = buckets.bucket(job.batch_size, buckets.BATCH)
+    need = min(len(first.prompt.ids) + first.settings.max_new_tokens, model.context)
+    capacity = buckets.bucket(need, buckets.CACHE)
+    return Engine(model.loaded, EngineOptions(rows, capacity, job.speech is not None, most=model.context))
 
 
-def _spoken(model: Any, job: Job, requests: Sequence[Request], speak: Callable[[], list[Any]]) -> list[dict[str, Any]]:
-    """The records of a batch that is written. Where it fails over one of its conversations, each is tried alone."""
-    try:
-        replies = speak()
-    except LINE_ERRORS as e:
-        if len(requests) > 1:
-            return [record for r in requests for record in _answers(model, job, [[r]])]
-        return [requests[0].answer({"error": f"line {requests[0].line.number}: {e}"})]
-    return [r.answer(_values(model, job, r, reply)) for r, reply in zip(requests, replies, strict=True)]
+def _engine_request(request: Request) -> Any:
+    from omni_jax.runtime.turn import Request as EngineRequest
+
+    return EngineRequest(request.prompt, request.settings, request.speech)
+
+
+def _step(engine: Any, model: Any, job: Job, asked: dict[int, Request]) -> Iterator[dict[str, Any]]:
+    """A round of the engine, and the records of the requests that ended in it."""
+    for number, _, event in engine.step():
+        request = asked.pop(number)
+        if isinstance(event, ErrorEvent):
+            yield request.answer({"error": f"line {request.line.number}: {event.error}"})
+        else:
+            yield request.answer(_values(model, job, request, event.reply))
 
 
 def _values(model: Any, job: Job, request: Request, reply: Any) -> dict[str, Any]:
@@ -336,13 +328,13 @@ def _run(
     model: Any, job: Job, lines: Sequence[Line], agree: Callable[[np.ndarray], np.ndarray] | None
 ) -> Iterator[dict[str, Any]]:
     """Records, in the order in which they are made."""
-    return _answers(model, job, _batches_and_failures(model, job, lines, agree))
+    return _answers(model, job, _windows(model, job, lines, agree))
 
 
-def _batches_and_failures(
+def _windows(
     model: Any, job: Job, lines: Sequence[Line], agree: Callable[[np.ndarray], np.ndarray] | None
-) -> Iterator[list[Request] | dict[str, Any]]:
-    """Batches, and the records of lines that cannot be read. The next prompts are made ready while the device works."""
+) -> Iterator[list[Request | dict[str, Any]]]:
+    """Lines made ready, or the records of those that cannot be. The next ones are made ready while the device works."""
     windows = [lines[i : i + AHEAD * job.batch_size] for i in range(0, len(lines), AHEAD * job.batch_size)]
     with ThreadPoolExecutor(READERS) as pool:
         coming: list = []
@@ -357,8 +349,8 @@ def _batches_and_failures(
                         ready[at] = _record(
                             line, ready[at].named, {"error": f"line {line.number}: another host cannot read it"}
                         )
-            yield from (r for r in ready if isinstance(r, dict))
-            yield from batches([r for r in ready if isinstance(r, Request)], job.batch_size)
+            # Prompts of like length are read together.
+            yield sorted(ready, key=lambda r: 0 if isinstance(r, dict) else len(r.prompt.ids))
 
 
 def main(job: Job, processes: int, join: str | None, patience: int, as_json: bool) -> None:

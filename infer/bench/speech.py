@@ -80,7 +80,8 @@ def _talker_row(cfg: C.OmniConfig, pairs: int, tick: Tick, placement: Placement 
             )
             nothing = np.zeros(1, np.int32)
             state = slots.append_reply(state, reply, nothing, nothing, np.full(1, len(reply) - 1, np.int32))
-            state = slots.end_reply(slots.truncate(state, 0, HISTORY), active)
+            lengths = np.full(1, len(reply) - 1, np.int32)
+            state = slots.end_reply(slots.truncate(state, 0, HISTORY), active, lengths)
             return slots.begin(program, params, state, active, sampling, np.full(1, HISTORY, np.int32))[0]
 
     ours: dict[str, Any] = {"state": begin()}

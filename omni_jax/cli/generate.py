@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import time
@@ -19,6 +20,7 @@ from omni_jax.settings import (
     ModelSettings,
     Reply,
     SpeechSettings,
+    TextEvent,
     check,
     option,
 )
@@ -104,6 +106,8 @@ def generate(
         output.speech is not None, speech, model, seed=generation.seed, no_watchdog=output.no_watchdog,
         audio_format=output.speech_format,
     )  # fmt: skip
+    if spoken is not None and spoken.mode is None:
+        spoken = dataclasses.replace(spoken, mode="exact")  # nobody listens before the file is whole
     messages, tools = question.conversation()
     asked = {"speech": spoken, "media": media, "tools": tools}
     from rich.console import Console
@@ -144,8 +148,9 @@ def _print_stream(events: Any, notes: Any) -> Reply:
             if isinstance(event, DoneEvent):
                 print(flush=True)
                 return event.reply
-            status.stop()
-            print(event.text, end="", flush=True)
+            if isinstance(event, TextEvent):
+                status.stop()
+                print(event.text, end="", flush=True)
     finally:
         status.stop()
     raise AssertionError("a stream ends with a DoneEvent")

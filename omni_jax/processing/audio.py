@@ -139,7 +139,8 @@ def to_float(samples: np.ndarray) -> np.ndarray:
     return samples.astype(np.float32)
 
 
-def _from_array(samples: np.ndarray, name: str) -> np.ndarray:
+def mono(samples: np.ndarray, name: str) -> np.ndarray:
+    """The mean of the channels, float32 [S] in [-1, 1]. Raises MediaError for an array that is no audio."""
     if samples.ndim == 2 and samples.shape[1] <= 32:
         samples = samples.T
     elif samples.ndim != 1:
@@ -180,7 +181,7 @@ def load_audio(
         rate_given = source[1]
         if not isinstance(rate_given, int | float | np.number) or not 0 < rate_given < math.inf:
             raise MediaError(f"{name}: sample rate {rate_given!r} is not a positive number; give (samples, rate)")
-        samples, own_rate = _from_array(source[0], name), float(rate_given)
+        samples, own_rate = mono(source[0], name), float(rate_given)
     elif isinstance(source, np.ndarray):
         raise MediaError(f"{name} comes without its rate; give (samples, rate)")
     else:
@@ -244,7 +245,7 @@ def mel_filters(config: MelConfig) -> np.ndarray:
     return (triangles * 2 / (edges[2:] - edges[:-2])).astype(np.float32)
 
 
-def _log_frames(padded: np.ndarray, count: int, config: MelConfig) -> np.ndarray:
+def log_power_frames(padded: np.ndarray, count: int, config: MelConfig) -> np.ndarray:
     """log10 mel power of `count` frames, the first of which starts at padded[0]: float32 [count, M]."""
     window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(config.n_fft) / config.n_fft)).astype(np.float32)
     frames = np.lib.stride_tricks.sliding_window_view(padded, config.n_fft)[:: config.hop][:count]
@@ -288,7 +289,7 @@ def log_mel(samples: np.ndarray, config: MelConfig = PUBLISHED, name: str = "sou
     beyond = len(padded) - half - end
     if beyond > 0:  # the sound reaches the end of the padding: the STFT mirrors it there
         padded[-beyond:] = padded[-2 * beyond - 1 : -beyond - 1][::-1]
-    frames = _log_frames(padded, count, config)
+    frames = log_power_frames(padded, count, config)
     return (np.maximum(frames[:length], frames.max() - 8.0) + 4.0) / 4.0
 
 

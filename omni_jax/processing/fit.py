@@ -45,7 +45,8 @@ class Cost:
     def __str__(self) -> str:
         what = f" ({self.frames} frames of {self.size[1]}×{self.size[0]})" if self.kind == "video" else ""
         what = f" ({self.size[1]}×{self.size[0]})" if self.kind == "image" else what
-        sound = f" and its sound {self.fixed}" if self.kind == "video" and self.fixed else ""
+        what = what if self.frames else ""
+        sound = f" and its sound {self.fixed}" if self.frames and self.fixed else ""
         return f"{self.name} takes {self.tokens or self.fixed}{what}{sound}"
 
 

@@ -76,7 +76,8 @@ class Prompt:
       ids: int32 [T].
       positions: int32 [3, T], TMRoPE.
       images, videos: in the order of their tokens in `ids`.
-      audios: float32 [L, M] log-mel each, in the order of their tokens; a clip's sound takes its place among them.
+      audios: float32 [L, M] log-mel each, in the order of their tokens, or the chunks of it as they came in; a clip's
+        sound takes its place among them.
       segments: the layout that ids and positions come from.
     """
 
@@ -85,8 +86,13 @@ class Prompt:
     positions: np.ndarray
     images: tuple[Patches, ...]
     videos: tuple[Video, ...]
-    audios: tuple[np.ndarray, ...]
+    audios: tuple[np.ndarray | tuple[np.ndarray, ...], ...]
     segments: tuple[P.Segment, ...]
+
+
+def whole(parts: np.ndarray | tuple[np.ndarray, ...]) -> np.ndarray:
+    """An array that may have come in parts."""
+    return np.concatenate(parts) if isinstance(parts, tuple) else parts
 
 
 def media_defaults(media: Any, more: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,14 +126,19 @@ def check_context(prompt: Prompt, context: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Medium:
-    """One medium of a conversation, read: its segment and its arrays."""
+@dataclass(frozen=True, eq=False)
+class Medium:
+    """One medium of a conversation, read: its segment and its arrays. It may stand as a source in messages.
+
+    Attributes:
+      segment: its place in the layout of a prompt.
+      image, video: of the vision tower; audio: log-mel [L, M], or that of each chunk as it came in.
+    """
 
     segment: P.Image | P.Audio | P.Video | P.AudioVideo
     image: Patches | None = None
     video: Video | None = None
-    audio: np.ndarray | None = None
+    audio: np.ndarray | tuple[np.ndarray, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -239,7 +250,9 @@ class Processor:
     ) -> list[fitting.Cost]:
         """What each medium costs. Raises MediaError where one cannot be read."""
         return [
-            fitting.measure(p.kind, p.source, c, self._sound_tokens(p, c, access), self.cfg, self.image, access)
+            fitting.Cost(f"{p.kind} that was read before", p.kind, len(P.media_ids(p.source.segment, self.cfg)))
+            if isinstance(p.source, Medium)
+            else fitting.measure(p.kind, p.source, c, self._sound_tokens(p, c, access), self.cfg, self.image, access)
             for p, c in zip(parts, chosen, strict=True)
         ]
 
@@ -290,7 +303,7 @@ class Processor:
             f"{words}, {', '.join(map(str, costs))}; {fitting.advice(costs, lowered)}"
         )
 
-    def _assemble(self, text: str, runs: Sequence[Sequence[int]], media: Sequence[_Medium]) -> Prompt:
+    def _assemble(self, text: str, runs: Sequence[Sequence[int]], media: Sequence[Medium]) -> Prompt:
         """Runs of text with media between them as one prompt."""
         ids: list[np.ndarray] = []
         segments: list[P.Segment] = []
@@ -344,17 +357,19 @@ class Processor:
             )
         return runs
 
-    def _read(self, part: chat.Part, chosen: dict[str, Any], access: Access, alone: bool) -> _Medium:
+    def _read(self, part: chat.Part, chosen: dict[str, Any], access: Access, alone: bool) -> Medium:
         """Reads a medium. `alone`: it is the only clip, which must have sound where the sound of clips is asked for."""
+        if isinstance(part.source, Medium):
+            return part.source
         if part.kind == "image":
             patches = image_patches(
                 part.source, self.cfg.vision, self.image,
                 most_tokens=self.cfg.text.max_position_embeddings, access=access, **chosen,
             )  # fmt: skip
-            return _Medium(P.Image(patches.grid), image=patches)
+            return Medium(P.Image(patches.grid), image=patches)
         if part.kind == "audio":
             mel = self._mel(part, chosen, access)
-            return _Medium(P.Audio(self._tokens(mel, part)), audio=mel)
+            return Medium(P.Audio(self._tokens(mel, part)), audio=mel)
         sampling = Sampling.from_options(chosen, self.cfg.text.max_position_embeddings)
         clip, track = load_video(
             part.source, self.cfg.vision, self.image, sampling,
@@ -367,10 +382,10 @@ class Processor:
             name = describe(part.source)
             raise MediaError(f"{name} lasts {seconds:.3g} s at its fps, beyond all position ids; give a larger fps")
         if track is None:
-            return _Medium(P.Video(clip.grid, clip.seconds_per_grid), video=clip)
+            return Medium(P.Video(clip.grid, clip.seconds_per_grid), video=clip)
         mel = log_mel(track, self.mel, f"the sound track of {describe(part.source)}")
         segment = P.AudioVideo(clip.grid, clip.seconds_per_grid, self._tokens(mel, part))
-        return _Medium(segment, video=clip, audio=mel)
+        return Medium(segment, video=clip, audio=mel)
 
     @property
     def _most_seconds(self) -> float:

@@ -150,6 +150,11 @@ class Detokenizer:
         token = int(token)
         return "" if token in self._skip else self._decoder.decode(self._tokenizer.token_bytes(token))
 
+    @property
+    def pending(self) -> bool:
+        """Whether the bytes so far end within a character."""
+        return bool(self._decoder.getstate()[0])
+
     def finish(self) -> str:
         """What is left at the end: U+FFFD for a character that was cut off, else nothing."""
         return self._decoder.decode(b"", final=True)

@@ -50,10 +50,10 @@ NO_SOUND = "has no sound track, though its sound is asked for; give a clip with 
 
 @dataclass(frozen=True)
 class Video:
-    """A clip for the vision tower: `pixels` float32 [N, D] (see `images.patchify`), `grid` (t, h, w) in patches, and
-    `seconds_per_grid`, the time of one step of t."""
+    """A clip for the vision tower: `pixels` float32 [N, D] (see `images.patchify`), or those of each step of t as they
+    came in; `grid` (t, h, w) in patches; and `seconds_per_grid`, the time of one step of t."""
 
-    pixels: np.ndarray
+    pixels: np.ndarray | tuple[np.ndarray, ...]
     grid: Grid
     seconds_per_grid: float
 

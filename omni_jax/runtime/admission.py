@@ -21,6 +21,7 @@ from omni_jax.model import talker
 from omni_jax.parallel.meshes import Placement
 from omni_jax.processing.processor import Prompt
 from omni_jax.runtime import memory_model
+from omni_jax.runtime.media import mel_frames
 from omni_jax.runtime.memory_model import MemoryNeedError
 from omni_jax.runtime.speech import TALKER_CACHE_STEP, cache_slots
 from omni_jax.settings import GenerationSettings
@@ -118,7 +119,7 @@ class AdmissionControl:
 
     def check_request(
         self, prompts: Sequence[Prompt], width: int, slots: int, settings: Sequence[GenerationSettings],
-        spoken: bool,
+        spoken: bool, rows: int | None = None,
     ) -> None:  # fmt: skip
         """Refuses prompts that the devices cannot answer, before the towers run.
 
@@ -127,14 +128,15 @@ class AdmissionControl:
         Args:
           width, slots: tokens of the batch and slots of its cache, both buckets.
           spoken: whether the replies are to be spoken.
+          rows: of the cache; by default the bucket of the prompts.
         Raises:
           MemoryNeedError: with the numbers of the program that needs the most.
         """
 
         def needed() -> Sequence[memory_model.Phase]:
-            rows = buckets.bucket(len(prompts), buckets.BATCH)
+            size = rows or buckets.bucket(len(prompts), buckets.BATCH)
             reply = max(s.max_new_tokens for s in settings)
-            request = memory_model.Request(rows, width, slots, *media_of(self.cfg, prompts))
+            request = memory_model.Request(size, width, slots, *media_of(self.cfg, prompts))
             if spoken:
                 request = dataclasses.replace(
                     request, codes=TALKER_CACHE_STEP, spoken=len(prompts),
@@ -165,6 +167,6 @@ def media_of(cfg: OmniConfig, prompts: Sequence[Prompt]) -> tuple[int, tuple[tup
     """The fields `media`, `frames` and `chunks` of a `plan.Request`."""
     t = cfg.thinker
     grids = [m.grid for p in prompts for m in p.images] + [m.grid for p in prompts for m in p.videos]
-    mels = [len(mel) for p in prompts for mel in p.audios]
+    mels = [mel_frames(mel) for p in prompts for mel in p.audios]
     vectors = sum(math.prod(g) for g in grids) // t.vision.spatial_merge_size**2 + sum(map(t.audio.token_count, mels))
     return (buckets.bucket(vectors, buckets.MEDIA) if vectors else 0, *memory_model.tower_calls(t, grids, mels))

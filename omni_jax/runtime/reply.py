@@ -1,4 +1,4 @@
-"""Detokenization id by id: stop strings, finish reasons, and text that is safe to emit."""
+"""From drawn ids to text, one id at a time: stop strings, finish reasons, and text that is safe to show."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ class ReplyBuilder:
       ids: all ids so far.
       logprobs: parallel to `ids`.
       text: the text so far that is certain, stop string cut off.
+      certain: ids from the first on whose text is certain; what may still turn out to be a stop string is not, and
+        what has turned out to be one never is.
       finish_reason: None while the reply goes on.
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: GenerationSettings, eos: Sequence[int], room: int):
-        """`room`: number of ids that the context still has room for."""
-        self._stream = Detokenizer(tokenizer)
+        """`room`: ids that the context still holds."""
+        self._tokenizer, self._stream = tokenizer, Detokenizer(tokenizer)
         self._settings, self._eos = settings, frozenset(eos)
         self._limit = min(settings.max_new_tokens, room)
         self._at_limit: FinishReason = "length" if settings.max_new_tokens <= room else "context"
@@ -28,15 +30,17 @@ class ReplyBuilder:
         self.ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.text = ""
+        self.certain = 0
+        self._ends: list[int] = []  # length of the text after each id
         self.finish_reason: FinishReason | None = None
 
     @property
     def left(self) -> int:
-        """Number of ids that may still be drawn."""
+        """Ids that may still be drawn."""
         return 0 if self.finish_reason else self._limit - len(self.ids)
 
     def feed(self, token: TokenLogprob) -> str:
-        """Adds the next id; returns the text that is certain with it."""
+        """Takes the next id; returns the text that became certain with it."""
         self.ids.append(token.id)
         self.logprobs.append(token)
         if token.id in self._eos:
@@ -53,6 +57,7 @@ class ReplyBuilder:
 
     def _release(self, piece: str, *, final: bool) -> str:
         self._held += piece
+        self._ends.append(len(self.text) + len(self._held))
         cuts = [at for stop in self._settings.stop if (at := self._held.find(stop)) >= 0]
         if cuts:
             self.finish_reason = "stop"
@@ -63,10 +68,24 @@ class ReplyBuilder:
             keep = self._pending()
             shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         self.text += shown
+        while self.certain < len(self._ends) and self._ends[self.certain] <= len(self.text):
+            self.certain += 1
         return shown
 
+    def interrupt(self, keep: int) -> None:
+        """Ends the reply here and keeps its first `keep` ids, or fewer where a character would be cut in two."""
+        keep = min(keep, len(self.ids))
+        stream = Detokenizer(self._tokenizer)
+        text, whole, at = "", "", 0
+        for i, token in enumerate(self.ids[:keep]):
+            text += stream.push(token)
+            if not stream.pending:
+                whole, at = text, i + 1
+        del self.ids[at:], self.logprobs[at:], self._ends[at:]
+        self.text, self.certain, self.finish_reason = whole, at, "interrupted"
+
     def _pending(self) -> int:
-        """Length of the longest suffix of the held text that is a prefix of a stop string."""
+        """Length of the longest end of the held text that begins a stop string."""
         longest = max((len(stop) - 1 for stop in self._settings.stop), default=0)
         for n in range(min(longest, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-n:]) for stop in self._settings.stop):

@@ -418,13 +418,22 @@ def append_reply(slots: Slots, vectors: Array, source: Array, first: Array, coun
 
 
 @partial(jax.jit, donate_argnames="slots")
-def end_reply(slots: Slots, mask: Array) -> Slots:
-    """The reply of the rows in `mask` [B] is complete: the text-end mark is its last vector, text-pad marks follow."""
+def end_reply(slots: Slots, mask: Array, lengths: Array) -> Slots:
+    """The reply of the rows in `mask` [B] is complete with its first `lengths` [B] vectors: the text-end mark is next,
+    and text-pad marks follow."""
     reply = slots.reply
     assert reply is not None
-    to = jnp.where(mask, reply.available, reply.vectors.shape[1])
+    to = jnp.where(mask, lengths, reply.vectors.shape[1])
     heard = reply.vectors.at[jnp.arange(len(to)), to].set(reply.marks[0], mode="drop")
-    return _hearing(slots, vectors=heard, available=reply.available + mask, ended=reply.ended | mask)
+    available = jnp.where(mask, lengths + 1, reply.available)
+    return _hearing(slots, vectors=heard, available=available, ended=reply.ended | mask)
+
+
+@partial(jax.jit, static_argnames="width")
+def reply_prefix(vectors: jax.Array, row: Array, width: int) -> jax.Array:
+    """[1, width, E], the first vectors of the reply of one row of `vectors` [B, N, E], as a prompt has them; what lies
+    beyond N repeats the last."""
+    return replicate(vectors[row, jnp.minimum(jnp.arange(width), vectors.shape[1] - 1)][None])
 
 
 @partial(jax.jit, donate_argnames="slots")

@@ -63,10 +63,10 @@ class LoopDetector:
       keep: once `push` has given a reason: how many of the codes are worth speaking.
     """
 
-    def __init__(self, settings: Watchdog, tokens: int):
-        """`tokens`: number of text tokens in the spoken reply."""
+    def __init__(self, settings: Watchdog):
         self._settings = settings
-        self._most = max(settings.codes_at_least, settings.codes_per_token * tokens)
+        # Of the reply that is spoken; while it is being written, the Talker cannot run ahead of it.
+        self.tokens: int | None = None
         self._repeats = _Repeats(settings.loop_longest)
         self._variety = _Variety(settings.window)
         distances = np.arange(1, settings.loop_longest + 1)
@@ -93,26 +93,41 @@ class LoopDetector:
             # What the window has of new runs is about what was said once.
             self.keep = self._count - s.window + distinct
             return "watchdog:loop"
-        if self._count >= self._most:
+        most = None if self.tokens is None else max(s.codes_at_least, s.codes_per_token * self.tokens)
+        if most is not None and self._count >= most:
             self.keep = self._count
             return "watchdog:length"
         return None
 
 
 class SpeechBuilder:
-    """Collects the codes of one reply.
+    """Collects the codes of one reply, which may still be written while they come.
 
     Attributes:
       codes: so far, without the ending id.
       finish_reason: None while the speech goes on.
     """
 
-    def __init__(self, settings: SpeechSettings, stop_ids: Iterable[int], tokens: int):
-        """`tokens`: ids of the reply; with fewer than two the Talker has no input, and the speech is empty."""
+    def __init__(self, settings: SpeechSettings, stop_ids: Iterable[int], tokens: int | None = None):
+        """`tokens`: of the reply, where it is complete; else `text_ended` tells."""
         self._most, self._stop = settings.max_codes, frozenset(stop_ids)
-        self._watch = LoopDetector(settings.watchdog, tokens) if settings.watchdog is not None else None
+        self._watch = LoopDetector(settings.watchdog) if settings.watchdog is not None else None
         self.codes: list[int] = []
-        self.finish_reason: SpeechFinishReason | None = "empty" if tokens < 2 else None
+        self.finish_reason: SpeechFinishReason | None = None
+        if tokens is not None:
+            self.text_ended(tokens)
+
+    def text_ended(self, tokens: int) -> None:
+        """Tells how many ids the reply has; with less than two, the Talker has nothing to read and says nothing."""
+        if tokens < 2 and self.finish_reason is None:
+            self.finish_reason = "empty"
+        if self._watch is not None:
+            self._watch.tokens = tokens
+
+    def interrupt(self) -> None:
+        """Ends the speech here."""
+        if self.finish_reason is None:
+            self.finish_reason = "interrupted"
 
     @property
     def left(self) -> int:

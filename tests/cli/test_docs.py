@@ -31,14 +31,16 @@ KNOWN_FLAGS = {
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
-def test_the_python_page_runs(checkpoint, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
+@pytest.mark.parametrize(("page", "count", "shown"), [("python.md", 4, "length"), ("streaming.md", 3, "samples after")])
+def test_the_python_of_a_page_runs(page, count, shown, checkpoint, monkeypatch, capsys, tmp_path):
     names: dict = {"folder": checkpoint}
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 4
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text("utf-8"), re.DOTALL)
+    assert len(blocks) == count
+    (tmp_path / "nano").symlink_to(checkpoint)
+    monkeypatch.chdir(ROOT if page == "python.md" else tmp_path)
     for block in blocks:
-        exec(compile(block, "docs/python.md", "exec"), names)
-    assert "length" in capsys.readouterr().out
+        exec(compile(block, f"docs/{page}", "exec"), names)
+    assert shown in capsys.readouterr().out
 
 
 def test_the_reference_is_up_to_date():

@@ -70,6 +70,13 @@ def test_generation_with_speech_equals_one_process(both, speaker):
                 assert np.abs(wave - reply.waveform).max() < 1e-5 * np.abs(reply.waveform).max()
 
 
+def test_a_session_equals_one_process(both, speaker):
+    """The first process has the session, the other one follows: what was said is what one process says."""
+    first, second = (host["said"] for host in both[0])
+    assert first == hosts_child.conversation(speaker)
+    assert second == []
+
+
 def test_a_batch_with_sound_files_equals_one_process(both, speaker, checkpoint, monkeypatch):
     folder = both[1]
     monkeypatch.setattr(api, "load", lambda *a, **k: speaker)

@@ -21,6 +21,7 @@ from omni_jax.infer.analysis.compiled import Compiled, compile_program
 from omni_jax.model import audio, vision
 from omni_jax.parallel import meshes
 from omni_jax.runtime import admission, memory_model
+from omni_jax.runtime.media import Towers
 from omni_jax.runtime.speech import PARTS
 from omni_jax.settings import GenerationSettings, SpeechSettings
 from tests import media, plan_fit
@@ -311,7 +312,7 @@ def test_media_are_in_the_sum(model, monkeypatch):
     assert request.frames == ((1, 176),)
     own = {p.use.name: p.own for p in memory_model.phases(model.config, guard.at, request, 4)}
     monkeypatch.setattr(model, "guard", guard)
-    monkeypatch.setattr(model, "encode_media", lambda prompts: pytest.fail("the towers ran"))
+    monkeypatch.setattr(Towers, "encode", lambda self, cells: pytest.fail("the towers ran"))
     guard.limit = guard.weights["thinker"] + max(own.values()) - 1
     with pytest.raises(memory_model.MemoryNeedError, match="needs"):
         model.answer(prompts, [GenerationSettings(max_new_tokens=2)])

@@ -15,8 +15,9 @@ from omni_jax import config as C
 from omni_jax.checkpoint.load import load_params
 from omni_jax.model import talker
 from omni_jax.model.sampling import filter_logits, penalise
-from omni_jax.runtime import slots, speech
-from tests import conversations, oracle, oracle_speech
+from omni_jax.runtime import slots, speech, talker_stage
+from omni_jax.runtime.turn import Request
+from tests import by_hand, conversations, oracle, oracle_speech
 from tests.compile_counter import count_compiles
 
 KINDS = conversations.all_kinds()
@@ -24,70 +25,73 @@ GREEDY = SpeechSettings(temperature=0.0, max_codes=40, watchdog=None)
 UNUSUAL = SpeechSettings("Ethan", temperature=0.5, top_k=7, top_p=0.6, repetition_penalty=1.3, max_codes=100, seed=9)
 
 
-def codes_of(model, conversation, settings, tokens, **changes):
-    """Replies and codes without the sound, which takes long to compile."""
+def codes_of(model, conversation, settings, tokens, engine=None):
+    """Replies of a conversation, or of several together, with codes and without audio."""
     batch = conversation if isinstance(conversation[0], list) else [conversation]
     each = settings if isinstance(settings, list) else [settings] * len(batch)
-    trace = speech.ThinkerTrace()
-    prompts = [model.prepare(c) for c in batch]
-    written = [GenerationSettings(max_new_tokens=tokens, **changes)] * len(batch)
-    loop = model.run(prompts, written, trace=trace)
-    try:
-        while True:
-            next(loop)
-    except StopIteration as stop:
-        replies = stop.value
-    builders = model.speech.builders(replies, each)
-    for _ in model.speech.codes(trace, replies, each, builders):
-        pass
-    return replies, list(builders.values()), trace
+    written = GenerationSettings(max_new_tokens=tokens)
+    engine = engine or by_hand.silent_engine(model, len(batch))
+    return by_hand.replies_of(engine, [Request(model.prepare(c), written, s) for c, s in zip(batch, each, strict=True)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_prompt_vectors_logits_and_codes_of_every_kind(kind, speaker, oracle_omni):
+def test_prompt_vectors_logits_and_codes_of_every_kind(kind, speaker, oracle_omni, monkeypatch):
     prompt = speaker.prepare(KINDS[kind])
     want = oracle_speech.answer(oracle_omni, prompt, speaker.eos, tokens=24, codes=40)
-    [reply], [builder], trace = codes_of(speaker, KINDS[kind], GREEDY, 24)
+    engine, read = by_hand.silent_engine(speaker), []
+    extend = engine.speech._extend
+
+    def seen(tokens, *, first):
+        read.append(np.asarray(tokens.x)[0, : int(tokens.counts[0])])
+        extend(tokens, first=first)
+
+    monkeypatch.setattr(engine.speech, "_extend", seen)
+    [reply] = codes_of(speaker, KINDS[kind], GREEDY, 24, engine)
     assert list(reply.token_ids) == want.ids
-    assert builder.codes == want.codes
+    assert list(reply.codes) == want.codes
     assert len(set(want.codes)) > 8  # speech that could differ
 
-    # The prompt's vectors and the logits of the first code.
-    cfg, params = speaker.config.talker, speaker.params["talker"]
-    heard = speaker.speech.prepare_inputs(trace, [reply], [GREEDY])
-    opening = talker.opening_vectors(cfg, params, heard.voices, heard.reply.swapaxes(0, 1), np.arange(1))
-    sums = jnp.concatenate([heard.prompt[0, : len(prompt.ids)], opening[0]])
+    # The vectors of prompt and opening, and the logits of the first code.
+    sums = np.concatenate(read)
     assert oracle.relative_error(sums, want.sums) < 1e-4
-    state, _, _ = speaker.speech.read(heard)
-    error = oracle.relative_error(talker.logits(params, state.last)[0], want.scores[0])
+    error = oracle.relative_error(talker.logits(speaker.params["talker"], engine.speech._slots.last)[0], want.scores[0])
     assert error < 1e-4
     print("errors: sums", oracle.relative_error(sums, want.sums), "logits", error)
 
 
-def test_positions_of_the_first_code(speaker):
+def test_positions_of_the_first_code(speaker, monkeypatch):
     """Mark and first vector continue the prompt's last segment; codes continue after the largest id of all."""
-    replies, _, trace = codes_of(speaker, KINDS["text"], GREEDY, 24)
-    heard = speaker.speech.prepare_inputs(trace, replies, [GREEDY])
-    last = heard.positions[0, 0, heard.counts[0] - 1]
-    for largest, want in ((heard.next_position, last + 3), (np.array([900], np.int32), 900)):
-        state, position, places = speaker.speech.read(dataclasses.replace(heard, next_position=largest))
-        assert position.tolist() == [want]
-        assert places.tolist() == state.cache.lengths.tolist() == [heard.counts[0] + 2]
+    positions, begin = [], slots.begin
+
+    def seen(program, params, state, mask, sampling, next_position):
+        if program.hears_reply:
+            positions.append(int(next_position[0]))
+        return begin(program, params, state, mask, sampling, next_position)
+
+    monkeypatch.setattr(slots, "begin", seen)
+    prompt = speaker.prepare(KINDS["text"])
+    far = prompt.positions.copy()
+    far[:, 3] = 900
+    for changed, want in ((prompt.positions, prompt.positions[0, -1] + 3), (far, 901)):
+        engine = by_hand.silent_engine(speaker)
+        given = dataclasses.replace(prompt, positions=changed)
+        by_hand.replies_of(engine, [Request(given, GenerationSettings(max_new_tokens=4), GREEDY)])
+        assert positions.pop() == want
 
 
 def test_penalty_of_the_oracle(speaker, oracle_omni):
     """A strong penalty changes the codes of both alike, the synthetic prompt's marks in its history."""
     ask = KINDS["text"]
     settings = dataclasses.replace(GREEDY, repetition_penalty=1.8, voice="Ethan")
-    _, [builder], _ = codes_of(speaker, ask, settings, 24)
+    [mine] = codes_of(speaker, ask, settings, 24)
     prompt = speaker.prepare(ask)
     want = oracle_speech.answer(
         oracle_omni, prompt, speaker.eos, tokens=24, codes=40, repetition_penalty=1.8, speaker="Ethan"
     )
-    assert builder.codes == want.codes
-    _, [plain], _ = codes_of(speaker, ask, dataclasses.replace(settings, repetition_penalty=1.0), 24)
-    _, [other], _ = codes_of(speaker, ask, dataclasses.replace(settings, voice="Chelsie"), 24)
-    assert len({tuple(b.codes) for b in (builder, plain, other)}) == 3
+    assert list(mine.codes) == want.codes
+    [plain] = codes_of(speaker, ask, dataclasses.replace(settings, repetition_penalty=1.0), 24)
+    [other] = codes_of(speaker, ask, dataclasses.replace(settings, voice="Chelsie"), 24)
+    assert len({r.codes for r in (mine, plain, other)}) == 3
 
 
 def test_filters_and_history_on_given_logits(speaker):
@@ -108,7 +112,7 @@ def test_filters_and_history_on_given_logits(speaker):
         ]
     )
     want = processors(torch.tensor([history]), torch.tensor(logits))[0].numpy()
-    sampling = speech.draw_settings([SpeechSettings()], speaker.speech.stop_ids)
+    sampling = speech.draw_settings([SpeechSettings()], by_hand.stop_ids(speaker))
     seen = np.zeros((1, vocab), bool)
     seen[0, history] = True
     program = slots.talker_program(cfg)
@@ -143,57 +147,52 @@ def test_a_batch_of_four_equals_the_four_alone(speaker):
         None,
         SpeechSettings(voice="Ethan", temperature=1.2, top_k=0, top_p=0.95, max_codes=21, seed=2**40),
     ]
-    replies, together, _ = codes_of(speaker, batch, settings, 24)
-    assert len(together) == 3
-    spoken = [i for i, s in enumerate(settings) if s is not None]
-    for i, builder in zip(spoken, together):
-        [reply], [alone], _ = codes_of(speaker, batch[i], settings[i], 24)
-        assert reply.token_ids == replies[i].token_ids
-        assert (alone.codes, alone.finish_reason) == (builder.codes, builder.finish_reason)
-    _, [again], _ = codes_of(speaker, batch[0], dataclasses.replace(settings[0], seed=6), 24)
+    together = codes_of(speaker, batch, settings, 24)
+    assert [r.codes is not None for r in together] == [True, True, False, True]
+    engine = by_hand.silent_engine(speaker)
+    for i, reply in enumerate(together):
+        [alone] = codes_of(speaker, batch[i], settings[i], 24, engine)
+        assert reply.token_ids == alone.token_ids
+        assert (alone.codes, alone.speech_finish_reason) == (reply.codes, reply.speech_finish_reason)
+    [again] = codes_of(speaker, batch[0], dataclasses.replace(settings[0], seed=6), 24, engine)
     assert again.codes != together[0].codes
 
 
-def test_one_code_at_a_time_and_no_compilation(speaker):
+def test_one_code_at_a_time_and_no_compilation(speaker, monkeypatch):
     """However many codes a call of the loop draws; other settings, lengths and voices compile nothing."""
     settings = SpeechSettings(max_codes=40, seed=3)
-    replies, [whole], trace = codes_of(speaker, KINDS["text"], settings, 24)
+    engine = by_hand.silent_engine(speaker)
+    [whole] = codes_of(speaker, KINDS["text"], settings, 24, engine)
     with count_compiles() as n:
-        builders = speaker.speech.builders(replies, [settings])
-        calls = sum(1 for _ in speaker.speech.codes(trace, replies, [settings], builders, steps=1))
-        codes_of(speaker, KINDS["text"], UNUSUAL, 30)
-    assert builders[0].codes == whole.codes
-    assert calls >= len(whole.codes)
+        monkeypatch.setattr(engine, "_steps", lambda left: 1)
+        [single] = codes_of(speaker, KINDS["text"], settings, 24, engine)
+        codes_of(speaker, KINDS["text"], UNUSUAL, 30, engine)
+        codes_of(speaker, KINDS["text"], dataclasses.replace(GREEDY, temperature=1.0, max_codes=10), 24, engine)
+    assert single.codes == whole.codes
     assert n.value == 0
-
-
-def test_10_or_500_codes_run_the_same_programs(speaker, monkeypatch):
-    monkeypatch.setattr(buckets, "CACHE", buckets.steps(4096, 4, 128))  # fine ones, to tell them apart
-    few, many = (dataclasses.replace(GREEDY, temperature=1.0, max_codes=n) for n in (10, 500))
-    codes_of(speaker, KINDS["text"], few, 24)
-    with count_compiles() as n:
-        _, [builder], _ = codes_of(speaker, KINDS["text"], many, 24)
-    assert n.value == 0
-    assert len(builder.codes) > 64 or builder.finish_reason == "eos"
 
 
 def test_scanned_layers_give_the_same_codes(checkpoint, speaker, monkeypatch):
-    _, [looped], _ = codes_of(speaker, KINDS["text"], GREEDY, 24)
+    [looped] = codes_of(speaker, KINDS["text"], GREEDY, 24)
     stacked = load_params(checkpoint, speaker.config, parts=("talker",), dtype="float32", unroll=False)
     monkeypatch.setattr(speaker, "params", speaker.params | stacked)
-    _, [scanned], _ = codes_of(speaker, KINDS["text"], GREEDY, 24)
+    [scanned] = codes_of(speaker, KINDS["text"], GREEDY, 24)
     assert scanned.codes == looped.codes
 
 
 def test_cache_grows(speaker, monkeypatch):
     """A cache that grows while the Talker speaks gives the same codes as one that is large from the start."""
-    settings = dataclasses.replace(GREEDY, max_codes=150, watchdog=None)
-    _, [want], _ = codes_of(speaker, KINDS["text"], settings, 24)
-    monkeypatch.setattr(speech, "TALKER_CACHE_STEP", 32)
+    settings = dataclasses.replace(GREEDY, max_codes=150)
+    [want] = codes_of(speaker, KINDS["text"], settings, 24)
+    monkeypatch.setattr(talker_stage, "TALKER_CACHE_STEP", 32)
     monkeypatch.setattr(buckets, "CACHE", buckets.steps(4096, 8, 16))
     grown, grow = [], slots.grow
-    monkeypatch.setattr(slots, "grow", lambda state, capacity: grown.append(capacity) or grow(state, capacity=capacity))
-    _, [got], _ = codes_of(speaker, KINDS["text"], settings, 24)
+    monkeypatch.setattr(
+        slots,
+        "grow",
+        lambda state, capacity, reply: grown.append(capacity) or grow(state, capacity=capacity, reply=reply),
+    )
+    [got] = codes_of(speaker, KINDS["text"], settings, 24, by_hand.silent_engine(speaker, capacity=64))
     assert len(set(grown)) > 1
     assert got.codes == want.codes
-    assert len(got.codes) == 150 or got.finish_reason == "eos"
+    assert len(got.codes) == 150 or got.speech_finish_reason == "eos"

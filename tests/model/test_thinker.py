@@ -16,8 +16,9 @@ from omni_jax.model.decoder import DecoderLayer
 from omni_jax.model.kv_cache import init_cache
 from omni_jax.model.layers import unstack
 from omni_jax.model.rope import mrope_angles
+from omni_jax.processing.positions import next_position
 from omni_jax.runtime import slots
-from tests import conversations, oracle
+from tests import by_hand, conversations, oracle
 from tests.tiny import tiny_config
 
 KINDS = conversations.all_kinds()
@@ -158,8 +159,8 @@ def test_logits_of_conversations(kind, model, oracle_thinker):
         inputs.get("video_second_per_grid"),
     )  # fmt: skip
     np.testing.assert_array_equal(prompt.positions, positions[:, 0].numpy())
-    tokens, after = model._batch([prompt])
-    assert after[0] == delta.item() + len(prompt.ids)
+    tokens = by_hand.tokens_of(model, prompt)
+    assert next_position(prompt.positions) == delta.item() + len(prompt.ids)
     program, params = slots.thinker_program(model.config.thinker), model.params["thinker"]
     state = slots.make_slots(program, params, 1, capacity=2048, cache_dtype=jnp.float32)
     state, _, hidden = slots.extend(program, params, state, tokens, first=True)

@@ -64,14 +64,15 @@ def test_speech_takes_its_own_chips(found):
     """Handed over under `jax.transfer_guard("disallow")`: an array of the host that entered unasked would raise."""
     apart = found["layouts"]["speech apart"]
     assert apart["devices"] == {"thinker": [0, 1, 2, 3], "talker": [4, 5, 6, 7], "token2wav": [4, 5, 6, 7]}
-    assert apart["guarded"] == [True]
+    assert apart["guarded"]
+    assert all(apart["guarded"])
 
 
 def test_stages_run_side_by_side(found):
-    """The first batch is spoken by a thread that does not go on before the Thinker writes the second one."""
+    """In rounds of the engine both decoders are asked before either is waited for."""
     job, alone = found["side by side"], found["on one device"]
     assert job["counts"] == {"lines": 4, "failed": 0, "before": 0}
-    assert job["events"] == ["said in a thread", "the Thinker wrote meanwhile", "said in a thread"]
+    assert job["rounds together"] > 0
     assert (job["ids"], job["codes"]) == (alone["ids"], alone["codes"])
     assert job["files"] == [True] * 4
 

@@ -220,9 +220,8 @@ def test_prompts_round_the_edges_of_buckets(length, model, oracle_thinker):
     ids = np.concatenate([base.ids[:-6], np.tile(np.array(word, np.int32), length), base.ids[-6:]])[-length:]
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (3, length))
     prompt = dataclasses.replace(base, ids=ids, positions=positions)
-    loop = model.run([prompt], [GenerationSettings(max_new_tokens=6)])
-    got = sum((ids for ((_, ids),) in loop), ())
-    assert list(got) == oracle_ids(oracle_thinker, [prompt], model.eos, 6)[0]
+    [reply] = model.answer([prompt], [GenerationSettings(max_new_tokens=6)])
+    assert list(reply.token_ids) == oracle_ids(oracle_thinker, [prompt], model.eos, 6)[0]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -12,78 +11,14 @@ import pytest
 
 from omni_jax import GenerationSettings, SpeechSettings
 from omni_jax.model import talker
-from omni_jax.processing.positions import next_position
-from omni_jax.processing.processor import Prompt
 from omni_jax.runtime import slots, speech
-from tests import conversations
+from tests import by_hand, conversations
+from tests.by_hand import CAPACITY, ROWS, Thinker, numbers
 from tests.compile_counter import count_compiles
-from tests.model.test_talker import codes_of
 from tests.runtime.test_generation import oracle_ids, say
 
 KINDS = conversations.all_kinds()
-ROWS, CAPACITY = 4, 512
 GREEDY = GenerationSettings()
-
-
-def numbers(*values: int) -> np.ndarray:
-    return np.array(values, np.int32)
-
-
-class Thinker:
-    """Four rows of the Thinker, driven by hand."""
-
-    def __init__(self, model):
-        self.model, self.params = model, model.params["thinker"]
-        self.program = slots.thinker_program(model.config.thinker)
-        self.state = slots.make_slots(self.program, self.params, ROWS, capacity=CAPACITY, cache_dtype=jnp.float32)
-        self.ids: list[list[int]] = [[] for _ in range(ROWS)]
-        self.outputs: list[slots.StepOutput] = []
-
-    def pieces(self, row: int, prompt: Prompt, size: int, begin: int = 0):
-        """Reads a prompt from place `begin` on in pieces of `size` tokens; yields after each."""
-        vectors, (index,) = self.model.encode_media([prompt])
-        for at in range(begin, len(prompt.ids), size):
-            n = min(size, len(prompt.ids) - at)
-
-            def padded(a: np.ndarray, fill: int = 0, at: int = at, n: int = n) -> np.ndarray:
-                return np.pad(a[..., at : at + n], [(0, 0)] * (a.ndim - 1) + [(0, size - n)], constant_values=fill)
-
-            media = () if vectors is None else (vectors, padded(index, -1)[None])
-            tokens = slots.Tokens(
-                padded(prompt.ids)[None], padded(prompt.positions)[:, None], numbers(n), numbers(row), *media
-            )
-            self.state, _, _ = slots.extend(self.program, self.params, self.state, tokens, first=at == 0)
-            yield
-
-    def read(self, row: int, prompt: Prompt, size: int = 64, begin: int = 0) -> None:
-        for _ in self.pieces(row, prompt, size, begin):
-            pass
-
-    def begin(self, row: int, prompt: Prompt, settings: GenerationSettings = GREEDY) -> None:
-        mask = np.arange(ROWS) == row
-        sampling, position = self.model._sampling([settings], ROWS), np.full(ROWS, next_position(prompt.positions))
-        self.state, out = slots.begin(self.program, self.params, self.state, mask, sampling, position.astype(np.int32))
-        assert np.asarray(out.valid).tolist() == mask.tolist()
-        self.ids[row] = [int(out.token[row])]
-
-    def step(self, n: int, *rows: int) -> int:
-        """How many steps were made."""
-        active = np.isin(np.arange(ROWS), rows)
-        self.state, out, count = slots.step(self.program, self.params, self.state, active, n)
-        out, count = jax.device_get((out, count))
-        self.outputs.append(out)
-        for row in range(ROWS):
-            drawn = out.token[: int(count)][out.valid[: int(count), row], row]
-            assert row in rows or not len(drawn)
-            self.ids[row] += drawn.tolist()
-        return int(count)
-
-    def row(self, row: int) -> list[np.ndarray]:
-        """All that is kept of a row, garbage behind its tokens included."""
-        cache = self.state.cache
-        rest = jax.tree.leaves(dataclasses.replace(self.state, cache=None))
-        held = [np.stack([np.asarray(layer)[row] for layer in kv]) for kv in (cache.k, cache.v)]
-        return [*held, np.asarray(cache.lengths)[row], *(np.asarray(a)[row] for a in rest)]
 
 
 @pytest.mark.parametrize("on_host", [True, False], ids=["two programs a step", "one program"])
@@ -221,8 +156,6 @@ def test_the_talker_waits_for_what_it_hears(speaker):
     """Codes drawn while the reply is written, vector by vector from the steps of the Thinker, are those drawn of the
     whole reply; without its next vector a row pauses and keeps its state."""
     settings = SpeechSettings(seed=3, max_codes=30, watchdog=None)
-    _, [want], trace = codes_of(speaker, KINDS["text"], settings, 12)
-    cfg, params = speaker.config.talker, speaker.params["talker"]
     told, prompt = Thinker(speaker), speaker.prepare(KINDS["text"])
     told.read(1, prompt)
     told.begin(1, prompt)
@@ -230,9 +163,10 @@ def test_the_talker_waits_for_what_it_hears(speaker):
     (out,) = told.outputs
     table = speaker.params["thinker"]["model"]["embed_tokens"]["weight"]
     vectors = talker.reply_vectors(table, out.read, out.hidden)
+    heard = by_hand.talker_inputs(speaker, prompt, told.ids[1], settings)
+    want = by_hand.talk(speaker, heard, settings)
 
-    program, size = slots.talker_program(cfg), 2
-    heard = speaker.speech.prepare_inputs(trace, [], [settings])
+    program, params, size = slots.talker_program(speaker.config.talker), speaker.params["talker"], 2
     state = slots.make_slots(
         program, params, size, capacity=CAPACITY, cache_dtype=jnp.float32, reply=64, marks=heard.marks
     )
@@ -243,17 +177,12 @@ def test_the_talker_waits_for_what_it_hears(speaker):
         return slots.append_reply(state, vectors, every, every * first, numbers(0, count))
 
     state = hear(state, 0, 1)
-    width = heard.positions.shape[2]
-    tokens = slots.Tokens(heard.prompt, heard.positions, heard.counts, numbers(1))
-    state, _, _ = slots.extend(program, params, state, tokens, first=True)
-    opening = talker.opening_vectors(cfg, params, heard.voices, state.reply.vectors, numbers(1))
-    after = heard.positions[:, :, heard.counts[0] - 1].max() + numbers(1, 2)
-    tokens = slots.Tokens(opening, np.broadcast_to(after, (3, 1, 2)), numbers(2), numbers(1))
-    state, _, _ = slots.extend(program, params, state, tokens)
-    assert width > heard.counts[0]
+    state = by_hand.open_speech(speaker, state, heard, numbers(1))
+    assert heard.positions.shape[2] > heard.count
     active = np.array([False, True])
-    sampling = speech.draw_settings([settings] * size, speaker.speech.stop_ids)
-    state, begun = slots.begin(program, params, state, active, sampling, np.full(size, after[-1] + 1, np.int32))
+    sampling = speech.draw_settings([settings] * size, by_hand.stop_ids(speaker))
+    position = np.full(size, heard.first_position, np.int32)
+    state, begun = slots.begin(program, params, state, active, sampling, position)
     codes = [int(begun.token[1])]
 
     def draw(state, n):
@@ -273,7 +202,7 @@ def test_the_talker_waits_for_what_it_hears(speaker):
         state, count = draw(state, 32)
         assert count == more
     assert heard_so_far == 11
-    state = slots.end_reply(state, active)
+    state = slots.end_reply(state, active, numbers(0, 11))
     while len(codes) < 30 and draw_done(state) is False:
         state, _ = draw(state, min(7, 30 - len(codes)))
     codes = codes[: len(want.codes)]
@@ -296,7 +225,7 @@ def test_a_talker_reply_has_room_for_more(speaker):
     vectors = np.arange(3, dtype=np.float32)[:, None, None] + np.zeros((3, 1, cfg.embedding_size), np.float32)
     state = slots.append_reply(state, vectors, numbers(0, 0), numbers(1, 0), numbers(2, 3))
     state = slots.grow(state, capacity=128, reply=8)
-    state = slots.end_reply(state, np.array([True, False]))
+    state = slots.end_reply(state, np.array([True, False]), numbers(2, 0))
     assert state.cache.capacity == 128
     assert np.asarray(state.reply.vectors)[:, :, 0].tolist() == [[1, 2, 1, 0, 0, 0, 0, 0], [0, 1, 2, 0, 0, 0, 0, 0]]
     assert np.asarray(state.reply.available).tolist() == [3, 3]

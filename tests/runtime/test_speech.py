@@ -21,6 +21,7 @@ from omni_jax.infer.bench import solvers
 from omni_jax.model import token2wav
 from omni_jax.processing import encode
 from omni_jax.runtime import speech
+from omni_jax.runtime.talker_stage import TalkerStage
 from omni_jax.runtime.watchdog import SpeechBuilder
 from omni_jax.settings import DoneEvent, Watchdog
 from tests import conversations, oracle_speech
@@ -68,14 +69,14 @@ def test_waveform_equals_the_oracles(kind, speaker, oracle_omni):
         oracle_omni, speaker.prepare(KINDS[kind]), speaker.eos, tokens=24, codes=11, noise=start
     )
     assert list(reply.codes) == want.codes
-    [wave] = speaker.speech.vocoder([reply.codes], [SHORT], [start])
+    [wave] = speaker.vocoder([reply.codes], [SHORT], [start])
     assert wave.shape == want.wave.shape == reply.waveform.shape == (11 * 480,)
     assert wave.dtype == reply.waveform.dtype == np.float32
     assert np.abs(wave - want.wave).max() < 1e-4
     print("waveform error", np.abs(wave - want.wave).max(), "of", np.abs(want.wave).max())
     assert wave.std() > 1e-2
     other = [(code + 7) % 256 for code in reply.codes]
-    [different] = speaker.speech.vocoder([other], [SHORT], [start])
+    [different] = speaker.vocoder([other], [SHORT], [start])
     assert np.sqrt(np.mean((wave - different) ** 2)) > 0.1 * wave.std()
     assert (reply.speech_finish_reason, reply.seconds) == ("length", 0.22)
     assert {"talker", "token2wav"} <= set(reply.timings)
@@ -110,15 +111,15 @@ def test_more_requests_than_a_call_holds(speaker, monkeypatch):
     monkeypatch.setattr(token2wav, "ROW_BUCKETS", (1,))
     rows, steps = [[5, 9, 3], [7, 7], [], [8, 2]], [10, 10, 2, 10]
     settings = [dataclasses.replace(SHORT, ode_steps=n, seed=i) for i, n in enumerate(steps)]
-    waves = speaker.speech.vocoder(rows, settings)
+    waves = speaker.vocoder(rows, settings)
     for i in (0, 1, 3):
-        [alone] = speaker.speech.vocoder([rows[i]], [settings[i]])
+        [alone] = speaker.vocoder([rows[i]], [settings[i]])
         np.testing.assert_array_equal(waves[i], alone)
     assert [len(w) for w in waves] == [480 * len(r) for r in rows]
 
 
 def test_streamed_text_then_the_same_speech(speaker):
-    *_, done = speaker.stream(ASK, max_new_tokens=12, speech=SHORT)
+    *_, done = speaker.stream(ASK, max_new_tokens=12, speech=dataclasses.replace(SHORT, mode="exact"))
     assert isinstance(done, DoneEvent)
     reply = speaker.generate(ASK, max_new_tokens=12, speech=SHORT)
     assert done.reply.codes == reply.codes
@@ -143,7 +144,7 @@ def test_replies_that_the_reference_cannot_speak(speaker, monkeypatch):
     assert (one.codes, one.waveform.shape, one.speech_finish_reason, one.seconds) == ((), (0,), "empty", 0.0)
     first = speaker.generate(ASK, max_new_tokens=12, speech=dataclasses.replace(SHORT, max_codes=1)).codes
     assert len(first) == 1
-    monkeypatch.setattr(speech.Speech, "stop_ids", (*first, 262))
+    monkeypatch.setattr(TalkerStage, "stop_ids", (*first, 262))
     none = speaker.generate(ASK, max_new_tokens=12, speech=SHORT)
     assert (none.codes, none.waveform.shape, none.speech_finish_reason, none.seconds) == ((), (0,), "eos", 0.0)
     two = speaker.generate(ASK, max_new_tokens=2, speech=dataclasses.replace(SHORT, temperature=1.5, top_p=1.0))
@@ -152,9 +153,9 @@ def test_replies_that_the_reference_cannot_speak(speaker, monkeypatch):
 
 def test_codes_outside_the_table(speaker):
     with pytest.raises(token2wav.CodeError, match="code 300 at place 1 of request 0 is outside the DiT's table of 258"):
-        speaker.speech.vocoder([[5, 300]], [SHORT])
+        speaker.vocoder([[5, 300]], [SHORT])
     with pytest.raises(token2wav.CodeError, match="5000 codes; at most 4104"):
-        speaker.speech.vocoder([[5] * 5000], [SHORT])
+        speaker.vocoder([[5] * 5000], [SHORT])
 
 
 def test_voices_that_are_not_there(speaker, monkeypatch):
@@ -271,7 +272,7 @@ def test_generate_and_vocode_commands(checkpoint, speaker, monkeypatch, capsys, 
     samples, rate = soundfile.read(tmp_path / "a.wav", dtype="float32")
     assert (samples.shape, rate) == ((5280,), 24000)
     settings = SpeechSettings(voice="Ethan", seed=3)
-    [want] = speaker.speech.vocoder([got["codec_ids"]], [settings])
+    [want] = speaker.vocoder([got["codec_ids"]], [settings])
     np.testing.assert_allclose(samples, want, atol=1e-4)  # 16 bits
     assert want.std() > 1e-2
 
@@ -287,11 +288,12 @@ def test_generate_and_vocode_commands(checkpoint, speaker, monkeypatch, capsys, 
     assert (
         run(monkeypatch, capsys, *vocode, "--seed", 3, "--codes", tmp_path / "reply.json", tmp_path / "c.wav")[0] == 0
     )
-    np.testing.assert_array_equal(soundfile.read(tmp_path / "c.wav")[0], soundfile.read(tmp_path / "a.wav")[0])
+    # BigVGAN ran over pieces there and over the whole here, which may round a sample to the next of 16 bits.
+    np.testing.assert_allclose(soundfile.read(tmp_path / "c.wav")[0], soundfile.read(tmp_path / "a.wav")[0], atol=4e-5)
     np.save(tmp_path / "noise.npy", noise(11))
     given = ["--codes", tmp_path / "codes.npy", "--noise", tmp_path / "noise.npy"]
     assert run(monkeypatch, capsys, *vocode, *given, tmp_path / "d.npy")[0] == 0
-    [want] = speaker.speech.vocoder([got["codec_ids"]], [settings], [noise(11)])
+    [want] = speaker.vocoder([got["codec_ids"]], [settings], [noise(11)])
     wave = np.load(tmp_path / "d.npy")
     assert wave.dtype == np.float32
     np.testing.assert_allclose(wave, want, atol=1e-6)

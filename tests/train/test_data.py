@@ -15,7 +15,7 @@ from omni_jax.train.config import Data
 from omni_jax.train.data import loader
 from omni_jax.train.data.batch import collate, needed, shapes
 from omni_jax.train.data.jsonl import DataError, Lines, check_lines
-from tests import conversations, media, training
+from tests import by_hand, conversations, media, training
 
 
 @pytest.mark.parametrize("kind", ["turns", "sound in two videos"])
@@ -190,7 +190,7 @@ def test_a_step_takes_the_smallest_size_that_holds_it(model, checkpoint, tmp_pat
 
 
 def test_packed_batches_point_to_their_media(model, checkpoint):
-    """Each place's media row, through the towers' layout, is the vector that `Omni.encode_media` gives it."""
+    """Each place's media row, through the towers' layout, is the vector that the towers give it."""
     import jax
     import jax.numpy as jnp
 
@@ -206,7 +206,7 @@ def test_packed_batches_point_to_their_media(model, checkpoint):
         at = 0
         for kind in kinds:
             prompt = model.processor(training.answered(kind), add_generation_prompt=False)
-            want, (index,) = model.encode_media([prompt])
+            want, index = by_hand.encode_media(model, prompt)
             mine = batch.tokens.media_index[row, at : at + len(index)]
             np.testing.assert_array_equal(mine >= 0, index >= 0)
             if want is not None:

@@ -17,7 +17,7 @@ from omni_jax.checkpoint.load import load_params
 from omni_jax.train import step as S
 from omni_jax.train.config import Optimizer
 from omni_jax.train.data.jsonl import Lines
-from tests import media, training
+from tests import by_hand, media, training
 
 # The answer is in the medium alone: the question is the same for all.
 ANSWERS = {"image": ("red", "blue"), "audio": ("high", "low"), "video": ("down", "up")}
@@ -114,28 +114,9 @@ def test_a_tiny_talker_learns_to_speak_given_codes(speaker, checkpoint, tmp_path
 
 def _say(model, record, settings):
     """The Talker's codes for a given written reply: prompt and reply are read, then the Talker speaks."""
-    from omni_jax.runtime import speech
-    from omni_jax.settings import GenerationSettings, Reply
-
     prompt = model.prepare(record["messages"][:-1])
-    text = model.processor.tokenizer.encode(record["messages"][-1]["content"])
-    ids = [*text, model.eos[0]]
-    whole = dataclasses.replace(
-        prompt, ids=np.concatenate([prompt.ids, np.array(text, np.int32)]),
-        positions=np.concatenate(
-            [prompt.positions, prompt.positions.max() + 1 + np.broadcast_to(np.arange(len(text)), (3, len(text)))], 1
-        ).astype(np.int32),
-    )  # fmt: skip
-    trace, full = speech.ThinkerTrace(), speech.ThinkerTrace()
-    next(model.run([prompt], [GenerationSettings(max_new_tokens=1)], trace=trace))
-    next(model.run([whole], [GenerationSettings(max_new_tokens=1)], trace=full))
-    hidden = np.asarray(full.hidden)[:, -len(text) - 1 :]
-    trace.steps = [np.moveaxis(hidden, 0, 1)]
-    reply = Reply("", tuple(ids), len(prompt.ids), "eos")
-    builders = model.speech.builders([reply], [settings])
-    for _ in model.speech.codes(trace, [reply], [settings], builders):
-        continue
-    return builders[0]
+    ids = [*model.processor.tokenizer.encode(record["messages"][-1]["content"]), model.eos[0]]
+    return by_hand.talk(model, by_hand.talker_inputs(model, prompt, ids, settings), settings)
 
 
 @pytest.mark.parametrize(("answer", "truth", "errors"), [

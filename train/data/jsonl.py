@@ -27,7 +27,7 @@ from omni_jax.config import OmniConfig, TalkerConfig
 from omni_jax.errors import InputError
 from omni_jax.model.voice import Voice
 from omni_jax.processing import chat
-from omni_jax.processing.processor import Processor, Prompt
+from omni_jax.processing.processor import Processor, Prompt, whole
 from omni_jax.train.data.batch import IGNORED, Codes, Sample
 
 KEYS = {
@@ -235,9 +235,10 @@ class Reader:
         if codes is not None:
             spoken = self._codes(prompt, turns[-1], self.codes(codes), record.get("voice"))
             self._fits(len(spoken.labels), "codes and prompt tokens of the Talker")
-        seen = (*((p.pixels, p.grid) for p in prompt.images), *((c.pixels, c.grid) for c in prompt.videos))
+        seen = (*((p.pixels, p.grid) for p in prompt.images), *((whole(c.pixels), c.grid) for c in prompt.videos))
+        audios = tuple(map(whole, prompt.audios))
         return Sample(
-            str(record["name"]), prompt.ids, prompt.positions, labels, seen, len(prompt.images), prompt.audios, spoken
+            str(record["name"]), prompt.ids, prompt.positions, labels, seen, len(prompt.images), audios, spoken
         )
 
     def _codes(self, prompt: Prompt, turn: tuple[int, int], codes: np.ndarray, voice: Any) -> Codes:

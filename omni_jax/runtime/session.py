@@ -1,0 +1,451 @@
+"""A conversation whose audio, video and text come in while they happen, and whose replies may be interrupted.
+
+Every two seconds of what comes in (a chunk) are read at once: the towers run on them, and Thinker and Talker read them
+behind what they know. At the end of a turn only the rest is left to read, however long somebody has spoken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import queue
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+from omni_jax.errors import InputError
+from omni_jax.processing import positions as P
+from omni_jax.processing.live import LiveAudio, LiveVideo, Resampler
+from omni_jax.processing.processor import Medium, Processor, Prompt
+from omni_jax.processing.video_sampling import FPS
+from omni_jax.processing.voice_activity import RATE, TurnDetector
+from omni_jax.runtime.driver import EngineDriver
+from omni_jax.runtime.turn import Request
+from omni_jax.settings import (
+    DoneEvent,
+    ErrorEvent,
+    Event,
+    GenerationSettings,
+    OutputMode,
+    ReadEvent,
+    Reply,
+    SpeechSettings,
+    TextEvent,
+    TrimEvent,
+    TurnEvent,
+    output_of,
+)
+
+# Seconds of audio that are kept from before a turn is found to have begun.
+BEFORE_TURN = 0.3
+# Seconds by which frames may come later than the audio of the same time; then the last one stands for them.
+FRAME_LAG = 0.5
+# What stands for a medium that had to make room.
+GONE = "({kind} of an earlier turn)"
+
+
+class SessionError(InputError):
+    """Something that a session cannot do now; the message says what would help."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionOptions:
+    """How a session takes what comes in.
+
+    Attributes:
+      output: how turns are answered; see `settings.output_of`.
+      system: a system message; None for the published one.
+      fps: frames of video that are taken a second.
+      max_pixels: most pixels of a frame; None for the published limit.
+      when_full: what happens when the context is full: "drop" gives up the oldest media and then the oldest turns,
+        "refuse" raises SessionError.
+    """
+
+    output: OutputMode = "auto"
+    system: str | None = None
+    fps: float = FPS
+    max_pixels: int | None = None
+    when_full: Literal["drop", "refuse"] = "drop"
+
+
+DEFAULT = SessionOptions()
+
+
+@dataclasses.dataclass(eq=False)
+class _Segment:
+    """Audio, video or both of a turn, coming in."""
+
+    audio: LiveAudio | None = None
+    video: LiveVideo | None = None
+    read: int = 0  # chunks that have been read ahead
+    last_frame: int = 0  # chunk of the last frame
+
+    @property
+    def chunks(self) -> int:
+        """Chunks that are complete."""
+        counts = [len(self.audio.chunks)] if self.audio is not None else []
+        counts += [self.video.steps // self.video.steps_per_chunk] if self.video is not None else []
+        return min(counts)
+
+
+class Session:
+    """One conversation on one row of an engine.
+
+    Made by `Omni.session`. Not safe for several threads at once; the engine may run in a thread of its own.
+
+    Attributes:
+      messages: the conversation so far, without the turn that is coming in.
+      played_seconds: what a player has played of the reply's audio, for `interrupt` where `turns` calls it; None keeps
+        all of the reply's text.
+    """
+
+    _names = itertools.count()
+
+    def __init__(
+        self, driver: EngineDriver, processor: Processor, settings: GenerationSettings, speech: SpeechSettings,
+        options: SessionOptions = DEFAULT, turns: TurnDetector | None = None,
+    ):  # fmt: skip
+        """`turns` finds the beginnings and ends of turns in the audio; without it, `commit` ends them."""
+        self.settings, self.speech, self.options = settings, speech, options
+        self._driver, self._processor, self._turns = driver, processor, turns
+        self._name = ("session", next(self._names))
+        system = [] if options.system is None else [{"role": "system", "content": options.system}]
+        self.messages: list[dict[str, Any]] = system
+        self._parts: list[dict[str, Any]] = []
+        self._segment: _Segment | None = None
+        self._resampler = Resampler(processor.mel.rate)
+        self._before = np.zeros(0, np.float32)
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._reading: set[int] = set()
+        self._reply: int | None = None
+        self._shows_text = True
+        self.played_seconds: float | None = None
+        self._closed = False
+        speaks = driver.engine.speech is not None
+        if not speaks and options.output in ("speech", "both"):
+            raise SessionError(
+                f"output {options.output!r} needs a model that speaks; load it with parts=omni_jax.PARTS"
+            )
+        self._speaks = speaks and options.output != "text"
+        LiveVideo(processor.cfg, processor.image, options.fps, options.max_pixels)  # refuses a rate that does not fit
+
+    # What comes in
+
+    def send_text(self, text: str) -> None:
+        """Adds typed text to the turn."""
+        self._check_open()
+        if not isinstance(text, str) or not text:
+            raise SessionError("the text is empty; send some, or leave it out")
+        self._end_segment()
+        self._parts.append({"type": "text", "text": text})
+
+    def send_image(self, image: Any) -> None:
+        """Adds a picture to the turn: whatever a message may hold as an image."""
+        self._check_open()
+        self._end_segment()
+        self._parts.append({"type": "image", "image": image})
+
+    def send_audio(self, samples: Any, rate: float) -> None:
+        """Adds a block of audio of any length to the turn.
+
+        Args:
+          samples: [samples] or [samples, channels], floats in [-1, 1] or integers.
+          rate: samples a second, the same for all blocks of a turn.
+        Raises:
+          MediaError: a block that cannot be taken; the session goes on without it.
+        """
+        self._check_open()
+        block = self._resampler.push(samples, rate)
+        if self._turns is None:
+            self._take_audio(block)
+            return
+        was_speaking = self._turns.speaking
+        found = self._turns.push(block if self._processor.mel.rate == RATE else _at(block, self._processor.mel.rate))
+        if was_speaking or self._turns.speaking or found:
+            self._take_audio(np.concatenate([self._before, block]))
+            self._before = np.zeros(0, np.float32)
+        else:
+            self._before = np.concatenate([self._before, block])[-round(BEFORE_TURN * self._processor.mel.rate) :]
+        for what, seconds in found:
+            self._events.put(TurnEvent(what, seconds))
+            if what == "begin":
+                self.interrupt(self.played_seconds)
+            else:
+                self.commit()
+
+    def _take_audio(self, block: np.ndarray) -> None:
+        segment = self._segment
+        if segment is None or segment.audio is None:
+            video = segment.video if segment is not None else None
+            if video is not None and video.steps >= video.steps_per_chunk:
+                self._end_segment()  # what was seen without audio stays a clip of its own
+                video = None
+            segment = self._segment = _Segment(
+                LiveAudio(self._processor.mel, self._processor.cfg.audio.chunk_frames), video
+            )
+            assert segment.audio is not None
+            if video is not None:  # audio that begins later is heard at its time
+                segment.audio.push(np.zeros(round(video.seconds * self._processor.mel.rate), np.float32))
+        assert segment.audio is not None
+        segment.audio.push(block)
+        if segment.video is not None:
+            segment.video.advance(segment.audio.seconds - FRAME_LAG, including=False)
+            if segment.chunks > segment.last_frame + 1:  # the camera is off
+                self._end_segment()
+                return
+        self._read_ahead()
+
+    def send_frame(self, frame: Any, seconds: float) -> None:
+        """Adds a frame of video to the turn.
+
+        Args:
+          frame: whatever a message may hold as an image.
+          seconds: its time, since its clip began: the first frame, or the audio that it came with.
+        Raises:
+          MediaError: a frame that cannot be taken; the session goes on without it.
+        """
+        self._check_open()
+        segment = self._segment
+        if segment is None or segment.video is None:
+            heard = segment.audio if segment is not None else None
+            if heard is not None and heard.chunks:
+                self._end_segment()  # what was heard without pictures stays audio
+                heard = None
+            video = LiveVideo(self._processor.cfg, self._processor.image, self.options.fps, self.options.max_pixels)
+            video.push(frame, seconds, heard.seconds if heard is not None else None)
+            segment = self._segment = _Segment(heard, video)
+        else:
+            assert segment.video is not None
+            segment.video.push(frame, seconds, segment.audio.seconds if segment.audio is not None else None)
+        segment.last_frame = int(seconds / self._processor.cfg.seconds_per_chunk)
+        self._read_ahead()
+
+    def _end_segment(self) -> None:
+        """The audio or video that is coming in becomes a part of the turn."""
+        segment, self._segment = self._segment, None
+        if segment is None:
+            return
+        if segment.audio is not None:
+            if self._turns is None:
+                segment.audio.push(self._resampler.finish())
+            segment.audio.finish()
+        if segment.video is not None:
+            if segment.audio is not None:
+                segment.video.advance(segment.audio.seconds, including=False)
+            segment.video.finish()
+        medium = self._medium(segment, None)
+        if medium is not None:
+            kind = "audio" if segment.video is None else "video"
+            self._parts.append({"type": kind, kind: medium})
+
+    def _medium(self, segment: _Segment, chunks: int | None) -> Medium | None:
+        """The first chunks of a segment, or all of it; None where it is too short for a token."""
+        cfg, audio, video = self._processor.cfg, segment.audio, segment.video
+        mel = tuple(audio.chunks[:chunks]) if audio is not None else ()
+        tokens = sum(cfg.audio.token_count(len(c)) for c in mel)
+        if video is None or not video.steps:
+            return Medium(P.Audio(tokens), audio=mel) if tokens else None
+        clip = video.clip(video.steps if chunks is None else chunks * video.steps_per_chunk)
+        if not tokens:
+            return Medium(P.Video(clip.grid, clip.seconds_per_grid), video=clip)
+        return Medium(P.AudioVideo(clip.grid, clip.seconds_per_grid, tokens), video=clip, audio=mel)
+
+    # Reading
+
+    def _read_ahead(self) -> None:
+        """Has the engine read the chunks that are complete and new."""
+        segment = self._segment
+        if segment is None or segment.chunks <= segment.read or self._reply is not None:
+            return
+        medium = self._medium(segment, segment.chunks)
+        if medium is None:
+            return
+        segment.read = segment.chunks
+        kind = "audio" if segment.video is None else "video"
+        prompt = self._fitting_prompt([*self._parts, {"type": kind, kind: medium}], reply=False)
+        cfg = self._processor.cfg
+        media = (cfg.audio_token_id, cfg.video_token_id)
+        # What closes the medium comes later.
+        end = int(np.flatnonzero(np.isin(prompt.ids, media))[-1]) + 1
+        prompt = dataclasses.replace(prompt, ids=prompt.ids[:end], positions=prompt.positions[:, :end])
+        request = Request(prompt, None, conversation=self._name, talker_reads=self._speaks)
+        self._reading.add(self._driver.submit(request, self._take_event))
+        if not self._driver.running:
+            while self._reading:
+                self._driver.turn()
+
+    def _fitting_prompt(self, parts: list[dict[str, Any]], *, reply: bool) -> Prompt:
+        """The conversation with a turn of these parts, as the context holds it.
+
+        Raises:
+          SessionError: the context is full, and nothing may or can be dropped.
+        """
+        limit = self._driver.engine.options.limit
+        room = min(self.settings.max_new_tokens, limit // 8) if reply else 1
+        dropped = 0
+        while True:
+            messages = [*self.messages, {"role": "user", "content": parts}]
+            prompt = self._processor(messages, speech=self._speaks, add_generation_prompt=reply)
+            if len(prompt.ids) + room <= limit:
+                if dropped:
+                    self._events.put(TrimEvent(dropped))
+                return prompt
+            if self.options.when_full == "refuse" or not self._drop():
+                raise SessionError(
+                    f"the conversation has {len(prompt.ids)} tokens of the {limit} that fit; begin another one, "
+                    'or let when_full be "drop"'
+                )
+            dropped += 1
+
+    def _drop(self) -> bool:
+        """Gives up the oldest medium, or where there is none, the oldest turn; whether there was anything."""
+        for message in self.messages:
+            if isinstance(message["content"], list):
+                for i, part in enumerate(message["content"]):
+                    if part["type"] != "text":
+                        message["content"][i] = {"type": "text", "text": GONE.format(kind=part["type"])}
+                        return True
+        first = 1 if self.messages and self.messages[0]["role"] == "system" else 0
+        if len(self.messages) - first < 2:
+            return False
+        del self.messages[first : first + 2]
+        return True
+
+    # Replies
+
+    def commit(self, output: OutputMode | None = None) -> None:
+        """Ends the turn and asks for the reply; `events` gives it.
+
+        Args:
+          output: how to answer this turn, instead of the session's way.
+        Raises:
+          SessionError: nothing was sent, or a reply is on its way: `interrupt` it first.
+        """
+        self._check_open()
+        if self._reply is not None:
+            raise SessionError("the last turn is being answered; read its events, or interrupt it")
+        self._end_segment()
+        parts, self._parts = self._parts, []
+        if not parts:
+            raise SessionError("the turn is empty; send text, audio or a picture first")
+        typed = any(p["type"] == "text" for p in parts)
+        heard = any(isinstance(m := p.get(p["type"]), Medium) and m.audio is not None for p in parts)
+        speaks, self._shows_text = output_of(output or self.options.output, typed, heard, self._speaks)
+        if speaks and not self._speaks:
+            raise SessionError('this session does not speak; begin it with another output than "text"')
+        prompt = self._fitting_prompt(parts, reply=True)
+        self.messages.append({"role": "user", "content": parts})
+        speech, self.played_seconds = self.speech if speaks else None, None
+        request = Request(prompt, self.settings, speech, True, self._name, talker_reads=self._speaks)
+        self._reply = self._driver.submit(request, self._take_event)
+
+    def events(self) -> Iterator[Event]:
+        """What happens until the turn is answered: TextEvents, AudioEvents, and a DoneEvent or an ErrorEvent last.
+        Without a turn that is being answered, what has happened since."""
+        while self._reply is not None or not self._events.empty():
+            event = self._driver.wait(self._events)
+            yield event
+            if isinstance(event, DoneEvent | ErrorEvent):
+                return
+
+    def _take_event(self, number: int, event: Event) -> None:
+        """A sink of the driver, perhaps in its thread."""
+        if isinstance(event, ReadEvent) or number in self._reading:
+            self._reading.discard(number)
+            return
+        if isinstance(event, DoneEvent):
+            self._answered(event.reply)
+        elif isinstance(event, ErrorEvent):
+            self._reply = None
+        if self._shows_text or not isinstance(event, TextEvent):
+            self._events.put(event)
+
+    def _answered(self, reply: Reply) -> None:
+        self._reply = None
+        if reply.text:
+            self.messages.append({"role": "assistant", "content": reply.text})
+
+    def interrupt(self, played_seconds: float | None = None) -> None:
+        """Ends the reply that is on its way: what was played of it stays in the conversation.
+
+        Args:
+          played_seconds: of its audio that were played; None keeps all of its text.
+        """
+        if played_seconds is not None and not (np.isfinite(played_seconds) and played_seconds >= 0):
+            raise SessionError(f"played_seconds is {played_seconds}; give seconds of the reply's audio, or None")
+        if self._reply is not None:
+            self._driver.interrupt(self._reply, played_seconds)
+            if not self._driver.running:
+                self._driver.turn()  # hands out the reply's last event
+
+    def close(self) -> None:
+        """Ends the session and frees its row; twice is once."""
+        self._closed = True
+        self._reply = None
+        self._driver.close(self._name)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionError("the session is closed; begin another one")
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _at(block: np.ndarray, rate: int) -> np.ndarray:
+    """A block for the voice detector, which takes 16 kHz, of audio at a whole multiple of that."""
+    if rate % RATE:
+        raise SessionError(f"turns are found at {RATE} Hz, and this model hears at {rate} Hz; end turns with commit")
+    return block[:: rate // RATE]
+
+
+class AsyncSession:
+    """A `Session` for an event loop: the same methods, awaited; the engine runs in a thread."""
+
+    def __init__(self, session: Session):
+        self.session = session
+
+    async def send_text(self, text: str) -> None:
+        """See `Session.send_text`."""
+        self.session.send_text(text)
+
+    async def send_image(self, image: Any) -> None:
+        """See `Session.send_image`."""
+        await asyncio.to_thread(self.session.send_image, image)
+
+    async def send_audio(self, samples: Any, rate: float) -> None:
+        """See `Session.send_audio`."""
+        await asyncio.to_thread(self.session.send_audio, samples, rate)
+
+    async def send_frame(self, frame: Any, seconds: float) -> None:
+        """See `Session.send_frame`."""
+        await asyncio.to_thread(self.session.send_frame, frame, seconds)
+
+    async def commit(self, output: OutputMode | None = None) -> None:
+        """See `Session.commit`."""
+        await asyncio.to_thread(self.session.commit, output)
+
+    async def events(self) -> AsyncIterator[Event]:
+        """See `Session.events`."""
+        found = self.session.events()
+        while (event := await asyncio.to_thread(next, found, None)) is not None:
+            yield event
+
+    async def interrupt(self, played_seconds: float | None = None) -> None:
+        """See `Session.interrupt`."""
+        await asyncio.to_thread(self.session.interrupt, played_seconds)
+
+    async def close(self) -> None:
+        """See `Session.close`."""
+        await asyncio.to_thread(self.session.close)
+
+    async def __aenter__(self) -> AsyncSession:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
