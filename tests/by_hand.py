@@ -73,7 +73,7 @@ class Thinker:
             self.state, _, _ = slots.extend(self.program, self.params, self.state, tokens, first=at == 0)
             yield
 
-    def read(self, row: int, prompt: Prompt, size: int = 64, begin: int = 0) -> None:
+    def read(self, row: int, prompt: Prompt, size: int = 7, begin: int = 0) -> None:
         for _ in self.pieces(row, prompt, size, begin):
             continue
 
