@@ -7,13 +7,13 @@ them. Source: `Qwen2_5OmniConfig` and its parts in transformers 4.57.6.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from omni_jax.errors import InputError, unknown_name
+from omni_jax.files import read_json
 
 MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")
 C = TypeVar("C")
@@ -386,11 +386,9 @@ def load_config(path: str | pathlib.Path) -> OmniConfig:
     """Reads `config.json` from a checkpoint folder. Raises ConfigError with the path when it cannot."""
     file = pathlib.Path(path) / "config.json"
     try:
-        raw = json.loads(file.read_text("utf-8-sig"))  # some editors leave a byte order mark
+        raw = read_json(file, ConfigError)
     except FileNotFoundError:
         raise ConfigError(f"{file} does not exist; a checkpoint folder carries a config.json") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise ConfigError(f"{file} cannot be read as JSON ({e}); fetch it again") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{file} must hold a JSON object")
     try:

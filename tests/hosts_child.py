@@ -21,7 +21,7 @@ import numpy as np
 
 from omni_jax import PARTS, api, config
 from omni_jax.checkpoint import load as reading
-from omni_jax.infer.batch import job
+from omni_jax.infer.batch import answers, job
 from omni_jax.parallel import sharding
 from omni_jax.settings import GenerationSettings, SpeechSettings
 from tests import conversations
@@ -89,6 +89,22 @@ def conversation(model: api.Omni) -> list[Any]:
     return [[list(r.token_ids), None if r.codes is None else list(r.codes)] for r in said]
 
 
+def shares(checkpoint: pathlib.Path, folder: pathlib.Path) -> tuple[dict[str, Any], list[int]]:
+    """A job whose processes have a copy of the model each, and the lines that this process has answered."""
+    task = job.Job(
+        checkpoint, folder / "in.jsonl", folder / "shared.jsonl", GREEDY[0], dtype="float32",
+        media={"use_audio_in_video": False},
+    )  # fmt: skip
+    own, write = [], answers.write
+
+    def noted(*args: Any) -> None:
+        own.append(args[2]["line"])
+        write(*args)
+
+    with mock.patch.object(answers, "write", noted):
+        return job.work(task), own
+
+
 def main(checkpoint: pathlib.Path, folder: pathlib.Path, port: str, number: str) -> None:
     """Loads, generates, and runs a batch job, all with the other process."""
     jax.distributed.initialize(f"localhost:{port}", 2, int(number), initialization_timeout=60)
@@ -101,9 +117,11 @@ def main(checkpoint: pathlib.Path, folder: pathlib.Path, port: str, number: str)
     )  # fmt: skip
     with mock.patch.object(api, "load", return_value=model):
         counts = job.work(task)
+    shared, own = shares(checkpoint, folder)
     said = conversation(model)
     out = {"said": said, "loading": loaded, "ids": [r.token_ids for r in replies], "codes": [r.codes for r in replies]}
-    print(json.dumps(out | {"counts": counts, "devices": [jax.device_count(), jax.local_device_count()]}))
+    out |= {"counts": counts, "shared": shared, "own": own}
+    print(json.dumps(out | {"devices": [jax.device_count(), jax.local_device_count()]}))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from omni_jax.errors import InputError
 from omni_jax.infer.analysis import goals, targets
 from omni_jax.infer.analysis import programs as P
 from omni_jax.infer.analysis.depth import truncate_layers
-from omni_jax.infer.analysis.facts import GIB, MIB, PICTURE_WINDOWS, Facts, clips, facts
+from omni_jax.infer.analysis.facts import GIB, IMAGE_WINDOWS, MIB, Facts, facts, tower_programs
 from omni_jax.model.token2wav import Flow
 from omni_jax.parallel import meshes
+from omni_jax.progress import progress_bar
 from omni_jax.runtime import slots
 
 CONTEXT = 4096
@@ -56,12 +57,12 @@ def listed(
         )
         run["decode 32k"] = lambda: said(P.thinker_decode(cfg, placement, 1, LONG), f"batch 1, {LONG} slots")
         run["prefill 32k"] = lambda: said(P.thinker_prefill(cfg, placement, 1, LONG, LONG), f"{LONG} tokens")
-    run["vision picture"] = lambda: said(P.vision_call(cfg, placement, 1, PICTURE_WINDOWS), "1 frame of 448×448")
-    for name, (frames, _) in clips(cfg)["video"].items():
+    run["vision image"] = lambda: said(P.vision_call(cfg, placement, 1, IMAGE_WINDOWS), "1 frame of 448×448")
+    for name, (frames, _) in tower_programs(cfg)["video"].items():
         run[name] = partial(
-            lambda n: said(P.vision_call(cfg, placement, n, PICTURE_WINDOWS), f"{n} frames of 448×448"), frames
+            lambda n: said(P.vision_call(cfg, placement, n, IMAGE_WINDOWS), f"{n} frames of 448×448"), frames
         )
-    for name, (chunks, _) in clips(cfg)["sound"].items():
+    for name, (chunks, _) in tower_programs(cfg)["audio"].items():
         run[name] = partial(lambda n: said(P.audio_call(cfg, placement, n), f"{n} chunks of 2 s"), chunks)
     if cfg.talker is not None:
         for b in (1, 32):
@@ -95,9 +96,6 @@ def run(
     Raises:
       InputError: an unknown preset, topology, mesh or program; a folder that cannot be used.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
     cfg = truncate_layers(C.preset(preset), layers)
     devices = targets.topology(topology)
     placement = meshes.place(cfg, mesh or targets.mesh_name(topology), devices=devices)
@@ -105,13 +103,12 @@ def run(
     if unknown := sorted(set(only) - set(programs)):
         raise InputError(f"unknown programs {unknown}; known are {', '.join(programs)}")
     found: dict[str, Facts] = {}
-    with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:
-        chosen = [n for n in programs if n in only or not only]
-        task = bar.add_task("compiling", total=len(chosen))
+    chosen = [n for n in programs if n in only or not only]
+    with progress_bar("compiling", len(chosen), progress) as advance:
         for name in chosen:
-            bar.update(task, description=name)
+            advance(0, label=name)
             found[name] = programs[name]()
-            bar.advance(task)
+            advance()
     sums = goals.resident(cfg, placement, found)
     return {
         "preset": preset, "topology": topology, "layers": layers,

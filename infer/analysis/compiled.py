@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import os
 import pathlib
-import tempfile
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import jax
 
 from omni_jax.errors import InputError
+from omni_jax.files import replacing
 from omni_jax.infer.analysis.programs import Program
 
 # Packages that hold a compiler, or hand it a program, and the platform that they are for.
@@ -123,8 +123,7 @@ def _write(file: pathlib.Path, out: Compiled) -> None:
     data = gzip.compress(json.dumps(dataclasses.asdict(out)).encode())
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as f:
-            f.write(data)
-        os.replace(f.name, file)
     except OSError as e:
         raise InputError(f"{file.parent}: cannot keep what the compiler said: {e.strerror}") from None
+    with replacing(file) as f:
+        f.write(data)

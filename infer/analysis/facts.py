@@ -20,9 +20,9 @@ from omni_jax.infer.analysis.copies import Copy, weight_copies
 from omni_jax.infer.analysis.hlo import Collective, Module
 
 GIB, MIB = 1 << 30, 1 << 20
-PICTURE_WINDOWS = 16  # 448 × 448
+IMAGE_WINDOWS = 16  # 448 × 448
 VIDEO_FRAMES = 60  # 60 s at 2 frames a second, which the tower takes in pairs
-SOUND_CHUNKS = 150  # 300 s
+AUDIO_CHUNKS = 150  # 300 s
 # Names of embedding tables: a step reads rows of them, not the whole.
 LOOKED_UP = "embed_tokens"
 
@@ -155,16 +155,16 @@ def facts(program: P.Program, what: str, steps: int = 1, keep: pathlib.Path | No
     )
 
 
-def clips(cfg: C.OmniConfig) -> dict[str, dict[str, tuple[int, int]]]:
+def tower_programs(cfg: C.OmniConfig) -> dict[str, dict[str, tuple[int, int]]]:
     """The tower calls that encode a video or an audio file, as `runtime.media.Towers` makes them.
 
     Returns:
-      for 60 s of `video` of 448×448, and for 300 s of `sound`: program → (frames or chunks of a call, number of calls).
+      for 60 s of `video` of 448×448, and for 300 s of `audio`: program → (frames or chunks of a call, number of calls).
     """
-    patches = PICTURE_WINDOWS * cfg.thinker.vision.window_patches**2
+    patches = IMAGE_WINDOWS * cfg.thinker.vision.window_patches**2
     sizes = {
         "video": Counter(size for _, size in buckets.frame_groups(VIDEO_FRAMES, patches)),
-        "sound": Counter(size for _, size in buckets.chunk_groups(SOUND_CHUNKS)),
+        "audio": Counter(size for _, size in buckets.chunk_groups(AUDIO_CHUNKS)),
     }
-    names = {"video": "vision", "sound": "audio"}
+    names = {"video": "vision", "audio": "audio"}
     return {kind: {f"{names[kind]} {n}": (n, calls) for n, calls in c.items()} for kind, c in sizes.items()}

@@ -10,7 +10,7 @@ import jax
 from omni_jax import config as C
 from omni_jax.infer.analysis import programs as P
 from omni_jax.infer.analysis import targets
-from omni_jax.infer.analysis.facts import GIB, MIB, Facts, clips, grouped, on_device
+from omni_jax.infer.analysis.facts import GIB, MIB, Facts, grouped, on_device, tower_programs
 from omni_jax.parallel import meshes
 
 # What a v5e with all of the 3B in it may take; what the Thinker alone may take with a long context.
@@ -38,8 +38,8 @@ def resident(cfg: C.OmniConfig, placement: meshes.Placement, found: dict[str, Fa
     """
     if cfg.talker is None or cfg.token2wav is None:
         return None
-    towers = [name for calls in clips(cfg).values() for name in calls]
-    names = ["decode 1", "loop 1", "prefill 8k", "vision picture", *towers, "talker 1", "dit", "bigvgan"]
+    towers = [name for calls in tower_programs(cfg).values() for name in calls]
+    names = ["decode 1", "loop 1", "prefill 8k", "vision image", *towers, "talker 1", "dit", "bigvgan"]
     chosen = [found[n] for n in names if n in found]
     if len(chosen) < len(names) or any(f.error for f in chosen):
         return None
@@ -175,11 +175,11 @@ def _stated(cfg: C.OmniConfig, good: dict[str, Facts]) -> list[Goal]:
         value = f"peak {peak / GIB:.2f} GiB, {moved / 1e9:.2f} GB moved, {moved / ideal:.2f} × ideal"
         out.append(Goal(metric, value, "stated", None))
 
-    for name in ("vision picture", "dit", "bigvgan"):
+    for name in ("vision image", "dit", "bigvgan"):
         if name in good:
             say(f"{good[name].name}, {good[name].what}", [(good[name], 1)])
-    titles = {"video": "vision, 60 s of video", "sound": "audio, 300 s"}
-    for kind, calls in clips(cfg).items():
+    titles = {"video": "vision, 60 s of video", "audio": "audio, 300 s"}
+    for kind, calls in tower_programs(cfg).items():
         if all(name in good for name in calls):
             made = " and ".join(f"{n} × {good[name].what}" for name, (_, n) in calls.items())
             say(f"{titles[kind]}: {made}", [(good[name], n) for name, (_, n) in calls.items()])

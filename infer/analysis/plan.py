@@ -19,6 +19,7 @@ from typing import Any
 from omni_jax import buckets
 from omni_jax import config as C
 from omni_jax.errors import InputError
+from omni_jax.files import read_json
 from omni_jax.infer.analysis.asked import Asked as Asked
 from omni_jax.model import bigvgan, token2wav
 from omni_jax.model.talker import EXTRA
@@ -45,8 +46,8 @@ class Medium:
       name: as the user gave it.
       what: its size as the model reads it.
       tokens: without the marks around it.
-      grid: (t, h, w) in patches, of pictures and clips.
-      mel_frames: of sound.
+      grid: (t, h, w) in patches, of images and videos.
+      mel_frames: of audio.
     """
 
     name: str
@@ -56,8 +57,8 @@ class Medium:
     mel_frames: int = 0
 
 
-def picture(name: str, cfg: C.ThinkerConfig, config: images.ImageConfig, limits: Mapping[str, int]) -> Medium:
-    """A picture of WIDTHxHEIGHT pixels.
+def image_medium(name: str, cfg: C.ThinkerConfig, config: images.ImageConfig, limits: Mapping[str, int]) -> Medium:
+    """An image of WIDTHxHEIGHT pixels.
 
     Args:
       limits: `min_pixels`, `max_pixels` where they are given.
@@ -76,7 +77,7 @@ def picture(name: str, cfg: C.ThinkerConfig, config: images.ImageConfig, limits:
         h, w = images.smart_resize(height, width, v.patch_size * v.spatial_merge_size, low, high)
     except MediaError as e:
         raise InputError(f"--image {name}: {e}") from None
-    return _seen(f"picture {name}", v, 1, h, w)
+    return _seen(f"image {name}", v, 1, h, w)
 
 
 def _seen(name: str, v: C.VisionConfig, t: int, h: int, w: int) -> Medium:
@@ -85,14 +86,14 @@ def _seen(name: str, v: C.VisionConfig, t: int, h: int, w: int) -> Medium:
     return Medium(name, what, math.prod(grid) // v.spatial_merge_size**2, grid)
 
 
-def clip(name: str, cfg: C.ThinkerConfig, sampling: video_sampling.Sampling) -> tuple[Medium, float]:
-    """A clip of WIDTHxHEIGHT:SECONDS or WIDTHxHEIGHT:SECONDS@FPS; the rate is the file's own, not the one it is read
+def video_medium(name: str, cfg: C.ThinkerConfig, sampling: video_sampling.Sampling) -> tuple[Medium, float]:
+    """A video of WIDTHxHEIGHT:SECONDS or WIDTHxHEIGHT:SECONDS@FPS; the rate is the file's own, not the one it is read
     at. Returns it and its seconds. Raises InputError for what is none of these, or what processing refuses."""
     size, _, rest = name.partition(":")
     length, at, rate = rest.partition("@")
     found = SIZE.fullmatch(size)
     if found is None:
-        raise InputError(f"--video {name!r} is not a clip; give WIDTHxHEIGHT:SECONDS, such as 640x360:10")
+        raise InputError(f"--video {name!r} is not a video; give WIDTHxHEIGHT:SECONDS, such as 640x360:10")
     seconds = _number(f"--video {name}", "seconds", length)
     native = _number(f"--video {name}", "frames a second", rate) if at else NATIVE_FPS
     width, height = map(int, found.groups())
@@ -103,8 +104,8 @@ def clip(name: str, cfg: C.ThinkerConfig, sampling: video_sampling.Sampling) -> 
     return _seen(f"video {name}", v, -(-count // v.temporal_patch_size), h, w), seconds
 
 
-def heard(name: str, seconds: float, cfg: C.ThinkerConfig, mel: audio.MelConfig) -> Medium:
-    """A sound. Raises InputError where it is too short to become a token."""
+def audio_medium(name: str, seconds: float, cfg: C.ThinkerConfig, mel: audio.MelConfig) -> Medium:
+    """An audio file. Raises InputError where it is too short to become a token."""
     frames = -(-round(seconds * mel.rate) // mel.hop)
     tokens = cfg.audio.token_count(frames)
     if frames < audio.MIN_FRAMES or tokens < 1:
@@ -128,22 +129,19 @@ def read_media(asked: Asked, cfg: C.ThinkerConfig, folder: pathlib.Path | None) 
     image, mel = images.PUBLISHED, dataclasses.replace(audio.PUBLISHED, bins=cfg.audio.num_mel_bins)
     file = None if folder is None else folder / "preprocessor_config.json"
     if file is not None and file.exists():
-        try:
-            raw = json.loads(file.read_text("utf-8"))
-        except (OSError, ValueError) as e:
-            raise InputError(f"{file} cannot be read as JSON ({e}); fetch it again") from None
+        raw = read_json(file)
         image, mel = images.image_config(raw, file), audio.mel_config(raw, file)
     limits = {n: v for n in ("min_pixels", "max_pixels") if (v := getattr(asked, n)) is not None}
     counts = {n: getattr(asked, n) for n in ("min_frames", "max_frames")}
     sampling = video_sampling.Sampling(asked.fps, **counts, **limits)
-    out = [picture(name, cfg, image, limits) for name in asked.image]
+    out = [image_medium(name, cfg, image, limits) for name in asked.image]
     for seconds in asked.audio:
-        out.append(heard(f"audio {seconds:g} s", _number("--audio", "seconds", str(seconds)), cfg, mel))
+        out.append(audio_medium(f"audio {seconds:g} s", _number("--audio", "seconds", str(seconds)), cfg, mel))
     for name in asked.video:
-        medium, seconds = clip(name, cfg, sampling)
+        medium, seconds = video_medium(name, cfg, sampling)
         out.append(medium)
         if asked.use_audio_in_video:
-            out.append(heard(f"sound of {name}", seconds, cfg, mel))
+            out.append(audio_medium(f"audio of {name}", seconds, cfg, mel))
     return out
 
 
@@ -179,7 +177,7 @@ def padded(asked: Asked, cfg: C.OmniConfig, media: Sequence[Medium]) -> tuple[in
             cfg.thinker, [m.grid for m in media if m.grid] * asked.batch, [m.mel_frames for m in media] * asked.batch
         )
     except ValueError as e:
-        raise InputError(f"a picture or frame has too many attention windows ({e}); lower --max-pixels") from None
+        raise InputError(f"an image or frame has too many attention windows ({e}); lower --max-pixels") from None
     out = M.Request(
         rows, width, M.thinker_slots(width, min(asked.reply, context - tokens), context),
         media=_bucket("vectors of all media", n, buckets.MEDIA) if (n := asked.batch * sum(m.tokens for m in media))

@@ -15,9 +15,6 @@ class BatchOptions:
     batch_size: int = option(
         8, "Maximum number of conversations at a time, for each copy of the model.", (1, buckets.BATCH[-1])
     )
-    processes: int = option(
-        1, "Start this many processes on this machine, each with a share of the lines, and watch them.", (1, 1024)
-    )
     join: str | None = option(
         None, "Be one of several hosts: auto (Cloud TPU, GKE, SLURM) or FIRST_HOST:PORT,INDEX/COUNT."
     )

@@ -31,6 +31,7 @@ from omni_jax.infer.bench.reference import Row, SharedWeights, reference_config,
 from omni_jax.model import audio, vision
 from omni_jax.model.sampling import Sampling
 from omni_jax.parallel.meshes import LayoutFn, Part, Placement, layout_fn, place
+from omni_jax.progress import progress_bar
 from omni_jax.runtime import slots
 from omni_jax.runtime.memory_model import thinker_slots
 
@@ -227,16 +228,11 @@ def run(
     """
     if unknown := sorted(set(stages) - {*STAGES, *SPEECH_STAGES}):
         raise InputError(f"unknown stages {unknown}; known are {', '.join((*STAGES, *SPEECH_STAGES))}")
-    from rich.console import Console
-    from rich.progress import Progress
-
     cfg = truncate_layers(C.preset(preset), layers)
     placement = None if mesh is None else place(cfg, mesh)
     stages = [s for s in (*STAGES, *SPEECH_STAGES) if s in stages]
     rows: list[Row] = []
-    with Progress(console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task("pairs", total=None)
-        tick = functools.partial(bar.advance, task)
+    with progress_bar("pairs", None, progress) as tick:
         if {"decode", "prefill"} & set(stages):
             rows += _text_rows(cfg, pairs, stages, tick, placement)
             gc.collect()

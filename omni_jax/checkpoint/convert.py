@@ -21,12 +21,13 @@ from rich.filesize import decimal
 from omni_jax.checkpoint import adapter as adapters
 from omni_jax.checkpoint import keys, orbax_io
 from omni_jax.checkpoint.fingerprint import weights_digest
-from omni_jax.checkpoint.folder import Stored, open_checkpoint, progress_bar, read_block, row_blocks
+from omni_jax.checkpoint.folder import Stored, open_checkpoint, read_block, row_blocks
 from omni_jax.checkpoint.orbax_io import ARRAYS, FORMAT, MANIFEST, ArrayWriter, chunk_shape, put_file, reason, within
 from omni_jax.checkpoint.safetensors_io import CheckpointError, Tensor, index_metadata, write_checkpoint
 from omni_jax.checkpoint.sources import ADAPTER, is_small_file, local_files
 from omni_jax.checkpoint.speakers import PACK_FILE, SPEAKERS_FILE, load_voices
 from omni_jax.config import OmniConfig, load_config
+from omni_jax.progress import progress_bar
 
 DTypeName = Literal["keep", "bfloat16", "float32"]
 BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
@@ -307,7 +308,7 @@ def convert(
             for path, names in leaves.items()
             for name in names.values()
         )
-        with building(dst, total) as place, progress_bar("converting", total, progress) as advance:
+        with building(dst, total) as place, progress_bar("converting", total, progress, in_bytes=True) as advance:
             _put_small_files(files, place, config)
             # One that is in the weights now must not be merged into them again.
             if kept.is_dir() and (keep_adapter or adapter is None or not os.path.samefile(kept, adapter)):
@@ -391,7 +392,7 @@ def export(
         entries = {names[name]: (kinds[name], tensors[name].shape) for name in tensors}
         total = sum(math.prod(shape) * kind.itemsize for kind, shape in entries.values())
         shards = None if max_shard_bytes else _export_shards(listed, names)
-        with building(dst, total) as place, progress_bar("exporting", total, progress) as advance:
+        with building(dst, total) as place, progress_bar("exporting", total, progress, in_bytes=True) as advance:
 
             def blocks(spelled: str) -> Iterator[np.ndarray]:
                 name = tensor_of[spelled]

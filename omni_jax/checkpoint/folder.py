@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -151,18 +150,3 @@ def open_checkpoint(path: str | pathlib.Path, cfg: OmniConfig, arrays: str | Non
         return match_tensors(stored, cfg)
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from None
-
-
-@contextlib.contextmanager
-def progress_bar(label: str, total: int, enabled: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr that counts bytes; yields the function that advances it."""
-    if not enabled:
-        yield lambda n: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda n: bar.update(task, advance=n)

@@ -17,9 +17,10 @@ from jax.experimental.layout import Format
 
 from omni_jax.checkpoint import keys, orbax_io
 from omni_jax.checkpoint.adapter import apply_adapter
-from omni_jax.checkpoint.folder import Stored, nbytes, open_checkpoint, progress_bar, row_blocks
+from omni_jax.checkpoint.folder import Stored, nbytes, open_checkpoint, row_blocks
 from omni_jax.checkpoint.safetensors_io import CheckpointError, aligned_empty
 from omni_jax.config import OmniConfig
+from omni_jax.progress import progress_bar
 
 Params = Any  # a nested dict of arrays
 
@@ -163,7 +164,7 @@ def load_params(
         leaves.setdefault(place, {})[layer] = tensor
     params: dict[str, Any] = {}
     total = sum(nbytes(t) for layers in leaves.values() for t in layers.values())
-    with progress_bar("loading", total, progress) as advance:
+    with progress_bar("loading", total, progress, in_bytes=True) as advance:
         for place, layers in leaves.items():
             stacked = None not in layers
             tensors = [layers[i] for i in range(len(layers))] if stacked else [layers[None]]

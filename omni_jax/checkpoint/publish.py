@@ -13,12 +13,12 @@ import numpy as np
 
 from omni_jax.checkpoint import keys, tokenizer_files
 from omni_jax.checkpoint.convert import building
-from omni_jax.checkpoint.folder import progress_bar
 from omni_jax.checkpoint.safetensors_io import BLOCK, CheckpointError, write_checkpoint
 from omni_jax.checkpoint.speakers import SPEAKERS_FILE, write_speakers
 from omni_jax.config import OmniConfig, to_dict
 from omni_jax.model.parameters import inv_freq
 from omni_jax.model.voice import Voice
+from omni_jax.progress import progress_bar
 
 REFERENCE_FRAMES = (310, 257)  # of the two voices' reference mels: about three seconds
 HEAD_STD = 3.0  # of the logits: argmax is no tie, and sampling still chooses among several tokens
@@ -133,7 +133,10 @@ def write_random(
         for name, shape in keys.tensor_shapes(cfg).items()
     }
     total = sum(math.prod(shape) * t.itemsize for t, shape in tensors.values())
-    with building(pathlib.Path(path), total) as place, progress_bar("writing", total, progress) as advance:
+    with (
+        building(pathlib.Path(path), total) as place,
+        progress_bar("writing", total, progress, in_bytes=True) as advance,
+    ):
         folder = pathlib.Path(place)
         for name, text in texts.items():
             (folder / name).write_text(text, "utf-8")

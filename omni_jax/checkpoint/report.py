@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import pathlib
@@ -18,12 +17,14 @@ import numpy as np
 
 from omni_jax.checkpoint import keys, orbax_io
 from omni_jax.checkpoint.convert import crc
-from omni_jax.checkpoint.folder import Stored, nbytes, open_checkpoint, progress_bar, read_block, row_blocks
+from omni_jax.checkpoint.folder import Stored, nbytes, open_checkpoint, read_block, row_blocks
 from omni_jax.checkpoint.orbax_io import MANIFEST
 from omni_jax.checkpoint.safetensors_io import BLOCK, CheckpointError, Tensor
 from omni_jax.checkpoint.sources import ADAPTER, local_files
 from omni_jax.checkpoint.speakers import PACK_FILE, SPEAKERS_FILE, load_voices
 from omni_jax.config import OmniConfig, absent_fields, load_config
+from omni_jax.files import read_json
+from omni_jax.progress import progress_bar
 
 SHOWN = 8  # damaged tensors that an error names
 
@@ -96,7 +97,10 @@ def _verify(files: pathlib.Path, tensors: Mapping[str, Stored], progress: bool) 
     blobs = [f for f in shards if re.fullmatch("[0-9a-f]{64}", pathlib.Path(os.path.realpath(f)).name)]
     problems: list[str] = []
     total = sum(map(nbytes, tensors.values()))
-    with progress_bar("verifying", total, progress) as advance, concurrent.futures.ThreadPoolExecutor(2) as pool:
+    with (
+        progress_bar("verifying", total, progress, in_bytes=True) as advance,
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+    ):
         hashes = pool.map(_check_blob, blobs)
         for size, wrong in pool.map(lambda name: _check(name, tensors[name], sums.get(name)), tensors):
             problems += wrong
@@ -125,7 +129,7 @@ def inspect(source: str | os.PathLike[str], *, verify: bool = False, progress: b
     """
     with local_files(source) as (files, url):
         cfg = load_config(files)
-        absent = absent_fields(json.loads((files / "config.json").read_text("utf-8")))
+        absent = absent_fields(read_json(files / "config.json"))
         tensors = open_checkpoint(files, cfg, url)
         rows = list(_config_rows(cfg, absent))
         parts = _parts(tensors)

@@ -9,13 +9,12 @@ Source: the format description at https://github.com/huggingface/safetensors.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import pathlib
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from omni_jax.errors import InputError, warn
+from omni_jax.files import replacing
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -334,22 +334,6 @@ def split_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-@contextlib.contextmanager
-def replacing(file: pathlib.Path) -> Iterator[Any]:
-    """A binary file for writing that takes its name only when it is whole and on disk."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, file)
-    except OSError as e:
-        raise CheckpointError(f"{file} cannot be written: {e.strerror or e}; nothing is left of it") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_file(
     file: pathlib.Path,
     tensors: Mapping[str, tuple[Any, tuple[int, ...]]],
@@ -374,7 +358,7 @@ def write_file(
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(file) as f:
+    with replacing(file, CheckpointError) as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             dtype, left = np.dtype(tensors[name][0]), math.prod(tensors[name][1])
@@ -418,5 +402,5 @@ def write_checkpoint(
         "metadata": metadata or {"total_size": sum(sizes.values())},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    with replacing(folder / INDEX) as f:
+    with replacing(folder / INDEX, CheckpointError) as f:
         f.write((json.dumps(index, indent=2) + "\n").encode())

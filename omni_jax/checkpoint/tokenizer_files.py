@@ -12,11 +12,8 @@ import json
 from typing import Any
 
 from omni_jax.config import ConfigError, OmniConfig
-
-# Qwen2's pre-tokenizer (`Qwen2Converter` in transformers 4.57.6).
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+from omni_jax.processing.chat import built_in_template
+from omni_jax.processing.tokenizer import SPLIT
 
 FIRST_SPECIAL = 151643
 # The named tokens of the published tokenizer in the order of their ids, and whether they count as special.
@@ -30,28 +27,6 @@ SPECIAL = {
 # Ids without a string that a small vocabulary keeps free at its end: the Talker's text marks and the voices.
 NAMELESS = 16
 MAX_PIECES = 1536  # the corpus gives no more useful ones
-
-# The template that the published checkpoints carry, in our own arrangement: the same output for the same messages.
-CHAT_TEMPLATE = (
-    "{% set audio_count = namespace(value=0) %}{% set image_count = namespace(value=0) %}"
-    "{% set video_count = namespace(value=0) %}{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
-    "{% else %}{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
-    "{% set image_count.value = image_count.value + 1 %}"
-    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_bos|><|IMAGE|><|vision_eos|>"
-    "{% elif content['type'] == 'audio' or 'audio' in content or 'audio_url' in content %}"
-    "{% set audio_count.value = audio_count.value + 1 %}"
-    "{% if add_audio_id %}Audio {{ audio_count.value }}: {% endif %}<|audio_bos|><|AUDIO|><|audio_eos|>"
-    "{% elif content['type'] == 'video' or 'video' in content %}"
-    "{% set video_count.value = video_count.value + 1 %}"
-    "{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_bos|><|VIDEO|><|vision_eos|>"
-    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def special_ids(vocab_size: int) -> dict[str, int]:
@@ -131,7 +106,7 @@ def _processor_files(cfg: OmniConfig) -> dict[str, dict[str, Any]]:
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }
-    return {"preprocessor_config.json": processor, "chat_template.json": {"chat_template": CHAT_TEMPLATE}}
+    return {"preprocessor_config.json": processor, "chat_template.json": {"chat_template": built_in_template()}}
 
 
 def make_files(cfg: OmniConfig) -> tuple[OmniConfig, dict[str, str]]:
@@ -206,7 +181,7 @@ def make_files(cfg: OmniConfig) -> tuple[OmniConfig, dict[str, str]]:
         "added_tokens_decoder": {
             str(i): {"content": name, "special": SPECIAL[name], **flags} for name, i in special.items()
         },
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": built_in_template(),
         **names,
     }
     generation = {

@@ -50,8 +50,6 @@ def batch(
         tools, settings and voice; or a request of OpenAI's batch files.
       out: Output: one JSON record a line, in the order of the input. With several hosts, on a disk that all share.
     """
-    if job.processes != 1 and job.join is not None:
-        raise InputError("--processes goes without --join")
     spoken = speech_of(
         output.speech, speech, model, seed=generation.seed, no_watchdog=output.no_watchdog,
         audio_format=output.speech_format,
@@ -71,8 +69,8 @@ def batch(
             raise InputError("standard input belongs to one host; with --join, give a file that all hosts see")
         source = spool(sys.stdin.buffer, out)
         try:
-            main(dataclasses.replace(what, source=source), job.processes, job.join, job.patience, as_json)
+            main(dataclasses.replace(what, source=source), job.join, job.patience, as_json)
         finally:
             source.unlink(missing_ok=True)
         return
-    main(what, job.processes, job.join, job.patience, as_json)
+    main(what, job.join, job.patience, as_json)

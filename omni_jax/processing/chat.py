@@ -16,6 +16,7 @@ import jinja2.ext
 import jinja2.sandbox
 
 from omni_jax.errors import InputError, warn
+from omni_jax.files import read_json
 from omni_jax.processing.media import MediaError, decode_base64
 from omni_jax.processing.options import Kind, check_option
 
@@ -223,13 +224,20 @@ def read_template(folder: str | pathlib.Path) -> str:
         if file.exists():
             return file.read_text("utf-8")
         for file in (folder / "chat_template.json", folder / "tokenizer_config.json"):
-            found = json.loads(file.read_text("utf-8-sig")).get("chat_template") if file.exists() else None
+            found = read_json(file, ConversationError).get("chat_template") if file.exists() else None
             if isinstance(found, list):  # several by name
                 found = {t["name"]: t["template"] for t in found}.get("default")
             if isinstance(found, str):
                 return found
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as e:
+    except ConversationError:
+        raise
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as e:
         raise ConversationError(f"{file}: the chat template cannot be read ({e}); fetch the file again") from None
+    return built_in_template()
+
+
+def built_in_template() -> str:
+    """The chat template of the published checkpoints, in our own arrangement: the same prompts."""
     return (pathlib.Path(__file__).parent / "chat_template.jinja").read_text("utf-8")
 
 

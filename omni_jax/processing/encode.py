@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from omni_jax.errors import InputError
+from omni_jax.files import replacing
 
 AudioFormat = Literal["wav", "flac", "mp3", "opus"]
 FORMATS: tuple[AudioFormat, ...] = get_args(AudioFormat)
@@ -58,15 +59,11 @@ def write_atomically(path: str | pathlib.Path, write: Callable[[Any], None]) -> 
     """
     path = pathlib.Path(path)
     check_writable(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path, OutputError) as file:
             write(file)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # soundfile's errors are RuntimeErrors
+    except RuntimeError as e:  # soundfile's
         raise OutputError(f"{path} cannot be written: {' '.join(str(e).split())}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_audio(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 
 from omni_jax.config import ConfigError, OmniConfig, ThinkerConfig
 from omni_jax.errors import InputError, warn
+from omni_jax.files import read_json
 from omni_jax.processing import audio, chat, images, options
 from omni_jax.processing import fit as fitting
 from omni_jax.processing import positions as P
@@ -31,11 +31,9 @@ CONTROLS = ("audio", "image", "video", "audio_start", "audio_end", "vision_start
 def _read_object(file: pathlib.Path) -> dict[str, Any]:
     """A JSON object, {} where there is no such file."""
     try:
-        raw = json.loads(file.read_text("utf-8-sig"))
+        raw = read_json(file, ConfigError)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as e:
-        raise ConfigError(f"{file} cannot be read as JSON ({e}); fetch it again") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{file} must hold a JSON object; fetch it again")
     return raw

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
@@ -13,9 +12,11 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-# How Qwen2 splits text before merging; `tokenizer.json` carries it, `vocab.json` and `merges.txt` do not.
 from omni_jax.errors import InputError
+from omni_jax.files import read_json
 
+# How Qwen2 splits text before merging (`Qwen2Converter` in transformers 4.57.6); `tokenizer.json` carries it,
+# `vocab.json` and `merges.txt` do not.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -172,9 +173,9 @@ class _Added:
 
 def _read_json(file: pathlib.Path) -> Any:
     try:
-        return json.loads(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise TokenizerError(f"{file} cannot be read as JSON ({e}); fetch it again") from None
+        return read_json(file, TokenizerError)
+    except FileNotFoundError:
+        raise TokenizerError(f"{file} does not exist; fetch it again") from None
 
 
 def _added_tokens(folder: pathlib.Path) -> Mapping[int, _Added]:

@@ -35,7 +35,7 @@ needs_gpu_compiler = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def chip():
     """What some programs do on one v5e."""
-    only = ("decode 1", "decode 32", "loop 32", "talker 1", "vision picture")
+    only = ("decode 1", "decode 32", "loop 32", "talker 1", "vision image")
     return aot.run("3b", "v5e:1x1", layers=LAYERS, only=only)
 
 
@@ -135,11 +135,11 @@ def test_a_missing_compiler_is_one_line(monkeypatch, capsys, topology, extra):
 
 
 def test_a_clip_is_made_of_the_calls_that_the_tower_gets():
-    found = facts.clips(CFG)
+    found = facts.tower_programs(CFG)
     assert found["video"] == {"vision 4": (4, 15)}
     mel = np.zeros((30000, CFG.thinker.audio.num_mel_bins), np.float32)
     calls = [len(call.inputs[0]) for call in audio.audio_calls(CFG.thinker.audio, [mel])]
-    assert found["sound"] == {f"audio {n}": (n, calls.count(n)) for n in calls}
+    assert found["audio"] == {f"audio {n}": (n, calls.count(n)) for n in calls}
 
 
 def fact(name, **changes):
@@ -150,7 +150,7 @@ def fact(name, **changes):
 def test_all_parts_together(preset):
     cfg = C.preset(preset)
     placement = meshes.place(cfg, "1", devices=jax.devices()[:1])
-    names = ["decode 1", "loop 1", "prefill 8k", "vision picture", "vision 4", "audio 24", "audio 32", "talker 1",
+    names = ["decode 1", "loop 1", "prefill 8k", "vision image", "vision 4", "audio 24", "audio 32", "talker 1",
              "bigvgan"]  # fmt: skip
     found = {n: fact(n, peak=11) for n in names}
     assert goals.resident(cfg, placement, found) is None

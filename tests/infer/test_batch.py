@@ -1,4 +1,4 @@
-"""`omni-jax batch`: what it answers, what it does with bad lines, how it goes on, and two processes beside one."""
+"""`omni-jax batch`: what it answers, what it does with bad lines, and how it resumes."""
 
 import dataclasses
 import io
@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import time
 import pytest
 
 from omni_jax.errors import InputError
-from omni_jax.infer.batch import job, launch, records
+from omni_jax.infer.batch import answers, hosts, job, records
 from omni_jax.infer.batch.job import Job
 from omni_jax.settings import GenerationSettings, SpeechSettings
 from tests import media
@@ -115,12 +116,13 @@ def test_a_job_goes_on_where_it_was(checkpoint, tmp_path, monkeypatch):
     job.work(wanted)
     whole = read(wanted.out)
     wanted.out.unlink()
-    # Two lines are there, and a third was being written when the process died.
+    # Each of two processes has answered a line, and one was writing another when the job died.
+    (tmp_path / "out.jsonl.part-00001").write_text(json.dumps(whole[1]) + "\n")
     part = tmp_path / "out.jsonl.part-00000"
-    part.write_text("".join(json.dumps(r) + "\n" for r in (whole[3], whole[1])) + '{"line": 1, "te')
+    part.write_text(json.dumps(whole[3]) + "\n" + '{"line": 1, "te')
     asked = []
-    ready = job._make_ready
-    monkeypatch.setattr(job, "_make_ready", lambda m, j, line: asked.append(line.number) or ready(m, j, line))
+    ready = answers.make_ready
+    monkeypatch.setattr(answers, "make_ready", lambda m, j, line: asked.append(line.number) or ready(m, j, line))
     assert job.work(wanted) == {"lines": 5, "failed": 0, "before": 2}
     assert sorted(asked) == [1, 3, 5]
     assert list(map(plain, read(wanted.out))) == list(map(plain, whole))
@@ -150,7 +152,7 @@ def test_error_records_keep_the_id_and_a_byte_order_mark_is_no_text(model, check
     wanted = make_job(
         checkpoint, tmp_path, ["\ufeff" + json.dumps(bad) + "\n", json.dumps({"id": 5, "text": "hi"}) + "\n"]
     )
-    first, second = (job._make_ready(model, wanted, line) for line in wanted.lines())
+    first, second = (answers.make_ready(model, wanted, line) for line in wanted.lines())
     assert first["id"] == "mine"
     assert "top_p is 7" in first["error"]
     assert second["id"] == 5
@@ -276,7 +278,7 @@ def test_a_row_that_has_ended_takes_the_next_line(model, checkpoint, tmp_path):
     """Two rows: the long reply holds up none of the short ones."""
     lines = [{"messages": user(f"Number {n}"), "settings": {"max_new_tokens": n}} for n in (2, 60, 2, 2, 2)]
     wanted = make_job(checkpoint, tmp_path, lines, batch_size=2)
-    made = [r["line"] for r in job._run(model, wanted, wanted.lines(), None)]
+    made = [r["line"] for r in answers.run(model, wanted, wanted.lines(), None)]
     assert sorted(made) == [1, 2, 3, 4, 5]
     assert made.index(2) > made.index(4)
 
@@ -285,11 +287,11 @@ def test_a_line_that_fails_is_its_own(model, checkpoint, tmp_path):
     """An image that the tower refuses is the record of its line, and the neighbours' replies are as ever."""
     image = {"type": "image", "image": media.picture(56, 56, 0)}
     wanted = make_job(checkpoint, tmp_path, [LINES[0]] * 3, batch_size=4)
-    ready = [job._make_ready(model, wanted, line) for line in wanted.lines()]
+    ready = [answers.make_ready(model, wanted, line) for line in wanted.lines()]
     prompt = model.prepare([{"role": "user", "content": [image]}])
     broken = dataclasses.replace(prompt.images[0], pixels=prompt.images[0].pixels[:, :-1])
     ready[1] = dataclasses.replace(ready[1], prompt=dataclasses.replace(prompt, images=(broken,)))
-    made = {r["line"]: r for r in job._answers(model, wanted, [ready])}
+    made = {r["line"]: r for r in answers._answers(model, wanted, [ready])}
     assert "line 2: a medium of the prompt cannot be read" in made[2]["error"]
     assert made[1]["token_ids"] == made[3]["token_ids"]
 
@@ -316,18 +318,17 @@ def test_speech_files(checkpoint, speaker, tmp_path, monkeypatch):
     [
         (["in.jsonl", "out.jsonl", "--join", "here"], "--join 'here' is neither auto nor"),
         (["in.jsonl", "out.jsonl", "--join", "h:1,2/2"], "neither auto nor"),
-        (["in.jsonl", "out.jsonl", "--processes", "0"], "--processes is 0; it must be a whole number, at least 1"),
         (["in.jsonl", "out.jsonl", "--batch-size", "1000"], "--batch-size is 1000; it must be a whole number"),
         (["in.jsonl", "out.jsonl", "--voice", "Ethan"], "--voice goes with --speech"),
         (["in.jsonl", "out.jsonl", "--mesh", "1", "--speech-mesh", "1"], "--speech-mesh goes with --speech"),
         (["in.jsonl", "out.jsonl", "--speech", "--speech-mesh", "1"], "give --mesh as well"),
         (["in.jsonl", "out.jsonl", "--mesh", "2x2x2x2"], "'2x2x2x2' is neither chips such as"),
-        (["in.jsonl", "out.jsonl", "--processes", "2", "--mesh", "3"], "'3' has 3 chips"),
+        (["in.jsonl", "out.jsonl", "--mesh", "3"], "'3' has 3 chips"),
         (["in.jsonl", "out.jsonl", "--mesh", "8x8"], "(cpu); choose a smaller --mesh"),
         (["none.jsonl", "out.jsonl"], "none.jsonl cannot be read"),
         (["empty.jsonl", "out.jsonl"], "empty.jsonl has no line"),
         (["in.jsonl", "none/out.jsonl"], "there is no folder"),
-        (["in.jsonl", "out.jsonl", "--processes", "2", "--model", "none"], "none/config.json"),
+        (["in.jsonl", "out.jsonl", "--model", "none"], "none/config.json"),
     ],
 )
 def test_jobs_that_cannot_run(monkeypatch, capfd, checkpoint, tmp_path, args, said):
@@ -342,96 +343,35 @@ def test_jobs_that_cannot_run(monkeypatch, capfd, checkpoint, tmp_path, args, sa
     assert not list(tmp_path.glob("out.jsonl*"))
 
 
-def test_a_process_that_ends_badly_ends_the_others():
-    wait = [sys.executable, "-c", "import time; time.sleep(60)"]
-    began = time.monotonic()
-    with pytest.raises(launch.ProcessError, match=r"process 1 of 2 was ended by SIGKILL"):
-        launch.watch([wait, [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]])
-    assert time.monotonic() - began < launch.GRACE + 2
-    launch.watch([[sys.executable, "-c", ""]] * 2)
-
-
-def _two_processes(*args, **env):
-    """`omni-jax batch` as a process; each of its own processes has four devices."""
-    flags = {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    call = [sys.executable, "-m", "omni_jax.cli", "batch", *map(str, args)]
-    return subprocess.Popen(call, env=os.environ | flags | env, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.parametrize("mesh", ["tensor=2", "data=2,tensor=2,sequence=2"], ids=["a copy each", "together"])
-def test_two_processes_of_four_devices_equal_one(checkpoint, tmp_path, mesh):
-    one = make_job(checkpoint, tmp_path, out=tmp_path / "one.jsonl")
-    job.work(one)
-    process = _two_processes(
-        tmp_path / "in.jsonl", tmp_path / "two.jsonl", "--model", checkpoint, "--dtype", "float32", "--max-new-tokens",
-        6, "--processes", 2, "--mesh", mesh,
-    )  # fmt: skip
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    assert list(map(plain, read(tmp_path / "two.jsonl"))) == list(map(plain, read(one.out)))
-
-
-def test_a_process_that_dies_ends_the_job_and_the_next_one_goes_on(checkpoint, tmp_path):
-    lines = [user(f"What is {n}?") for n in range(200)]
-    source, out = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
-    flags = ("--model", checkpoint, "--dtype", "float32", "--max-new-tokens", 16, "--batch-size", 1)
-    process = _two_processes(source, out, *flags, "--processes", 2)
-    part = tmp_path / "out.jsonl.part-00001"
-    while not (part.exists() and part.stat().st_size > 2000):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[1]), signal.SIGKILL)
-    killed = time.monotonic()
-    _, err = process.communicate(timeout=60)
-    assert time.monotonic() - killed < launch.GRACE + 3
-    assert process.returncode == 1
-    assert "process 1 of 2 was ended by SIGKILL" in err
-    assert "of 200 lines are left: the same command goes on with them" in err
-    assert not out.exists()
-    kept = {json.loads(r)["line"] for p in tmp_path.glob("out.jsonl.part-*") for r in p.read_text().splitlines()[:-1]}
-    short = make_job(checkpoint, tmp_path, lines, settings=GenerationSettings(max_new_tokens=16), batch_size=64)
-    made = job.work(short)
-    assert made["before"] >= len(kept) > 0
-    assert (made["lines"], made["failed"]) == (200, 0)
-    assert [r["line"] for r in read(out)] == list(range(1, 201))
-
-
 def test_a_host_that_cannot_begin_ends_the_job(checkpoint, tmp_path):
     """One of two hosts cannot read its checkpoint: it says so, and the other one does not wait for it for ever."""
-    source, out, port = write(tmp_path / "in.jsonl", LINES[:2]), tmp_path / "out.jsonl", launch.free_port()
+    source, out = write(tmp_path / "in.jsonl", LINES[:2]), tmp_path / "out.jsonl"
     broken = tmp_path / checkpoint.name
     shutil.copytree(checkpoint, broken)
     (broken / "tokenizer.json").write_text("{")
-    flags = ("--dtype", "float32", "--max-new-tokens", 2, "--patience", 10)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
     began = time.monotonic()
-    hosts = [
-        _two_processes(source, out, "--model", path, *flags, "--join", f"127.0.0.1:{port},{i}/2")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "omni_jax.cli", "batch", source, out, "--model", path, "--dtype", "float32",
+             "--max-new-tokens", "2", "--patience", "10", "--join", f"127.0.0.1:{port},{i}/2"],
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+        )
         for i, path in enumerate((checkpoint, broken))
-    ]
-    errors = [h.communicate(timeout=120)[1] for h in hosts]
+    ]  # fmt: skip
+    errors = [p.communicate(timeout=120)[1] for p in processes]
     assert time.monotonic() - began < 10 + 80  # starting and loading included
-    assert [h.returncode for h in hosts] == [1, 2]
+    assert [p.returncode for p in processes] == [-signal.SIGABRT, 2]
     assert "tokenizer.json" in errors[1]
-    assert "process 1 of 2 ended with exit code 2; 2 of 2 lines are left" in errors[1]
-    assert "process 0 of 2 was ended by SIGABRT" in errors[0]
+    assert errors[1].count("\n") == 1
+    assert not out.exists()
 
 
-def test_a_host_that_falls_silent_ends_the_job(checkpoint, tmp_path):
-    """Two hosts, each with its own watcher: one vanishes, and the other ends within its patience."""
-    lines = [user(f"What is {n}?") for n in range(400)]
-    source, out, port = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl", launch.free_port()
-    flags = ("--model", checkpoint, "--dtype", "float32", "--max-new-tokens", 16, "--batch-size", 1, "--patience", 12)
-    hosts = [_two_processes(source, out, *flags, "--join", f"127.0.0.1:{port},{i}/2") for i in range(2)]
-    part = tmp_path / "out.jsonl.part-00001"
-    while not (part.exists() and part.stat().st_size > 2000):
-        assert all(h.poll() is None for h in hosts), [h.stderr.read() for h in hosts]
-        time.sleep(0.05)
-    child = subprocess.run(["pgrep", "-P", str(hosts[1].pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(child[0]), signal.SIGKILL)
-    killed = time.monotonic()
-    errors = [h.communicate(timeout=90)[1] for h in hosts]
-    assert time.monotonic() - killed < 12 + 15
-    assert "process 1 of 2 was ended by SIGKILL" in errors[1]
-    assert "process 0 of 2 was ended by SIGABRT" in errors[0]
-    assert [h.returncode for h in hosts] == [1, 1]
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [("auto", hosts.Cluster(patience=9)), ("10.0.0.1:4321,1/2", hosts.Cluster("10.0.0.1:4321", 1, 2, 9))],
+)
+def test_places_among_hosts(text, want):
+    assert hosts.parse_join(text, 9) == want

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ import pytest
 import soundfile
 
 from omni_jax import api
-from omni_jax.infer.batch import job, launch
+from omni_jax.infer.batch import job
 from tests import hosts_child
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -23,7 +24,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def both(checkpoint, tmp_path_factory):
     """(what each process printed, their folder)."""
-    folder, port = tmp_path_factory.mktemp("hosts"), launch.free_port()
+    folder = tmp_path_factory.mktemp("hosts")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
     lines = hosts_child.messages()
     picture = folder / "picture.png"
     picture.write_bytes(lines[0][0]["content"][0].pop("image"))
@@ -75,6 +79,15 @@ def test_a_session_equals_one_process(both, speaker):
     first, second = (host["said"] for host in both[0])
     assert first == hosts_child.conversation(speaker)
     assert second == []
+
+
+def test_hosts_with_a_copy_each_share_the_lines(both, speaker):
+    """Without a mesh over all devices each process answers its own lines, and the first one merges the records."""
+    assert [host["shared"] for host in both[0]] == [{"lines": 2, "failed": 0, "before": 0}] * 2
+    assert [host["own"] for host in both[0]] == [[1], [2]]
+    want = speaker.generate(hosts_child.messages(), hosts_child.GREEDY[0])
+    records = [json.loads(r) for r in (both[1] / "shared.jsonl").read_text().splitlines()]
+    assert [(r["line"], r["token_ids"]) for r in records] == [(i, list(r.token_ids)) for i, r in enumerate(want, 1)]
 
 
 def test_a_batch_with_sound_files_equals_one_process(both, speaker, checkpoint, monkeypatch):

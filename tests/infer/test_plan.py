@@ -259,7 +259,7 @@ def test_what_does_not_fit_exits_with_1(monkeypatch, capsys):
         (("--image", "448"), "--image '448' is not a size; give WIDTHxHEIGHT"),
         (("--image", "9000x10"), "too narrow"),
         (("--video", "640x360"), "seconds must be a number above 0"),
-        (("--video", "big:10"), "--video 'big:10' is not a clip"),
+        (("--video", "big:10"), "--video 'big:10' is not a video"),
         (("--video", "640x360:10@0"), "frames a second must be a number above 0"),
         (("--video", "640x360:10", "--fps", "-1"), "--fps is -1.0; it must be a number, at least 1e-06"),
         (("--audio", "0.001"), "too short to become a token"),

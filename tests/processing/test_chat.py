@@ -233,7 +233,7 @@ def test_where_the_template_comes_from(tmp_path: pathlib.Path):
     assert read_template(tmp_path) == "newest form"
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "chat_template.json").write_text("{")
-    with pytest.raises(ConversationError, match=r"chat_template.json: the chat template cannot be read"):
+    with pytest.raises(ConversationError, match=r"chat_template.json cannot be read as JSON"):
         read_template(tmp_path)
 
 
