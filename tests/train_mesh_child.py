@@ -75,7 +75,7 @@ def devices(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
                 losses.append(float(metrics["loss"]))
                 if mesh is None and made == 0:
                     saved = K.Checkpoints(trainer.run)
-                    saved.save(state, [0])
+                    saved.save(state, K.Progress())
                     saved.finish()
             results[mesh] = losses, {n: np.asarray(a) for n, a in state.params.items()}
             if mesh is None:

@@ -6,17 +6,22 @@ no finished one.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
-from omni_jax.train.config import Run, RunError, check_same, from_identity, identity
+from omni_jax.train.config import Run, RunError, check_same, describe, from_description
+from omni_jax.train.data.lines import Lines, Order, Position, recall, remember
 from omni_jax.train.step import State
 
 FOLDER = "checkpoints"
@@ -53,42 +58,131 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
+def check_model(before: Mapping[str, str], now: Mapping[str, str], run: Run) -> None:
+    """Raises RunError where a run would go on from another model than it began with, whatever the path says."""
+    differing = sorted(part for part in before if before[part] != now.get(part))
+    if differing:
+        raise RunError(
+            f"{run.model} is another model than the run in {run.out} began with (its {', '.join(differing)} differ); "
+            "name that one with --set model=DIR, or choose another out"
+        )
+
+
+def _chosen(which: str, steps: Sequence[int], read: Callable[[int], Mapping[str, Any]], folder: str) -> int:
+    """The step that `which` names. Raises RunError."""
+    if which == "last":
+        return steps[-1]
+    kept = ", ".join(map(str, steps))
+    if which == "best":
+        losses = {}
+        for step in steps:
+            with contextlib.suppress(Exception):  # a damaged one is no candidate
+                if (loss := read(step)["loss"]) is not None:
+                    losses[step] = loss
+        if (best := _best(losses, steps)) is None:
+            raise RunError(f"no kept checkpoint of {folder} was evaluated; name one of the steps {kept}")
+        return best
+    if not which.isdecimal() or int(which) not in steps:
+        raise RunError(f"{folder} has no checkpoint {which!r}; there are best, last, and the steps {kept}")
+    return int(which)
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a run has come besides its state.
+
+    Attributes:
+      position: in the order of its samples.
+      skipped: records that were skipped.
+      loss: of the evaluation at this step, where there was one.
+    """
+
+    position: Position = dataclasses.field(default_factory=Position)
+    skipped: int = 0
+    loss: float | None = None
+
+
+class _Preserved(policies.PreservationPolicy):
+    """Keeps the newest checkpoints, and the one with the least loss of an evaluation."""
+
+    def __init__(self, newest: int, losses: Mapping[int, float]):
+        self._newest, self._losses = newest, losses
+
+    def should_preserve(
+        self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: policies.PreservationContext
+    ) -> Sequence[bool]:
+        """Which of the checkpoints, in the order of their steps, stay."""
+        steps = [c.step for c in checkpoints]
+        best = _best(self._losses, steps)
+        return [step in steps[-self._newest :] or step == best for step in steps]
+
+
+def _best(losses: Mapping[int, float], steps: Sequence[int]) -> int | None:
+    """The step with the least loss, the later one of equals; None where none was evaluated."""
+    return min((s for s in steps if s in losses), key=lambda s: (losses[s], -s), default=None)
+
+
 class Checkpoints:
     """The checkpoints of one run. Everything here is called by all processes together."""
 
-    def __init__(self, run: Run, data: str = ""):
-        """The run's folder; `data` is the digest of what it learns from (`Lines.digest`)."""
-        self.run, self.data, self.folder = run, data, pathlib.Path(run.out).absolute() / FOLDER
+    def __init__(self, run: Run, lines: Lines | None = None, model: Mapping[str, str] | None = None):
+        """The run's folder.
+
+        Args:
+          lines: what it learns from; None where the position does not matter.
+          model: the fingerprint of the model that it begins with, as plain data.
+        """
+        self.run, self.model, self.folder = run, dict(model or {}), pathlib.Path(run.out).absolute() / FOLDER
+        self._lines, self._order = lines, None if lines is None else Order(lines.keys, run.seed)
+        self._losses: dict[int, float] = {}
         try:
             self._manager = self._open()
         except OSError as e:
             raise RunError(f"{self.folder} cannot be made ({e.strerror}); choose another out") from None
+        for step in self.steps():
+            with contextlib.suppress(Exception):  # a damaged one is found when it is restored
+                if (loss := self.about(step)["loss"]) is not None:
+                    self._losses[step] = loss
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self.run.keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
-        )
+            preservation_policy=_Preserved(self.run.keep, self._losses), enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+        )  # fmt: skip
         return ocp.CheckpointManager(self.folder, options=options, item_names=("state", "about"))
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: State, positions: list[int]) -> None:
+    def about(self, step: int) -> dict[str, Any]:
+        """What is written beside the state of a step."""
+        return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+
+    @property
+    def least_loss(self) -> float:
+        """The least loss of an evaluation whose checkpoint is kept; infinite where there is none."""
+        best = _best(self._losses, self.steps())
+        return math.inf if best is None else self._losses[best]
+
+    def save(self, state: State, progress: Progress) -> None:
         """Begins to write a checkpoint; training goes on once the state has been copied to the host.
 
-        Args:
-          positions: of each host's data.
         Raises:
           RunError: this one or the one before cannot be written.
         """
         tree, step = _named(state), int(state.step)
         about = {
-            "run": identity(self.run), "data": self.data, "positions": positions, "fingerprint": _fingerprints(tree),
+            "run": describe(self.run), "model": self.model, "skipped": progress.skipped, "loss": progress.loss,
+            "samples": progress.position.samples, "fingerprint": _fingerprints(tree),
             "shapes": {n: list(a.shape) for n, a in state.params.items()},
         }  # fmt: skip
+        if self._lines is not None and self._order is not None:
+            about["data"] = remember(self._lines, self._order, progress.position)
         try:
             self._manager.wait_until_finished()
+            if progress.loss is not None:
+                self._losses[step] = progress.loss
             self._manager.save(
                 step, args=ocp.args.Composite(state=ocp.args.StandardSave(tree), about=ocp.args.JsonSave(about))
             )
@@ -109,37 +203,46 @@ class Checkpoints:
 
     def restore(
         self, shapes: State, shardings: State | None, say: Callable[[str], None]
-    ) -> tuple[State, list[int]] | None:
-        """The newest sound checkpoint: its state and the hosts' data positions; None where a run begins.
+    ) -> tuple[State, Progress] | None:
+        """The newest sound checkpoint: its state, and how far the run had come; None where a run begins.
 
         A damaged one is renamed to `broken-STEP`, and the one before is taken.
 
         Args:
           shapes, shardings: of the state.
-          say: takes a line about each damaged checkpoint.
+          say: takes a line about each damaged checkpoint, and about a changed training file.
         Raises:
-          RunError: a run with other settings or data, or no checkpoint is sound.
+          RunError: a run with other settings or of another model; or no checkpoint is sound.
+          DataError: a training file with other lines.
         """
         found = self.steps()
         for step in reversed(found):
             try:
-                about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+                about = self.about(step)
             except Exception as e:
                 self._set_aside(step, _one_line(e), say)
                 continue
             check_same(about["run"], self.run)
-            if about.get("data") != self.data:
-                raise RunError(
-                    f"{self.run.data.train} has changed since the run in {self.run.out} began, so it cannot go on at "
-                    "the same sample; put the file back, or choose another out"
-                )
+            check_model(about["model"], self.model, self.run)
+            position = self._position(about, say)
             try:
-                return self._state(step, shapes, shardings, about), list(about["positions"])
+                state = self._state(step, shapes, shardings, about)
             except Exception as e:
                 self._set_aside(step, _one_line(e), say)
+                continue
+            return state, Progress(position, about["skipped"], about["loss"])
         if found:
             raise RunError(f"none of the {len(found)} checkpoints in {self.folder} is sound; begin anew in another out")
         return None
+
+    def _position(self, about: Mapping[str, Any], say: Callable[[str], None]) -> Position:
+        if self._lines is None or self._order is None:
+            return Position()
+        position, same = recall(about["data"], self._lines, self._order)
+        if not same:
+            place = position.first / len(self._lines)
+            say(f"{self._lines.path} has changed: {len(self._lines):,} records; the run goes on at epoch {place:.3f}")
+        return position
 
     def _state(self, step: int, shapes: State, shardings: State | None, about: Mapping[str, Any]) -> State:
         names = _named(shapes)
@@ -154,20 +257,30 @@ class Checkpoints:
         return State(tree["step"], tree["params"], opt, tree["key"])
 
     @staticmethod
-    def trained(folder: str | os.PathLike[str]) -> tuple[Run, dict[str, Any]]:
-        """The settings of the run in a folder, and the trained parameters of its newest checkpoint, on the host.
+    def trained(folder: str | os.PathLike[str], which: str = "last") -> tuple[Run, dict[str, str], dict[str, Any]]:
+        """What a run has learned.
 
+        Args:
+          folder: of the run.
+          which: "last", "best" (by the loss of its evaluations), or the number of a step.
+        Returns:
+          its settings, the fingerprint of the model that it began with, and the trained parameters, on the host.
         Raises:
-          RunError: there is none, or it is damaged; `train` falls back to the one before.
+          RunError: there is no such checkpoint, or it is damaged; `train` falls back to the one before.
         """
         place = pathlib.Path(folder).absolute() / FOLDER
         options = ocp.CheckpointManagerOptions(read_only=True)
         with ocp.CheckpointManager(place, options=options, item_names=("state", "about")) as manager:
-            step = manager.latest_step()
-            if step is None:
+            steps = sorted(manager.all_steps())
+            if not steps:
                 raise RunError(f"{folder} has no finished checkpoint yet; train first")
+
+            def read(step: int) -> dict[str, Any]:
+                return manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+
+            step = _chosen(which, steps, read, str(folder))
             try:
-                about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+                about = read(step)
                 wanted = {"params": {n: np.empty(s, np.float32) for n, s in about["shapes"].items()}}
                 as_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
                 given = ocp.args.PyTreeRestore(wanted, restore_args=as_host, partial_restore=True)
@@ -176,7 +289,7 @@ class Checkpoints:
                     raise ValueError("its fingerprint does not fit its arrays")
             except Exception as e:
                 raise RunError(f"the checkpoint of step {step} in {folder} is damaged ({_one_line(e)})") from None
-        return from_identity(about["run"], str(folder)), params
+        return from_description(about["run"], str(folder)), dict(about["model"]), params
 
     def _set_aside(self, step: int, why: str, say: Callable[[str], None]) -> None:
         say(f"the checkpoint of step {step} is damaged ({why}); it becomes broken-{step}, and the one before is taken")
@@ -195,18 +308,3 @@ class Checkpoints:
     def close(self) -> None:
         """Ends the background threads."""
         self._manager.close()
-
-
-def all_positions(position: int) -> list[int]:
-    """The data positions of all hosts."""
-    if jax.process_count() == 1:
-        return [position]
-    from jax.experimental import multihost_utils
-
-    return [int(p) for p in multihost_utils.process_allgather(np.int32(position)).reshape(-1)]
-
-
-def own_position(positions: list[int]) -> int:
-    """Where this host goes on. With another number of hosts all go on from the furthest."""
-    same = len(positions) == jax.process_count()
-    return positions[jax.process_index()] if same else max(positions)

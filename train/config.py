@@ -19,9 +19,13 @@ Task = Literal["thinker", "talker", "dpo", "talker_dpo", "token2wav", "vocoder"]
 DType = Literal["bfloat16", "float32"]
 Remat = Literal["none", "dots", "full"]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# What may differ between a run and its continuation: these change neither what is learned nor from what.
-RESUMABLE_FIELDS = ("out", "mesh", "log_every", "save_every", "keep", "evaluate_every", "tracking")
-FREE_DATA = ("threads", "prefetch", "decode_all")
+# What may differ between a run and its continuation: where things lie (model and data are known by their content), how
+# they are read, how often something is written, and how long it goes on.
+RESUMABLE_FIELDS = (
+    "model", "out", "data.train", "data.evaluate", "mesh", "log_every", "save_every", "keep", "evaluate_every",
+    "answers", "tracking", "steps", "epochs", "data.threads", "data.workers", "data.prefetch", "data.decode_all",
+    "data.on_error", "data.skip_limit",
+)  # fmt: skip
 
 
 class RunError(InputError):
@@ -72,6 +76,7 @@ class Data:
 
     Attributes:
       train, evaluate: JSONL files; paths in them are relative to the file's folder.
+      format: of their records: ours ("messages") or another trainer's (`data/formats.py`); "auto" tells by the keys.
       sequence: places of a row, in tokens of text and media and in codes.
       sizes: padded lengths of rows below `sequence`; a step takes the smallest that holds its rows.
       batch: rows of a step, all hosts and micro batches together (pairs for preferences).
@@ -80,12 +85,15 @@ class Data:
       threads, workers: that read and decode: threads in this process, or in each of so many processes.
       prefetch: steps decoded ahead.
       decode_all: decode every medium once before training, so that no later one can fail.
+      on_error: at a record that cannot be used: "stop" saves and ends the run, "skip" says which one and goes on.
+      skip_limit: most records that are skipped; with more the run saves and ends.
       media: defaults of media items: fps, max_frames, min_pixels, max_pixels, use_audio_in_video.
       crop: mel frames of a row for the vocoder.
     """
 
     train: str = ""
     evaluate: str | None = None
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "swift", "trl"] = "auto"
     sequence: int = 4096
     sizes: tuple[int, ...] = ()
     batch: int = 8
@@ -95,6 +103,8 @@ class Data:
     workers: int = 0
     prefetch: int = 2
     decode_all: bool = False
+    on_error: Literal["stop", "skip"] = "stop"
+    skip_limit: int = 100
     media: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     crop: int = 48
 
@@ -113,7 +123,10 @@ class Run:
       text_weight: of the text's own loss beside the codes' (`talker`).
       beta: of preferences.
       drop: share of rows without condition (`token2wav`).
-      steps: of the optimiser.
+      new_tokens: added to the tokenizer, each a token of its own in texts and replies; their rows are learned with the
+        Thinker's embedding and head, and an export carries them.
+      steps: of the optimizer. A run with more of them than before goes on, at the rates of the new length.
+      epochs: rounds over the data, from which `steps` then follow; with packed rows all data are decoded once to count.
       seed: of shuffling and of all random numbers.
       dtype: of the computation; trained parameters are float32 always.
       remat: what the backward pass computes again: nothing, all but the products, or all but the layers' inputs.
@@ -134,7 +147,9 @@ class Run:
     text_weight: float = 0.0
     beta: float = 0.1
     drop: float = 0.2
+    new_tokens: tuple[str, ...] = ()
     steps: int = 1000
+    epochs: float | None = None
     seed: int = 0
     dtype: DType = "bfloat16"
     remat: Remat = "full"
@@ -161,6 +176,10 @@ class Run:
             raise RunError("data.train names no file; give a JSONL")
         if not self.rates:
             raise RunError("rates is empty, so nothing would be trained; give {'thinker.model': 1e-5} or the like")
+        if d.evaluate is not None and not self.evaluate_every:
+            raise RunError("data.evaluate is given, but evaluate_every is 0, so nothing would be evaluated; set both")
+        if d.evaluate is None and (self.evaluate_every or self.answers):
+            raise RunError("evaluate_every and answers need data.evaluate; name its JSONL, or set both to 0")
         if list(d.sizes) != sorted(set(d.sizes)) or (d.sizes and d.sizes[-1] > d.sequence):
             raise RunError(f"data.sizes {d.sizes} must rise and stay within data.sequence {d.sequence}")
 
@@ -175,7 +194,8 @@ _RANGES = {
     "evaluate_every": (0, math.inf), "answers": (0, math.inf), "text_weight": (0, math.inf), "beta": (0, math.inf),
     "drop": (0, 1), "data.sequence": (1, math.inf), "data.batch": (1, math.inf), "data.accumulate": (1, math.inf),
     "data.threads": (1, math.inf), "data.workers": (0, math.inf), "data.prefetch": (1, math.inf),
-    "data.crop": (1, math.inf), "lora.rank": (1, math.inf), "optimizer.warmup": (0, math.inf),
+    "data.crop": (1, math.inf), "data.skip_limit": (0, math.inf), "epochs": (1e-9, math.inf),
+    "lora.rank": (1, math.inf), "optimizer.warmup": (0, math.inf),
     "optimizer.final": (0, 1), "optimizer.clip": (0, math.inf), "optimizer.weight_decay": (0, math.inf),
     "optimizer.b1": (0, 1), "optimizer.b2": (0, 1), "optimizer.eps": (0, math.inf),
 }  # fmt: skip
@@ -305,18 +325,15 @@ def _changed(settings: Any, path: Sequence[str], value: Any, name: str) -> Any:
         if not dataclasses.is_dataclass(inner):
             raise RunError(f"--set {name}: {path[0]} is {inner!r} and has no {path[1]!r}")
         value = _changed(inner, path[1:], value, name)
+    elif get_origin(get_type_hints(type(settings))[path[0]]) is tuple and isinstance(value, str):
+        value = tuple(word.strip() for word in value.split(",") if word.strip())
     return dataclasses.replace(settings, **{path[0]: value})
 
 
-def identity(run: Run) -> dict[str, Any]:
-    """What must stay the same when a run is continued, as plain JSON data by dotted name."""
-    plain = json.loads(json.dumps(dataclasses.asdict(run)))
-    for name in RESUMABLE_FIELDS:
-        del plain[name]
-    for name in FREE_DATA:
-        del plain["data"][name]
+def describe(run: Run) -> dict[str, Any]:
+    """A run as plain JSON data by dotted name."""
     flat: dict[str, Any] = {}
-    for name, value in plain.items():
+    for name, value in json.loads(json.dumps(dataclasses.asdict(run))).items():
         if isinstance(value, dict) and name in ("data", "optimizer", "lora"):
             flat |= {f"{name}.{k}": v for k, v in value.items()}
         else:
@@ -325,16 +342,16 @@ def identity(run: Run) -> dict[str, Any]:
 
 
 def check_same(before: Mapping[str, Any], run: Run) -> None:
-    """Raises RunError naming the settings that changed since the run began."""
-    now = identity(run)
-    changed = [n for n in sorted({*before, *now}) if before.get(n) != now.get(n)]
+    """Raises RunError naming the settings that changed since the run began, except RESUMABLE_FIELDS."""
+    now = describe(run)
+    changed = [n for n in sorted({*before, *now}) if before.get(n) != now.get(n) and n not in RESUMABLE_FIELDS]
     if changed:
         listed = "; ".join(f"{n} was {before.get(n)!r} and is {now.get(n)!r}" for n in changed)
         raise RunError(f"{run.out} holds a run with other settings: {listed}; set them back, or choose another out")
 
 
-def from_identity(known: Mapping[str, Any], out: str) -> Run:
-    """The run that `identity` described, without what it leaves out."""
+def from_description(known: Mapping[str, Any], out: str) -> Run:
+    """The run that `describe` described, in a folder."""
     inner: dict[str, dict[str, Any]] = {"data": {}, "optimizer": {}, "lora": {}}
     plain: dict[str, Any] = {}
     for name, value in known.items():
@@ -346,4 +363,4 @@ def from_identity(known: Mapping[str, Any], out: str) -> Run:
             plain[name] = value
     made = {"data": Data(**inner["data"]), "optimizer": Optimizer(**inner["optimizer"])}
     plain["lora"] = Lora(**inner["lora"]) if inner["lora"] else None
-    return Run(**plain | made, out=out)
+    return Run(**plain | made | {"out": out})

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from omni_jax.api import Omni
+from omni_jax.settings import GenerationSettings
 from omni_jax.train.config import Data
-from omni_jax.train.data.jsonl import Lines, Reader
+from omni_jax.train.data.jsonl import Reader
+from omni_jax.train.data.lines import Lines
 from omni_jax.train.data.loader import Feed
 from omni_jax.train.step import Flat, Trainer
 
@@ -37,13 +39,14 @@ def word_error_rate(answers: Sequence[str], truths: Sequence[str]) -> float:
 
 
 def mean_loss(
-    trainer: Trainer, trained: Flat, frozen: Flat, base: Flat | None, lines: Lines, reader: Reader
-) -> dict[str, float]:
-    """The metrics over every record of a file, each weighted by its labels."""
+    trainer: Trainer, trained: Flat, frozen: Flat, base: Flat | None, lines: Lines, reader: Reader,
+    tell: Callable[[str], None],
+) -> dict[str, float]:  # fmt: skip
+    """The metrics over every record of a file, each weighted by its labels; `tell` is told each that is skipped."""
     data = trainer.run.data
     feed = Feed(
-        lines, reader, _whole(data), trainer.run.seed, trainer.mesh, sizes=trainer.run.row_sizes, once=True
-    )  # fmt: skip
+        lines, reader, _whole(data), trainer.run.seed, trainer.mesh, sizes=trainer.run.row_sizes, once=True, tell=tell
+    )
     sums: dict[str, float] = {}
     weight = 0.0
     for loaded in feed:
@@ -63,17 +66,26 @@ def _whole(data: Data) -> Data:
 
 def answers(
     trainer: Trainer, trained: Flat, frozen: Flat, lines: Lines, reader: Reader, eos: Sequence[int], count: int
-) -> dict[str, float]:
-    """Answers the first `count` records greedily and compares with their last assistant turns, white space aside."""
+) -> list[dict[str, str]]:
+    """Answers the first `count` records greedily: `name`, `answer` and `truth` (the last turn) of each, white space
+    aside."""
     tree = trainer.assembled(trained, frozen)
     model = Omni(trainer.cfg, tree, reader.processor, eos, trainer.dtype, placement=trainer.placement)
-    said, truths = [], []
+    settings, said = GenerationSettings(max_new_tokens=MAX_NEW_TOKENS), []
     for index in range(min(count, len(lines))):
-        (conversation,) = reader.conversations(lines[index])
-        content = conversation[-1]["content"]
-        truth = content if isinstance(content, str) else "".join(item["text"] for item in content)
-        reply = model.generate(conversation[:-1], max_new_tokens=MAX_NEW_TOKENS, media=dict(reader.media))
-        said.append(" ".join(reply.text.split()))
-        truths.append(" ".join(truth.split()))
-    exact = sum(a == t for a, t in zip(said, truths, strict=True)) / max(1, len(said))
-    return {"exact_match": exact, "word_error_rate": word_error_rate(said, truths)}
+        record = lines[index]
+        (conversation,) = reader.conversations(record)
+        *asked, last = conversation.messages
+        truth = "".join(part.source for part in last.parts)
+        (reply,) = model.answer([reader.processor(asked, tools=conversation.tools, **dict(reader.media))], [settings])
+        said.append({
+            "name": record["name"], "answer": " ".join(reply.text.split()), "truth": " ".join(truth.split())
+        })  # fmt: skip
+    return said
+
+
+def compare(said: Sequence[Mapping[str, str]]) -> dict[str, float]:
+    """Exact match and word error rate of answers."""
+    given, truths = [s["answer"] for s in said], [s["truth"] for s in said]
+    exact = sum(a == t for a, t in zip(given, truths, strict=True)) / max(1, len(said))
+    return {"exact_match": exact, "word_error_rate": word_error_rate(given, truths)}

@@ -6,6 +6,7 @@ rounded once), with config, tokenizer and voices. PEFT: the adapters alone, as `
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -17,11 +18,14 @@ from typing import Any
 import numpy as np
 
 from omni_jax.checkpoint import adapter, keys
+from omni_jax.checkpoint.added_tokens import add_tokens
 from omni_jax.checkpoint.convert import building
+from omni_jax.checkpoint.fingerprint import fingerprint
 from omni_jax.checkpoint.folder import Stored, open_checkpoint, row_blocks
 from omni_jax.checkpoint.orbax_io import put_file
 from omni_jax.checkpoint.safetensors_io import CheckpointError, write_checkpoint, write_file
 from omni_jax.checkpoint.sources import is_small_file, local_files
+from omni_jax.checkpoint.speakers import load_voices
 from omni_jax.config import load_config
 from omni_jax.train.checkpoints import FOLDER, Checkpoints
 from omni_jax.train.config import Run, RunError
@@ -63,14 +67,18 @@ def export_merged(run: Run, params: Mapping[str, Any], dst: str | os.PathLike[st
     """Writes the whole checkpoint with the trained parameters in it; returns bytes. Raises CheckpointError."""
     new, scale = published(params), run.lora.alpha / run.lora.rank if run.lora else 0.0
     with local_files(run.model) as (files, url):
-        tensors = open_checkpoint(files, load_config(files), url)
-        entries = {n: (t.dtype, t.shape) for n, t in tensors.items()}
+        cfg = load_config(files)
+        tensors = open_checkpoint(files, cfg, url)
+        voices = load_voices(files) if run.new_tokens and cfg.token2wav is not None else {}
+        added = add_tokens(files, cfg, run.new_tokens, (v.bos_token for v in voices.values()))
+        # New tokens may have made tables longer.
+        entries = {n: (t.dtype, new[n].shape if n in new else t.shape) for n, t in tensors.items()}
         total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in entries.values())
 
         def blocks(name: str) -> Iterator[np.ndarray]:
             stored = tensors[name]
             values = _changed(_Named(stored, name), new, scale)
-            for rows in row_blocks(stored.shape, 4):
+            for rows in row_blocks(entries[name][1], 4):
                 if values is not None:
                     yield values[rows] if values.ndim else values
                     continue
@@ -82,7 +90,7 @@ def export_merged(run: Run, params: Mapping[str, Any], dst: str | os.PathLike[st
         with building(dst, total) as place:
             for name in sorted(os.listdir(files)):
                 if is_small_file(name) and (files / name).is_file():
-                    put_file(place, name, (files / name).read_bytes())
+                    put_file(place, name, added.files.get(name) or (files / name).read_bytes())
             write_checkpoint(pathlib.Path(place), entries, blocks, shard_bytes)
     return total
 
@@ -121,22 +129,48 @@ def export_peft(run: Run, params: Mapping[str, Any], dst: str | os.PathLike[str]
     return total
 
 
+def _base(run: Run, model: Mapping[str, str], base: str | os.PathLike[str] | None) -> Run:
+    """The run, its model that of `base` if given, known to be the one that it began with.
+
+    Raises:
+      CheckpointError: it is not there, or another one.
+    """
+    place = str(base or run.model)
+    hub = base is None and re.fullmatch(r"[\w.-]+/[\w.-]+", place)
+    if not pathlib.Path(place).exists() and not hub and "://" not in place:
+        raise CheckpointError(
+            f"{place}, which the run began with, is not there; name its new place with --base DIR (adapters alone need "
+            "--peft and no base)"
+        )
+    now = fingerprint(place).to_dict()
+    # Templates and voices may have been mended since; they go along as they are.
+    differing = [part for part in ("config", "weights") if part in model and model[part] != now[part]]
+    if differing:
+        raise CheckpointError(
+            f"{place} is not the model that the run began with (its {' and '.join(differing)} differ); name that one "
+            "with --base DIR"
+        )
+    return dataclasses.replace(run, model=place)
+
+
 def export(
-    folder: str | os.PathLike[str], dst: str | os.PathLike[str], *, peft: bool = False, shard_bytes: int = 5_000_000_000
-) -> int:
-    """Exports a run's newest checkpoint.
+    folder: str | os.PathLike[str], dst: str | os.PathLike[str], *, peft: bool = False,
+    shard_bytes: int = 5_000_000_000, which: str = "last", base: str | os.PathLike[str] | None = None,
+) -> int:  # fmt: skip
+    """Exports a checkpoint of a run.
 
     Args:
       folder: of the run.
       dst: folder to make.
       peft: the adapters alone.
       shard_bytes: of one file.
+      which: "last", "best" (of those that were evaluated), or a step.
+      base: where the model that the run began with lies now; by default where it lay then.
     Returns:
       Bytes of the tensors.
     Raises:
-      InputError: no sound checkpoint, the checkpoint that the run began with is gone, DST exists, a full disk.
+      InputError: no sound checkpoint, the model that the run began with is gone or another one, DST exists, a full
+        disk.
     """
-    run, params = Checkpoints.trained(folder)
-    if not peft and not pathlib.Path(run.model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", run.model):
-        raise CheckpointError(f"{run.model}, which the run began with, is not there; adapters alone need --peft")
-    return export_peft(run, params, dst) if peft else export_merged(run, params, dst, shard_bytes)
+    run, model, params = Checkpoints.trained(folder, which)
+    return export_peft(run, params, dst) if peft else export_merged(_base(run, model, base), params, dst, shard_bytes)

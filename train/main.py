@@ -14,7 +14,7 @@ def finetune(config: pathlib.Path, changes: Sequence[str] = (), coordinator: str
       changes: settings to change, "data.batch=4".
       coordinator: "auto" on a pod, where JAX finds the hosts itself, or "host:port,processes,process".
     Raises:
-      InputError: see `loop.train`.
+      InputError: see `loop.train`; on several hosts the process ends instead, and so do the others.
     """
     from omni_jax.train import config as C
 
@@ -33,6 +33,9 @@ def finetune(config: pathlib.Path, changes: Sequence[str] = (), coordinator: str
         if ":" not in address or not (processes.isdecimal() and process.isdecimal()) or int(process) >= int(processes):
             raise C.RunError(f"--coordinator is {coordinator!r}; give auto, or host:port,processes,process (from 0)")
         jax.distributed.initialize(address, int(processes), int(process))
-    from omni_jax.train.loop import train
+    from omni_jax.train.hosts import ending_together
 
-    train(run)
+    with ending_together():
+        from omni_jax.train.loop import train
+
+        train(run)

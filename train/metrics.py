@@ -7,15 +7,16 @@ import importlib
 import json
 import math
 import pathlib
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from omni_jax.config import DecoderConfig
 from omni_jax.processing.encode import OutputError, write_atomically
-from omni_jax.train.config import Run, RunError, identity
+from omni_jax.train.config import Run, RunError, describe
 from omni_jax.train.step import Trainer
 
 # bf16 FLOP/s of one chip, from the vendors' data sheets (dense).
@@ -23,7 +24,8 @@ PEAK = {
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12,
     "TPU v6 lite": 918e12, "TPU v6e": 918e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12,
 }  # fmt: skip
-FILE, CURVES = "metrics.jsonl", "curves.png"
+FILE, CURVES, ANSWERS, SKIPPED = "metrics.jsonl", "curves.png", "answers.jsonl", "skipped.jsonl"
+SHOWN = 3  # answers of an evaluation that the terminal shows
 LEADING = ("loss", "accuracy", "grad_norm")  # what a record begins with
 REDRAWN = 300.0  # seconds after which the curves of a run are drawn anew
 
@@ -136,7 +138,7 @@ class Writer:
         self.console = Console(stderr=True, highlight=False)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
-        self._task = self._bar.add_task("steps", total=run.steps, start=False)
+        self._task = self._bar.add_task("steps", total=None, start=False)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # Unbuffered: a line that a full disk refuses is not tried again at the end.
@@ -146,19 +148,21 @@ class Writer:
         for name in run.tracking:
             self._sinks.append(_sink(name, run))
 
-    def synthesize(self, line: str) -> None:
+    def note(self, line: str) -> None:
         """A remark on stderr."""
         if self.active:
             self.console.print(line, style="dim", soft_wrap=True)
 
-    def done(self, step: int) -> None:
-        """Moves the bar on, on a terminal; the first call sets it where the run begins."""
-        if not self.active:
-            return
-        if not self._bar.live.is_started:
+    def begin(self, step: int, steps: int) -> None:
+        """Shows the bar, on a terminal: where the run begins, and where it ends."""
+        if self.active:
             self._bar.start()
-            self._bar.reset(self._task, completed=step)
-        self._bar.update(self._task, completed=step)
+            self._bar.reset(self._task, completed=step, total=steps)
+
+    def done(self, step: int) -> None:
+        """Moves the bar on."""
+        if self.active:
+            self._bar.update(self._task, completed=step)
 
     def write(self, step: int, values: Mapping[str, float | None], *, kind: str = "train") -> None:
         """One record: a terminal line and a JSONL line; None is left out."""
@@ -177,6 +181,28 @@ class Writer:
         if time.monotonic() - self._drawn > REDRAWN:
             self._draw()
 
+    def answers(self, step: int, said: Sequence[Mapping[str, str]]) -> None:
+        """The answers of an evaluation: all of them into `answers.jsonl`, and the first few on the terminal."""
+        if not self.active:
+            return
+        for answer in said:
+            self._append(ANSWERS, {"step": step} | dict(answer))
+        for answer in said[:SHOWN]:
+            line = f"  {answer['name']}: {answer['answer']!r} for {answer['truth']!r}"
+            self.console.print(line, style="dim", soft_wrap=True, markup=False)
+
+    def skipped(self, why: str) -> None:
+        """Says which record was passed over, and appends it to `skipped.jsonl`; each host does so for its own."""
+        print(f"skipped {why}", file=sys.stderr, flush=True)
+        self._append(SKIPPED, {"process": jax.process_index(), "error": why})
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        try:
+            with open(self.folder / name, "ab", buffering=0) as file:
+                file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        except OSError as e:
+            raise RunError(f"{self.folder / name} cannot be written ({e.strerror}); make room") from None
+
     def close(self) -> None:
         """Draws the curves and closes the file."""
         if self.active:
@@ -190,7 +216,7 @@ class Writer:
         try:
             draw(self.folder)
         except OutputError as e:
-            self.synthesize(f"no curves: {e}")
+            self.note(f"no curves: {e}")
         self._drawn = time.monotonic()
 
 
@@ -213,7 +239,7 @@ def _sink(name: str, run: Run) -> tuple[Any, Any]:
         raise RunError("tracking names wandb, which is not installed; pip install wandb") from None
     # The folder's own id, so that a continued run goes on in the same charts.
     number = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
-    wandb.init(dir=str(folder), name=folder.name, id=number, resume="allow", config=identity(run))
+    wandb.init(dir=str(folder), name=folder.name, id=number, resume="allow", config=describe(run))
     return lambda step, values: wandb.log(values, step=step), wandb.finish
 
 

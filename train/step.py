@@ -19,6 +19,7 @@ import optax
 from flax import struct, traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from omni_jax.checkpoint.added_tokens import TABLES
 from omni_jax.config import OmniConfig
 from omni_jax.model import stages
 from omni_jax.model.parameters import param_specs
@@ -384,7 +385,8 @@ def make_trainer(run: Run, cfg: OmniConfig, placement: meshes.Placement | None =
     """The programs of a run, from shapes alone.
 
     Raises:
-      RunError: rates or targets that name nothing, a part that the model lacks, or rows that the mesh does not divide.
+      RunError: rates or targets that name nothing, a part that the model lacks, rows that the mesh does not divide, or
+        new tokens whose tables are frozen.
     """
     parts = PARTS[run.task]
     if absent := [p for p in parts if getattr(cfg, p) is None]:
@@ -405,5 +407,8 @@ def make_trainer(run: Run, cfg: OmniConfig, placement: meshes.Placement | None =
     else:
         trained = {n: jax.ShapeDtypeStruct(shapes[n].shape, jnp.float32) for n in named}
         frozen = tuple(n for n in shapes if n not in trained)
+    tables = [n for n in TABLES if n in shapes]
+    if run.new_tokens and not (tables and set(tables) <= set(trained)):
+        raise RunError(f"new_tokens need their rows learned; give rates to {' and '.join(TABLES)}, and leave lora out")
     shardings = None if placement is None else flatten(stages.stage_shardings(placement, parts))
     return Trainer(run, cfg, placement, trained, frozen, shardings)

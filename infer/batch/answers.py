@@ -15,6 +15,7 @@ from omni_jax import buckets
 from omni_jax.infer.batch import openai
 from omni_jax.infer.batch.records import Line, OutputShard
 from omni_jax.infer.batch.requests import Reading
+from omni_jax.processing import chat
 from omni_jax.settings import ErrorEvent, GenerationSettings, SpeechSettings
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ def make_ready(model: Any, job: Job, line: Line) -> Request | dict[str, Any]:
         ask = reading.read(line, job.settings, job.speech)
         if ask.speech is not None:
             model.check_speech([ask.speech])
-        prompt = model.prepare(ask.messages, job.media, speech=ask.speech is not None, tools=ask.tools)
+        folder = job.source.parent if job.folder is None else job.folder
+        messages = chat.resolve(chat.parse_conversation(ask.messages), folder)
+        prompt = model.prepare(messages, job.media, speech=ask.speech is not None, tools=ask.tools)
         return Request(line, reading.named, prompt, ask.settings, ask.speech, ask.openai)
     except LINE_ERRORS as e:
         return _record(line, reading.named, {"error": f"line {line.number}: {e}"})

@@ -49,6 +49,7 @@ class Job:
       dtype: of weights and computation.
       batch_size: conversations that are answered at the same time.
       adapter: folder of a PEFT adapter to merge into the weights.
+      folder: that relative paths of media begin in; by default the input's own.
       progress: show how far it is on stderr; `bar`: there is a terminal for a bar.
     """
 
@@ -64,6 +65,7 @@ class Job:
     dtype: str = "bfloat16"
     batch_size: int = 8
     adapter: str | None = None
+    folder: pathlib.Path | None = None
     progress: bool = False
     bar: bool = False
 

@@ -69,7 +69,7 @@ def batch(
             raise InputError("standard input belongs to one host; with --join, give a file that all hosts see")
         source = spool(sys.stdin.buffer, out)
         try:
-            main(dataclasses.replace(what, source=source), job.join, job.patience, as_json)
+            main(dataclasses.replace(what, source=source, folder=pathlib.Path.cwd()), job.join, job.patience, as_json)
         finally:
             source.unlink(missing_ok=True)
         return

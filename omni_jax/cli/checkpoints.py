@@ -80,31 +80,44 @@ def export(
     dst: tyro.conf.Positional[pathlib.Path],
     *,
     peft: Flag = False,
+    step: str | None = None,
+    base: str | None = None,
+    graft: str | None = None,
     max_shard_gb: float | None = None,
     as_json: Json = False,
 ) -> None:
     """Give a converted checkpoint, or what a fine-tuning run has learned, back in the published layout.
 
     Args:
-      src: Folder that `omni-jax convert` made, or its URL; or the folder of a run of `omni-jax finetune`.
+      src: Folder that `omni-jax convert` made, or its URL; the folder of a run of `omni-jax finetune`; or, with
+        --graft, a Thinker.
       dst: Folder to make.
       peft: Of a run with adapters: write these alone, as PEFT reads them, instead of merging them.
-      max_shard_gb: Cut new shards of at most so many GB; by default they are those of the original (a run: 5).
+      step: Of a run: which checkpoint: last, best (the least loss of an evaluation), or a step; by default the last.
+      base: Of a run: where the model that it began with lies now; by default where it lay then.
+      graft: Put the Thinker of SRC into this whole checkpoint, whose other parts, voices and files are kept.
+      max_shard_gb: Cut new shards of at most so many GB; by default they are those of the original (else 5).
     """
     if max_shard_gb is not None and not 0 < max_shard_gb < 1e6:
         raise InputError(f"--max-shard-gb {max_shard_gb} must be above 0")
-    began = time.perf_counter()
-    if "://" in src or not (pathlib.Path(src) / "checkpoints").is_dir():
-        if peft:
-            raise InputError(f"--peft is for runs of omni-jax finetune, which {src} is not")
+    began, shard = time.perf_counter(), max(1, int((max_shard_gb or 5) * 1e9))
+    run = "://" not in src and (pathlib.Path(src) / "checkpoints").is_dir()
+    of_run = [f"--{name}" for name, given in (("peft", peft), ("step", step), ("base", base)) if given]
+    if of_run and (not run or graft is not None):
+        raise InputError(f"{', '.join(of_run)} go with a run of omni-jax finetune, which {src} is not")
+    if graft is not None:
+        from omni_jax.checkpoint.graft import graft as put
+
+        size = put(src, graft, dst, shard_bytes=shard, progress=sys.stderr.isatty())
+    elif not run:
         from omni_jax.checkpoint import convert as converted
 
-        shard = None if max_shard_gb is None else max(1, int(max_shard_gb * 1e9))
-        size = converted.export(src, dst, max_shard_bytes=shard, progress=sys.stderr.isatty())
+        cut = None if max_shard_gb is None else shard
+        size = converted.export(src, dst, max_shard_bytes=cut, progress=sys.stderr.isatty())
     else:
         from omni_jax.train import export as trained
 
-        size = trained.export(src, dst, peft=peft, shard_bytes=max(1, int((max_shard_gb or 5) * 1e9)))
+        size = trained.export(src, dst, peft=peft, shard_bytes=shard, which=step or "last", base=base)
     report("exported", str(dst), size, began, as_json)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import json
@@ -17,7 +18,7 @@ import jinja2.sandbox
 
 from omni_jax.errors import InputError, warn
 from omni_jax.files import read_json
-from omni_jax.processing.media import MediaError, decode_base64
+from omni_jax.processing.media import MediaError, decode_base64, local_path
 from omni_jax.processing.options import Kind, check_option
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -154,14 +155,17 @@ def parse_conversation(messages: Any) -> tuple[Message, ...]:
     """Reads a conversation.
 
     Args:
-      messages: `[{"role": …, "content": str | [item, …]}, …]` with items in the Hugging Face form (`{"type": "image",
-        "image": source, **options}`; also audio, video, text) or OpenAI's (`image_url`, `input_audio`, `audio_url`,
+      messages: a result of this function, which comes back as it is, or
+        `[{"role": …, "content": str | [item, …]}, …]` with items in the Hugging Face form (`{"type": "image", "image":
+        source, **options}`; also audio, video, text) or OpenAI's (`image_url`, `input_audio`, `audio_url`,
         `video_url`). Sources: see `media.fetch`.
     Raises:
       ConversationError: empty, an unknown role, type or option; the message says which message and item.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise ConversationError(f"a conversation is a list of messages, not {type(messages).__name__}; make it one")
+    if messages and all(isinstance(m, Message) for m in messages):
+        return tuple(messages)
     if not messages:
         raise ConversationError("the conversation is empty; give at least one message")
     out = []
@@ -209,6 +213,21 @@ def _with_arguments(call: Mapping[str, Any], where: str) -> dict[str, Any]:
         return {**call, "arguments": json.loads(call["arguments"] or "{}")}
     except (ValueError, RecursionError) as e:
         raise ConversationError(f"{where}: the arguments of a tool call are not JSON ({e})") from None
+
+
+def resolve(messages: Sequence[Message], folder: pathlib.Path) -> tuple[Message, ...]:
+    """The conversation with relative paths of its media, those of a list of frames too, taken from a folder."""
+
+    def one(source: Any) -> Any:
+        if isinstance(source, list | tuple):
+            return [one(frame) for frame in source]
+        path = local_path(source)
+        return source if path is None else str(folder / path)
+
+    def part(p: Part) -> Part:
+        return p if p.kind == "text" else dataclasses.replace(p, source=one(p.source))
+
+    return tuple(dataclasses.replace(m, parts=tuple(part(p) for p in m.parts)) for m in messages)
 
 
 def read_template(folder: str | pathlib.Path) -> str:

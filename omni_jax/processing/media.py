@@ -175,6 +175,19 @@ def decode_base64(text: str, name: str) -> bytes:
         raise MediaError(f"{name} is not valid base64; encode the file's bytes with base64") from None
 
 
+def local_path(source: Any) -> pathlib.Path | None:
+    """The file that a source names; None for bytes, data: URLs and addresses. A colon in a name does not make one."""
+    if not isinstance(source, str | os.PathLike):
+        return None
+    name = os.fsdecode(source)
+    scheme = name.split(":", 1)[0].lower() if isinstance(source, str) and ":" in name else ""
+    if scheme == "file":
+        return pathlib.Path(urllib.request.url2pathname(urllib.parse.urlsplit(name).path))
+    if scheme == "data" or (isinstance(source, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name)):
+        return None
+    return pathlib.Path(name)
+
+
 def fetch(source: Any, access: Access = ANYTHING) -> BinaryIO:
     """Opens a source for reading; the caller closes it.
 
@@ -205,12 +218,9 @@ def fetch(source: Any, access: Access = ANYTHING) -> BinaryIO:
         return _not_empty(_download(text, access), source)
     if not access.files:
         raise MediaError(f"{describe(source)}: local files are not allowed here; send the bytes as a data: URL")
-    if scheme == "file":
-        path = pathlib.Path(urllib.request.url2pathname(urllib.parse.urlsplit(text).path))
-    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text) and isinstance(source, str):
+    path = local_path(source)
+    if path is None:
         raise MediaError(f"{describe(source)}: {scheme} addresses cannot be opened; use http, https, data or a path")
-    else:
-        path = pathlib.Path(text)
     try:
         return _not_empty(path.open("rb"), source)
     except FileNotFoundError:

@@ -84,6 +84,10 @@ class Tokenizer:
         """Ids in use, added tokens included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    def has(self, name: str) -> bool:
+        """Whether a token has this name, as the vocabulary writes it."""
+        return self._backend.token_to_id(name) is not None
+
     def id(self, name: str) -> int:
         """The id of a token by its name. Raises TokenizerError for an unknown one."""
         found = self._backend.token_to_id(name)

@@ -13,6 +13,7 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 
 from omni_jax.errors import InputError
 from omni_jax.infer.batch import answers, hosts, job, records
@@ -162,6 +163,29 @@ def test_error_records_keep_the_id_and_a_byte_order_mark_is_no_text(model, check
 def request(custom_id, content, **body):
     body = {"model": "gpt-x", "messages": user(content), "max_tokens": 3, **body}
     return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+
+def test_relative_paths_begin_at_the_input(model, checkpoint, tmp_path, monkeypatch):
+    """In every form of a medium, whatever the working folder; of standard input in the working folder."""
+    monkeypatch.setattr("omni_jax.api.load", lambda *_, **__: model)
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    for name in ("a.png", "take 1: b.png"):
+        Image.new("RGB", (56, 56)).save(inside / name)
+    items = (
+        {"type": "image", "image": "a.png"}, {"type": "image", "image": "take 1: b.png"},
+        {"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "image_url", "image_url": "file:a.png"},
+        {"type": "video", "video": ["a.png", "take 1: b.png", "a.png", "a.png"], "fps": 2},
+    )  # fmt: skip
+    lines = [user(item, {"type": "text", "text": "Why?"}) for item in items]
+    lines += [user({"type": "image", "image": "none.png"})]
+    task = dataclasses.replace(make_job(checkpoint, inside, lines), settings=GenerationSettings(max_new_tokens=1))
+    assert job.work(task) == {"lines": 6, "failed": 1, "before": 0}
+    assert f"{inside / 'none.png'} does not exist" in read(task.out)[-1]["error"]
+    # The command hands it on to its processes.
+    assert Job.from_json(dataclasses.replace(task, folder=tmp_path).to_json()).folder == tmp_path
+    elsewhere = dataclasses.replace(task, out=tmp_path / "out.jsonl", folder=tmp_path)
+    assert job.work(elsewhere)["failed"] == 6
 
 
 def test_lines_of_openai(model, checkpoint, tmp_path, monkeypatch):

@@ -96,6 +96,8 @@ def test_changes_and_their_errors(tmp_path):
     path = _file(tmp_path, GOOD)
     run = config.load(path, ["data.batch=4", "steps=7", "data.media={'fps': 1}", "seed=3"])
     assert (run.data.batch, run.steps, run.seed, run.data.media) == (4, 7, 3, {"fps": 1})
+    assert config.load(path, ["tracking=wandb"]).tracking == ("wandb",)
+    assert config.load(path, ["tracking=wandb,tensorboard"]).tracking == ("wandb", "tensorboard")
     for changes, message in (
         (["data.bach=4"], "there is no 'bach'; there are accumulate, batch"),
         (["stepps=4"], "there is no 'stepps'"),
@@ -115,6 +117,11 @@ def test_changes_and_their_errors(tmp_path):
         (["data.workers=-1"], "data.workers is -1; it must be at least 0"),
         (["rates={'thinker': 'fast'}"], "it must be a dict of a string and a number"),
         (["rates={}"], "rates is empty"),
+        (["data.evaluate=y.jsonl"], "evaluate_every is 0, so nothing would be evaluated; set both"),
+        (["evaluate_every=5"], "evaluate_every and answers need data.evaluate"),
+        (["answers=5"], "evaluate_every and answers need data.evaluate"),
+        (["tracking=tensorbord"], "tracking is .*; it must be a tuple, each one of tensorboard, wandb"),
+        (["epochs=0"], "epochs is 0; it must be at least"),
         (["data.accumulate=3"], "data.batch 8 must be a multiple of data.accumulate 3"),
         (["data.sizes=(8192,)"], "must rise and stay within"),
         (["data.train="], "data.train names no file"),
@@ -143,11 +150,11 @@ def test_hosts_that_cannot_be_are_one_line(tmp_path, given):
         main.finetune(_file(tmp_path, GOOD), coordinator=given)
 
 
-def test_identity_gives_the_run_back():
+def test_its_description_gives_a_run_back():
     run = Run("m", "o", Data("x", sizes=(64,), media={"fps": 2.0}), {"thinker": 1e-5}, lora=Lora(targets=("q_proj",)))
-    known = config.identity(run)
-    assert config.from_identity(known, "o") == run
-    config.check_same(known, Run(**{**vars(run), "mesh": "fsdp=2", "keep": 9}))
+    known = config.describe(run)
+    assert config.from_description(known, "o") == run
+    config.check_same(known, Run(**{**vars(run), "mesh": "fsdp=2", "keep": 9, "model": "elsewhere", "steps": 7}))
     with pytest.raises(RunError, match=r"lora.rank was 16 and is 8; seed was 0 and is 1"):
         config.check_same(known, Run(**{**vars(run), "lora": Lora(8, targets=("q_proj",)), "seed": 1}))
 

@@ -14,9 +14,11 @@ from PIL import Image
 from omni_jax import PARTS, SpeechSettings
 from omni_jax.api import Omni
 from omni_jax.checkpoint.load import load_params
+from omni_jax.processing import chat
+from omni_jax.settings import GenerationSettings
 from omni_jax.train import step as S
 from omni_jax.train.config import Optimizer
-from omni_jax.train.data.jsonl import Lines
+from omni_jax.train.data.lines import Lines
 from tests import by_hand, media, training
 
 # The answer is in the medium alone: the question is the same for all.
@@ -75,10 +77,10 @@ def test_a_tiny_model_learns_what_it_sees_and_hears(model, checkpoint, tmp_path)
     right = dict.fromkeys(ANSWERS, 0)
     records = Lines(held)
     for record in (records[i] for i in range(len(records))):
-        (conversation,) = read.conversations(record)
-        reply = trained.generate(conversation[:-1], max_new_tokens=8, media=sizes)
-        kind = conversation[-2]["content"][0]["type"]
-        right[kind] += reply.text == conversation[-1]["content"]
+        *asked, answer = record["messages"]
+        question = chat.resolve(chat.parse_conversation(asked), tmp_path)
+        (reply,) = trained.answer([trained.prepare(question, sizes)], [GenerationSettings(max_new_tokens=8)])
+        right[asked[-1]["content"][0]["type"]] += reply.text == answer["content"]
     print("right of 6 each:", right, "loss", float(metrics["loss"]))
     assert all(n >= 5 for n in right.values()), right
 

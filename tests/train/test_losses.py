@@ -110,7 +110,7 @@ def test_talker_loss_and_gradients(speaker, checkpoint, oracle_omni):
     labels = torch.tensor([*CODES, oracle_omni.talker.codec_eos_token])
     try:
         for kind, sample in zip(("image", "audio"), rows[0]):
-            prompt = speaker.processor(training.answered(kind), add_generation_prompt=False)
+            prompt = speaker.processor(training.answered(kind), add_generation_prompt=False, speech=True)
             logits = oracle_omni.talker.codec_head(_oracle_code_states(oracle_omni, prompt, sample, voice, CODES))
             part = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / count
             part = part + 0.3 * _oracle_loss(oracle_omni.thinker, sample, prompt, text_count)
@@ -203,7 +203,7 @@ def test_dpo_loss_and_gradients(codes, speaker, checkpoint, oracle_omni):
     voice, sums = read.voices["Ethan"].bos_token, []
     try:
         for sample, conversation, spoken in zip(samples, read.conversations(record), said):
-            prompt = speaker.processor(conversation, add_generation_prompt=False)
+            prompt = read.prompt(conversation)
             if codes:
                 states = _oracle_code_states(oracle_omni, prompt, sample, voice, spoken)
                 labels = torch.tensor([*spoken, oracle_omni.talker.codec_eos_token])

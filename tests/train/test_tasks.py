@@ -19,7 +19,8 @@ from omni_jax.config import load_config
 from omni_jax.model import bigvgan
 from omni_jax.train import export, loop, metrics
 from omni_jax.train.config import Lora, Run, RunError
-from omni_jax.train.data.jsonl import DataError, Reader
+from omni_jax.train.data.jsonl import Reader
+from omni_jax.train.data.lines import DataError
 from tests import media, training
 
 ASK = [{"role": "user", "content": "Is it true?"}]
@@ -82,7 +83,7 @@ def test_every_task_runs_from_its_file_to_an_export(task, short_checkpoint, tmp_
     run = training.run(
         short_checkpoint, tmp_path, lines, task=task, rates={TASKS[task]: 1e-3}, steps=3, drop=0.0,
         evaluate_every=3 if judge else 0,
-        data={"evaluate": lines, "crop": 150, "batch": 1},
+        data={"evaluate": lines if judge else None, "crop": 150, "batch": 1},
     )  # fmt: skip
     loop.train(run)
     records = metrics.read(pathlib.Path(run.out))
@@ -112,11 +113,11 @@ def test_codes_must_be_supplied(speaker, checkpoint):
 
 @pytest.mark.parametrize("threads", [1, 16])
 def test_data_is_decoded_while_the_device_computes(threads, checkpoint, tmp_path, monkeypatch):
-    """Records that take 0.1 s each hold one thread's run up, and the metrics say so; sixteen threads hide them."""
+    """Records that take 0.3 s each hold one thread's run up, and the metrics say so; sixteen threads hide them."""
     read = Reader.samples
 
     def slow(self, record):
-        time.sleep(0.1)
+        time.sleep(0.3)
         return read(self, record)
 
     write = metrics.Writer.write
@@ -135,8 +136,8 @@ def test_data_is_decoded_while_the_device_computes(threads, checkpoint, tmp_path
     shares = [r["data_wait"] for r in metrics.read(pathlib.Path(run.out))]
     print("share of the time waiting for data:", [round(s, 2) for s in shares])
     assert all(0 <= s <= 1 for s in shares)
-    # The first batches are waited for in any case.
-    share = float(np.median(shares[3:]))
+    # The first batches are waited for in any case, or were read while the step compiled.
+    share = float(np.median(shares[5:]))
     assert share > 0.5 if threads == 1 else share < 0.3
 
 
@@ -174,7 +175,7 @@ def test_a_terminal_sees_how_far_the_run_is(tmp_path, monkeypatch, capsys):
     for terminal in ("1", "0"):
         monkeypatch.setenv("TTY_COMPATIBLE", terminal)
         writer = metrics.Writer(run)
-        writer.done(4)
+        writer.begin(4, run.steps)
         writer.write(5, {"grad_norm": 2.0, "loss": 0.5, "mfu": None})
         writer.done(5)
         writer.close()

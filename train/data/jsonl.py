@@ -7,14 +7,9 @@ and `"chosen_codes"` and `"rejected_codes"` for speech. Paths are relative to th
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
-import hashlib
-import json
-import os
 import pathlib
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,88 +22,54 @@ from omni_jax.config import OmniConfig, TalkerConfig
 from omni_jax.errors import InputError
 from omni_jax.model.voice import Voice
 from omni_jax.processing import chat
-from omni_jax.processing.processor import Processor, Prompt, whole
+from omni_jax.processing.media import local_path
+from omni_jax.processing.processor import CONTROLS, Processor, Prompt, whole
 from omni_jax.train.data.batch import IGNORED, Codes, Sample
+from omni_jax.train.data.formats import Form, canonical
+from omni_jax.train.data.lines import DataError, Lines
 
 KEYS = {
-    "thinker": ({"messages"}, {"codes", "voice"}),
-    "talker": ({"messages", "codes"}, {"voice"}),
-    "dpo": ({"messages", "chosen", "rejected"}, {"chosen_codes", "rejected_codes", "voice"}),
-    "talker_dpo": ({"messages", "chosen", "rejected", "chosen_codes", "rejected_codes"}, {"voice"}),
+    "thinker": ({"messages"}, {"codes", "voice", "tools"}),
+    "talker": ({"messages", "codes"}, {"voice", "tools"}),
+    "dpo": ({"messages", "chosen", "rejected"}, {"chosen_codes", "rejected_codes", "voice", "tools"}),
+    "talker_dpo": ({"messages", "chosen", "rejected", "chosen_codes", "rejected_codes"}, {"voice", "tools"}),
     "token2wav": ({"codes", "mel"}, {"voice"}),
     "vocoder": ({"mel", "audio"}, set()),
 }
-_SHOWN = 5  # faulty lines that an error names
+_MESSAGE = {"role", "content", "loss", "weight", *chat.TOOL_KEYS}  # keys of a message
+SHOWN = 5  # faulty lines that an error names
 _TOGETHER = 256  # lines that are handed to the threads at a time
 
 
-class DataError(InputError):
-    """A training file or a line of it that cannot be used; the message names the line and the remedy."""
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Messages with their media found, for each whether it is learned, and the tools that the model may call."""
+
+    messages: tuple[chat.Message, ...]
+    learned: tuple[bool, ...]
+    tools: Any = None
 
 
-class Lines:
-    """A JSONL file by line number, without holding it in memory. Empty lines do not count.
+def _learned(message: Mapping[str, Any], where: str) -> bool:
+    """Whether an assistant's message is learned: its `loss` (true or false) or `weight` (0 or 1) may say no.
 
-    Attributes:
-      path: the file.
-      numbers: int64, of each record, from 1, as an editor shows them.
-      digest: of the file's bytes.
+    Raises:
+      DataError: another key than these, role and content, or another value.
     """
-
-    def __init__(self, path: str | pathlib.Path):
-        self.path = pathlib.Path(path)
-        digest, numbers, places, at = hashlib.sha256(), array("q"), array("q"), 0
-        try:
-            with open(self.path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    digest.update(line)
-                    if line.strip():
-                        numbers.append(number)
-                        places.extend((at, len(line)))
-                    at += len(line)
-        except OSError as e:
-            raise DataError(f"{self.path} cannot be read ({e.strerror}); give a JSONL file") from None
-        self.digest = digest.hexdigest()
-        self.numbers, self._places = np.array(numbers, np.int64), np.array(places, np.int64).reshape(-1, 2)
-        if not numbers:
-            raise DataError(f"{self.path} is empty; give it one JSON object a line")
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """The record, with its `name`. Raises DataError for a line that is no JSON object."""
-        start, size = self._places[index]
-        with open(self.path, "rb") as file:
-            line = os.pread(file.fileno(), int(size), int(start))
-        try:
-            record = json.loads(line)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-            raise DataError(f"{self.name(index)} is not JSON ({e}); write one object a line") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{self.name(index)} is {type(record).__name__}; write one JSON object a line")
-        return record | {"name": self.name(index)}
-
-    def name(self, index: int) -> str:
-        """File and line, for messages."""
-        return f"{self.path.name} line {self.numbers[index]}"
-
-
-def _resolved(messages: Any, folder: pathlib.Path) -> Any:
-    """The messages with relative media paths made absolute."""
-    messages = copy.deepcopy(messages)
-    for message in messages if isinstance(messages, list) else []:
-        content = message.get("content") if isinstance(message, dict) else None
-        for item in content if isinstance(content, list) else []:
-            if isinstance(item, dict):
-                for key in ("image", "audio", "video", "path", "url"):
-                    if isinstance(item.get(key), str) and ":" not in item[key][:10]:
-                        item[key] = str(folder / item[key])
-    return messages
-
-
-def _replied(messages: Any, reply: Any) -> Any:
-    return [*messages, {"role": "assistant", "content": reply}] if isinstance(messages, list) else messages
+    if unknown := sorted(set(message) - _MESSAGE):
+        raise DataError(f"{where} has {', '.join(unknown)}; known are {', '.join(sorted(_MESSAGE))}")
+    loss, weight = message.get("loss", True), message.get("weight", 1)
+    if not isinstance(loss, bool):
+        raise DataError(f"{where}: loss is {loss!r}; give true or false")
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise DataError(f"{where}: weight is {weight!r}; give 0 or 1")
+    if message.get("role") != "assistant":
+        if loss and weight and {"loss", "weight"} & set(message):
+            raise DataError(
+                f"{where} ({message.get('role')}) cannot be learned: only the assistant's are; leave it out"
+            )
+        return False
+    return loss and bool(weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +84,7 @@ class Reader:
       folder: that relative paths begin in.
       sequence: most places of a sample.
       media: defaults of media items.
+      form: of the records; see `formats`.
     """
 
     config: OmniConfig
@@ -132,6 +94,7 @@ class Reader:
     folder: pathlib.Path
     sequence: int
     media: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    form: Form = "auto"
 
     @property
     def talker(self) -> TalkerConfig:
@@ -140,8 +103,13 @@ class Reader:
             raise DataError("this checkpoint has no Talker; train one that speaks, or leave codes out")
         return self.config.talker
 
-    def check(self, record: Mapping[str, Any]) -> None:
-        """Raises InputError for a record that cannot be used; media are looked for, not decoded."""
+    def check(self, record: dict[str, Any], *, answered: bool = False) -> None:
+        """Raises InputError for a record that cannot be used; media are looked for, not decoded.
+
+        Args:
+          answered: an evaluation answers it: the last message must be a text of the assistant to compare with.
+        """
+        record = canonical(record, self.form)
         must, may = KEYS[self.task]
         keys = set(record) - {"name"}
         if missing := sorted(must - keys):
@@ -153,17 +121,7 @@ class Reader:
         for name in (k for k in record if k.endswith("codes")):
             self.codes(record[name], name)
         for conversation in self.conversations(record):
-            parsed = chat.parse_conversation(conversation)
-            if not any(m.role == "assistant" for m in parsed):
-                raise DataError("no message is the assistant's, so there is nothing to learn; add its answer")
-            if self.task != "thinker" and parsed[-1].role != "assistant":
-                raise DataError("the last message must be the assistant's: the one that is spoken")
-            parts = [p for m in parsed for p in m.parts if p.kind != "text"]
-            for part in parts:
-                if isinstance(part.source, str) and ":" not in part.source[:10] and not os.path.isfile(part.source):
-                    raise DataError(f"{part.kind} {part.source} does not exist; correct the path")
-            if not parts:
-                self._fits(len(self.processor(conversation, add_generation_prompt=False).ids), "tokens")
+            self._check_conversation(conversation, answered)
         for name in ("mel", "audio"):
             if name in must and not (self.folder / str(record[name])).is_file():
                 raise DataError(f"{name} {self.folder / str(record[name])} does not exist; correct the path")
@@ -171,14 +129,66 @@ class Reader:
         if speaks and "voice" in record and record["voice"] not in self.voices:
             raise DataError(f"voice {record['voice']!r} is unknown; the checkpoint has {', '.join(self.voices)}")
 
-    def conversations(self, record: Mapping[str, Any]) -> list[Any]:
-        """The conversations of a record: one, two for preferences, none for Token2Wav."""
+    def _check_conversation(self, conversation: Conversation, answered: bool) -> None:
+        messages = conversation.messages
+        if not any(m.role == "assistant" for m in messages):
+            raise DataError("no message is the assistant's, so there is nothing to learn; add its answer")
+        if not any(conversation.learned) and self.task != "talker":
+            raise DataError("loss or weight leaves no message to learn; take the line out")
+        last = messages[-1]
+        if last.role != "assistant" and (answered or self.task != "thinker"):
+            why = (
+                "that answers are compared with"
+                if answered
+                else "that is spoken"
+                if self.speaks
+                else "that is preferred"
+            )
+            raise DataError(f"the last message must be the assistant's: the one {why}")
+        if answered and (len(messages) < 2 or any(p.kind != "text" for p in last.parts)):
+            raise DataError("an answer to compare with must be a text of the assistant after what it answers")
+        media = [p for m in messages for p in m.parts if p.kind != "text"]
+        for part in media:
+            for source in part.source if isinstance(part.source, list) else [part.source]:
+                path = local_path(source)
+                if path is not None and not path.is_file():
+                    raise DataError(f"{part.kind} {path} does not exist; correct the path")
+        if not media:
+            self._fits(len(self.prompt(conversation).ids), "tokens")
+
+    @property
+    def speaks(self) -> bool:
+        """Whether the task trains speech."""
+        return self.task.startswith("talker")
+
+    def conversations(self, record: dict[str, Any]) -> list[Conversation]:
+        """The conversations of a record: one, two for preferences, none for Token2Wav. Raises InputError."""
         if "messages" not in KEYS[self.task][0]:
             return []
-        messages = _resolved(record["messages"], self.folder)
+        record = canonical(record, self.form)
+        messages = record["messages"]
         if "dpo" not in self.task:
-            return [messages]
-        return [_replied(messages, record[k]) for k in ("chosen", "rejected")]
+            return [self._conversation(messages, record.get("tools"))]
+        earlier = messages if isinstance(messages, list) else []
+        if any(isinstance(m, dict) and {"loss", "weight"} & set(m) for m in earlier):
+            raise DataError(
+                "loss and weight have no place in preferences, which learn the last message; leave them out"
+            )
+        sides = [{"role": "assistant", "content": record[key]} for key in ("chosen", "rejected")]
+        both = [self._conversation([*earlier, side], record.get("tools")) for side in sides]
+        # Of a preference only the last reply counts.
+        return [dataclasses.replace(c, learned=(*(False for _ in earlier), True)) for c in both]
+
+    def _conversation(self, messages: Any, tools: Any) -> Conversation:
+        parsed = chat.resolve(chat.parse_conversation(messages), self.folder)
+        return Conversation(parsed, tuple(_learned(m, f"message {i}") for i, m in enumerate(messages)), tools)
+
+    def prompt(self, conversation: Conversation, *, media: Mapping[str, Any] | None = None) -> Prompt:
+        """The conversation as the model reads it, whole."""
+        return self.processor(
+            conversation.messages, add_generation_prompt=False, speech=self.speaks, tools=conversation.tools,
+            **dict(media or {}),
+        )  # fmt: skip
 
     def codes(self, given: Any, what: str = "codes") -> np.ndarray:
         """Codes of a list or of a .npy, checked. Raises DataError for one outside the codec's table."""
@@ -206,31 +216,37 @@ class Reader:
                 "lower data.media's max_pixels, fps or max_frames"
             )
 
-    def samples(self, record: Mapping[str, Any]) -> list[Sample]:
+    def samples(self, record: dict[str, Any]) -> list[Sample]:
         """The samples of a record: one, or for preferences the chosen and the rejected one.
 
         Raises:
           InputError: media that cannot be decoded, or more places than a row has; the message names the line.
         """
         try:
+            record = canonical(record, self.form)
             codes: Sequence[Any] = [record.get("codes")]
             if "dpo" in self.task:
                 codes = [record.get("chosen_codes"), record.get("rejected_codes")]
-            speaks = self.task.startswith("talker")
             both = zip(self.conversations(record), codes, strict=True)
-            return [self._sample(c, given if speaks else None, record) for c, given in both]
+            return [self._sample(c, given if self.speaks else None, record) for c, given in both]
         except InputError as e:
             raise DataError(f"{record['name']}: {e}") from None
 
-    def _sample(self, conversation: Any, codes: Any, record: Mapping[str, Any]) -> Sample:
-        prompt = self.processor(conversation, add_generation_prompt=False, **dict(self.media))
+    def _sample(self, conversation: Conversation, codes: Any, record: Mapping[str, Any]) -> Sample:
+        prompt = self.prompt(conversation, media=self.media)
         self._fits(len(prompt.ids), "tokens")
         turns = assistant_turns(prompt.ids, self.processor)
-        if "dpo" in self.task:
-            turns = turns[-1:]
+        learned = [given for m, given in zip(conversation.messages, conversation.learned) if m.role == "assistant"]
+        if len(turns) != len(learned):
+            raise DataError(
+                f"the chat template wrote {len(turns)} turns for {len(learned)} messages of the assistant; use the "
+                "checkpoint's own template"
+            )
         labels = np.full(len(prompt.ids), IGNORED, np.int32)
-        for begin, end in turns:
+        for begin, end in (turn for turn, wanted in zip(turns, learned) if wanted):
             labels[begin - 1 : end] = prompt.ids[begin : end + 1]  # the ending mark included
+        # A medium that the assistant shows is none of its words.
+        labels[np.isin(labels, self._media_ids)] = IGNORED
         spoken = None
         if codes is not None:
             spoken = self._codes(prompt, turns[-1], self.codes(codes), record.get("voice"))
@@ -240,6 +256,11 @@ class Reader:
         return Sample(
             str(record["name"]), prompt.ids, prompt.positions, labels, seen, len(prompt.images), audios, spoken
         )
+
+    @functools.cached_property
+    def _media_ids(self) -> np.ndarray:
+        """The ids of media's places and of their beginnings and ends."""
+        return np.array([getattr(self.config.thinker, f"{name}_token_id") for name in CONTROLS])
 
     def _codes(self, prompt: Prompt, turn: tuple[int, int], codes: np.ndarray, voice: Any) -> Codes:
         """What the Talker reads place by place; see `talker.prompt_vectors`, `opening_vectors` and `step_vectors`."""
@@ -293,39 +314,42 @@ def assistant_turns(ids: np.ndarray, processor: Processor) -> list[tuple[int, in
     return turns
 
 
-def _problem(lines: Lines, reader: Reader, decode: Callable[[dict[str, Any]], object] | None, index: int) -> str | None:
+def _problem(
+    lines: Lines, reader: Reader, decode: Callable[[int, dict[str, Any]], object] | None, answered: int, index: int
+) -> str | None:
     """What is wrong with a line: "train.jsonl line 512: …"."""
     try:
         record = lines[index]
     except DataError as e:
         return str(e)
     try:
-        reader.check(record)
+        reader.check(record, answered=index < answered)
     except InputError as e:
         return f"{record['name']}: {e}"
     try:
         if decode is not None:
-            decode(record)
+            decode(index, record)
     except DataError as e:
         return str(e)
     return None
 
 
 def check_lines(
-    lines: Lines, reader: Reader, *, decode: Callable[[dict[str, Any]], object] | None = None, threads: int = 1,
-    show: bool = False,
-) -> None:  # fmt: skip
+    lines: Lines, reader: Reader, *, decode: Callable[[int, dict[str, Any]], object] | None = None, threads: int = 1,
+    show: bool = False, answered: int = 0,
+) -> list[str]:  # fmt: skip
     """Checks every line before training.
 
     Args:
-      decode: what makes the samples of a record, so that none can fail later; called in so many threads.
+      decode: what makes the samples of a record by its index, so that none can fail later; called in so many threads.
       show: a bar on stderr, where that is a terminal.
-    Raises:
-      DataError: one line that names the first faulty lines and counts the others.
+      answered: so many records, from the first, are answered in evaluations.
+    Returns:
+      what is wrong with each faulty line.
     """
     console = Console(stderr=True)
     found: list[str] = []
-    check = functools.partial(_problem, lines, reader, decode)
+    check = functools.partial(_problem, lines, reader, decode, answered)
     with ThreadPoolExecutor(threads if decode else 1) as pool:
         starts = track(
             range(0, len(lines), _TOGETHER), f"checking {lines.path.name}", console=console, transient=True,
@@ -334,6 +358,4 @@ def check_lines(
         for start in starts:
             told = pool.map(check, range(start, min(start + _TOGETHER, len(lines))))
             found += [line for line in told if line is not None]
-    if found:
-        more = f" (and {len(found) - _SHOWN} more lines)" if len(found) > _SHOWN else ""
-        raise DataError("; ".join(found[:_SHOWN]) + more)
+    return found
