@@ -24,15 +24,16 @@ from omni_jax.model.stages import PARTS, stage_formats, use_unrolled_layers
 from omni_jax.model.voice import Voice
 from omni_jax.parallel.meshes import Placement, layout_fn, place
 from omni_jax.parallel.sharding import MeshError
-from omni_jax.processing.processor import Processor, Prompt, PromptError, stop_token_ids
+from omni_jax.processing.processor import Processor, Prompt, PromptError, asked_by, stop_token_ids
 from omni_jax.processing.voice_activity import TurnDetector
 from omni_jax.runtime.admission import AdmissionControl, check_weights
+from omni_jax.runtime.async_session import AsyncSession
 from omni_jax.runtime.driver import EngineDriver
 from omni_jax.runtime.engine import Engine, EngineOptions
 from omni_jax.runtime.hosts import HostDriver
 from omni_jax.runtime.loaded import LoadedModel
 from omni_jax.runtime.memory_model import thinker_slots
-from omni_jax.runtime.session import AsyncSession, Session, SessionOptions
+from omni_jax.runtime.session import Session, SessionOptions
 from omni_jax.runtime.speech import SpeechError, Vocoder, check_speaks, check_voices
 from omni_jax.runtime.turn import Request
 from omni_jax.settings import (
@@ -41,9 +42,12 @@ from omni_jax.settings import (
     Event,
     GenerationSettings,
     MediaSettings,
+    OutputMode,
     Reply,
     SpeechSettings,
+    TextEvent,
     generation_settings,
+    output_of,
     speech_settings,
 )
 
@@ -121,6 +125,7 @@ class Omni:
         settings: GenerationSettings | Sequence[GenerationSettings] | None = None,
         *,
         speech: SpeechSettings | Sequence[SpeechSettings | None] | None = None,
+        output: OutputMode | None = None,
         media: MediaSettings | Mapping[str, Any] | None = None,
         tools: Any = None,
         **changes: Any,
@@ -132,6 +137,8 @@ class Omni:
           settings: how to write; one for all, or one for each conversation of a batch.
           speech: how to speak the replies; one for all, or one for each (None there leaves it silent). By default the
             answer is text only.
+          output: which replies are spoken, instead of those that `speech` names: "text", "speech", "both", or "auto",
+            which answers as it was asked; see `settings.output_of`. A reply's `text` is there in any case.
           media: how media are read where items do not say: `MediaSettings`, or some of its fields by name.
           tools: that the model may call, for chat templates that have a place for them.
           **changes: fields of `GenerationSettings`, as a short form: `generate(messages, max_new_tokens=20)`.
@@ -155,6 +162,8 @@ class Omni:
             )
         each = generation_settings(settings, changes, len(conversations))
         spoken = self._speech_settings(speech, len(conversations))
+        if output is not None:
+            spoken = [self._output(output, c, s, media)[0] for c, s in zip(conversations, spoken, strict=True)]
         began = time.perf_counter()
         prompts = [
             self.prepare(c, media, speech=s is not None, tools=tools)
@@ -199,6 +208,7 @@ class Omni:
         settings: GenerationSettings | None = None,
         *,
         speech: SpeechSettings | None = None,
+        output: OutputMode | None = None,
         media: MediaSettings | Mapping[str, Any] | None = None,
         tools: Any = None,
         **changes: Any,
@@ -207,10 +217,14 @@ class Omni:
         and one `DoneEvent` at the end, with the whole reply.
 
         Arguments and errors as for `generate`; the ids and the codes are the same. The audio is made block by block
-        while the text is written, unless `speech.mode` asks for the exact form.
+        while the text is written, unless `speech.mode` asks for the exact form. With `output` "speech", or "auto" after
+        a spoken question, there are no `TextEvent`s.
         """
         [wanted] = generation_settings(settings, changes, 1)
         [spoken] = self._speech_settings(speech, 1)
+        shows_text = True
+        if output is not None:
+            spoken, shows_text = self._output(output, messages, spoken, media)
         began = time.perf_counter()
         prompt = self.prepare(messages, media, speech=spoken is not None, tools=tools)
         request = Request(prompt, wanted, spoken, stream=True)
@@ -223,7 +237,8 @@ class Omni:
                         raise event.error
                     if isinstance(event, DoneEvent):
                         event = dataclasses.replace(event, reply=_with_processing(event.reply, processed))
-                    yield event
+                    if shows_text or not isinstance(event, TextEvent):
+                        yield event
             finally:
                 engine.cancel(number)
 
@@ -304,6 +319,16 @@ class Omni:
         each = speech_settings(speech, count)
         self.check_speech(each)
         return each
+
+    def _output(
+        self, mode: OutputMode, messages: Conversation, speech: SpeechSettings | None, media: Any
+    ) -> tuple[SpeechSettings | None, bool]:
+        """How a conversation's reply is spoken, None for not at all; and whether its text is shown."""
+        typed, heard = asked_by(messages, media)
+        spoken, shows_text = output_of(mode, typed, heard, "talker" in self.params)
+        wanted = (speech or SpeechSettings()) if spoken else None
+        self.check_speech([wanted])
+        return wanted, shows_text
 
     def check_speech(self, settings: Sequence[SpeechSettings | None]) -> None:
         """Raises VoiceError or SpeechError where the model cannot speak, or not in such a voice."""

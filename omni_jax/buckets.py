@@ -89,3 +89,25 @@ CACHE = steps(131072, 2, 1024)
 REPLY = steps(65536, 1, 64)
 # Conversations of one batch.
 BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def upto(n: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """The buckets that inputs of 1 to n can meet. Raises ValueError where the largest does not hold n.
+
+    >>> upto(100, PIECE)
+    (16, 64, 128)
+    """
+    return tuple(s for s in sizes if s <= bucket(n, sizes))
+
+
+def extend_shapes(rows: int, most: int, budget: int) -> Iterator[tuple[int, int]]:
+    """Shapes in which an engine reads stretches of up to `most` tokens: (rows of a call, tokens of each).
+
+    Args:
+      rows: that it has.
+      budget: tokens of a call of several rows, padding included.
+    """
+    for size in upto(rows, BATCH):
+        for width in upto(most, PIECE):
+            if size == 1 or size * width <= budget:
+                yield size, width

@@ -492,7 +492,11 @@ def output_of(mode: OutputMode, typed: bool, heard: bool, can_speak: bool = True
 
     Args:
       typed: the turn has text; heard: it has audio, be it that of a video.
+    Raises:
+      InputError: no such mode.
     """
+    if mode not in get_args(OutputMode):
+        raise InputError(unknown_name("output", mode, get_args(OutputMode)))
     if mode == "auto":
         spoken = heard and can_speak
         return spoken, typed or not spoken

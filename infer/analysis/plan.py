@@ -131,6 +131,11 @@ def read_media(asked: Asked, cfg: C.ThinkerConfig, folder: pathlib.Path | None) 
     if file is not None and file.exists():
         raw = read_json(file)
         image, mel = images.image_config(raw, file), audio.mel_config(raw, file)
+    return media_of(asked, cfg, image, mel)
+
+
+def media_of(asked: Asked, cfg: C.ThinkerConfig, image: images.ImageConfig, mel: audio.MelConfig) -> list[Medium]:
+    """The media of one prompt, under the limits of a processor."""
     limits = {n: v for n in ("min_pixels", "max_pixels") if (v := getattr(asked, n)) is not None}
     counts = {n: getattr(asked, n) for n in ("min_frames", "max_frames")}
     sampling = video_sampling.Sampling(asked.fps, **counts, **limits)

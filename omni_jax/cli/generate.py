@@ -18,6 +18,7 @@ from omni_jax.settings import (
     GenerationSettings,
     MediaSettings,
     ModelSettings,
+    OutputMode,
     Reply,
     SpeechSettings,
     TextEvent,
@@ -72,6 +73,10 @@ class Question:
 class SpeechFile:
     """Where speech goes."""
 
+    output: OutputMode | None = option(
+        None, "How to answer. auto: typed text in text, a spoken question in speech, a mixture in both. Default: text, "
+        "and with --speech both.",
+    )  # fmt: skip
     speech: str | None = option(None, "Also speak the answer, into this file; the following options are about that.")
     speech_format: SpeechFormat | None = option(None, "Audio format. Default: by the file's suffix.")
     no_watchdog: bool = option(False, "Do not cut off speech that loops, falls silent or outgrows its text.")
@@ -79,6 +84,10 @@ class SpeechFile:
     def __post_init__(self) -> None:
         """Raises InputError where the file cannot be written, or its suffix is that of no known format."""
         check(self)
+        if self.output in ("auto", "speech", "both") and self.speech is None:
+            raise InputError(f"--output {self.output} needs a file for the speech; give --speech FILE.wav")
+        if self.output == "text" and self.speech is not None:
+            raise InputError("--output text makes no speech; leave --speech out")
         if self.speech is not None:
             from omni_jax.processing.encode import check_writable, format_of
 
@@ -109,18 +118,18 @@ def generate(
     if spoken is not None and spoken.mode is None:
         spoken = dataclasses.replace(spoken, mode="exact")  # nobody listens before the file is whole
     messages, tools = question.conversation()
-    asked = {"speech": spoken, "media": media, "tools": tools}
+    asked = {"speech": spoken, "output": output.output, "media": media, "tools": tools}
     from rich.console import Console
 
     notes = Console(stderr=True, highlight=False, markup=False)
     began = time.perf_counter()
-    loaded = _load(model, spoken is not None, notes.is_terminal)
+    loaded = load_model(model, spoken is not None, notes.is_terminal)
     loading = time.perf_counter() - began
     if as_json:
         [reply] = loaded.generate([messages], generation, **asked)
         _write_speech(output, reply)
         timings = {"load": loading} | reply.timings
-        extra = {} if output.speech is None else {"speech": output.speech}
+        extra = {} if reply.waveform is None else {"speech": output.speech}
         print(json.dumps(reply.to_dict() | {"timings": timings} | extra, ensure_ascii=False))
         return
     reply = _print_stream(loaded.stream(messages, generation, **asked), notes)
@@ -128,7 +137,8 @@ def generate(
     _print_figures(reply, output, notes)
 
 
-def _load(model: ModelSettings, speaks: bool, progress: bool) -> Any:
+def load_model(model: ModelSettings, speaks: bool, progress: bool) -> Any:
+    """Loads a checkpoint for a command, with all its parts where it is to speak; compiled programs are kept."""
     from omni_jax import api
     from omni_jax.runtime.compilation import use_compilation_cache
 
@@ -141,15 +151,17 @@ def _load(model: ModelSettings, speaks: bool, progress: bool) -> Any:
 
 def _print_stream(events: Any, notes: Any) -> Reply:
     """Prints text as it comes; the whole reply at the end."""
-    status = notes.status("reading the prompt")
+    status, shown = notes.status("reading the prompt"), False
     status.start()
     try:
         for event in events:
             if isinstance(event, DoneEvent):
-                print(flush=True)
+                if shown:
+                    print(flush=True)
                 return event.reply
             if isinstance(event, TextEvent):
                 status.stop()
+                shown = True
                 print(event.text, end="", flush=True)
     finally:
         status.stop()
@@ -157,11 +169,11 @@ def _print_stream(events: Any, notes: Any) -> Reply:
 
 
 def _write_speech(output: SpeechFile, reply: Reply) -> None:
-    if output.speech is not None:
+    if output.speech is not None and reply.waveform is not None:
         from omni_jax.model.token2wav import SAMPLE_RATE
         from omni_jax.processing.encode import write_audio
 
-        write_audio(output.speech, reply.waveform, SAMPLE_RATE, output.speech_format)  # type: ignore[arg-type]
+        write_audio(output.speech, reply.waveform, SAMPLE_RATE, output.speech_format)
 
 
 def _print_figures(reply: Reply, output: SpeechFile, notes: Any) -> None:
@@ -171,7 +183,9 @@ def _print_figures(reply: Reply, output: SpeechFile, notes: Any) -> None:
         f"{len(reply.token_ids)} written at {times['tokens_per_second']:.1f}/s; ended by {reply.finish_reason}",
         style="dim",
     )
-    if output.speech is not None:
+    if output.speech is not None and reply.waveform is None:
+        notes.print("answered in text, as it was asked; no speech was written", style="dim")
+    elif output.speech is not None:
         notes.print(
             f"{reply.seconds:.2f} s of speech made in {times['talker'] + times['token2wav']:.2f} s; "
             f"ended by {reply.speech_finish_reason}; written to {output.speech}",

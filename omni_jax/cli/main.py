@@ -17,7 +17,9 @@ from omni_jax.errors import InputError, print_warnings, unknown_name
 # Command → (module of omni_jax.cli, what it does).
 COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("generate", "Answer a conversation with any mix of text, images, audio and video."),
+    "chat": ("chat", "Hold a conversation in the terminal."),
     "batch": ("batch", "Answer the conversations of a file."),
+    "warmup": ("warmup", "Compile the programs of requests of a given size ahead."),
     "vocode": ("speech", "Synthesize audio from codec ids."),
     "voices": ("speech", "List the voices of a checkpoint or of a voice file."),
     "init": ("checkpoints", "Make a checkpoint with random weights, for trying things out."),

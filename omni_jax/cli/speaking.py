@@ -1,4 +1,4 @@
-"""What `generate` and `batch` share: flags of speech that are of use only where speech is asked for."""
+"""What `generate`, `batch` and `chat` share: flags of speech that are of use only where speech is asked for."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ def speech_of(
     seed: int,
     no_watchdog: bool,
     audio_format: str | None,
+    needs: str = "--speech, which is not given",
 ) -> SpeechSettings | None:
-    """The settings of speech, None where none is wanted. Raises InputError for flags of speech without it."""
+    """The settings of speech, None where none is wanted. Raises InputError for flags of speech without it: they need
+    `needs`."""
     if wanted:
         return dataclasses.replace(speech, seed=seed, watchdog=None if no_watchdog else speech.watchdog)
     flags = {f.name: flag_name(f) for f in dataclasses.fields(speech)}
@@ -30,5 +32,5 @@ def speech_of(
     given += ["--no-watchdog"] if no_watchdog else []
     given += ["--speech-format"] if audio_format is not None else []
     if given:
-        raise InputError(f"{', '.join(given)} {'goes' if len(given) == 1 else 'go'} with --speech, which is not given")
+        raise InputError(f"{', '.join(given)} {'goes' if len(given) == 1 else 'go'} with {needs}")
     return None

@@ -115,6 +115,20 @@ def _options(part: chat.Part, defaults: dict[str, Any]) -> dict[str, Any]:
     return options.merge_options(known, part.options)
 
 
+def asked_by(messages: Any, media: Any = None) -> tuple[bool, bool]:
+    """Whether the last turn of the user has text, and whether it has audio: a clip's sound counts where it is used.
+
+    Args:
+      messages: see `chat.parse_conversation`, whose errors this raises.
+      media: defaults of media items, as for `Processor`.
+    """
+    defaults = media_defaults(media, {})
+    turns = [m.parts for m in chat.parse_conversation(messages) if m.role == "user"]
+    parts = turns[-1] if turns else ()
+    heard = [p for p in parts if p.kind == "audio" or _options(p, defaults).get("use_audio_in_video")]
+    return any(p.kind == "text" and p.source for p in parts), bool(heard)
+
+
 def check_context(prompt: Prompt, context: int) -> None:
     """Raises PromptError where a prompt leaves no room for a reply in a context of so many tokens."""
     if len(prompt.ids) >= context:
@@ -131,12 +145,14 @@ class Medium:
     Attributes:
       segment: its place in the layout of a prompt.
       image, video: of the vision tower; audio: log-mel [L, M], or that of each chunk as it came in.
+      item: of a message, that it was read from; None for what came in live.
     """
 
     segment: P.Image | P.Audio | P.Video | P.AudioVideo
     image: Patches | None = None
     video: Video | None = None
     audio: np.ndarray | tuple[np.ndarray, ...] | None = None
+    item: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -300,6 +316,15 @@ class Processor:
             f"the prompt has {total} tokens and leaves no room for a reply in the context of {limit}: text takes "
             f"{words}, {', '.join(map(str, costs))}; {fitting.advice(costs, lowered)}"
         )
+
+    def read_item(self, item: Mapping[str, Any], media: MediaSettings | Mapping[str, Any] | None = None) -> Medium:
+        """Reads one medium of a message, once for all prompts that it will stand in. Arguments and errors as for the
+        whole conversation."""
+        [part] = chat.parse_conversation([{"role": "user", "content": [item]}])[0].parts
+        if part.kind == "text":
+            raise InputError(f"a {part.kind} item is no medium; give an image, audio or a video")
+        chosen = _options(part, media_defaults(media, {}))
+        return dataclasses.replace(self._read(part, chosen, ANYTHING, alone=True), item=item)
 
     def _assemble(self, text: str, runs: Sequence[Sequence[int]], media: Sequence[Medium]) -> Prompt:
         """Runs of text with media between them as one prompt."""

@@ -195,6 +195,11 @@ class Engine:
         return len(self._waiting)
 
     @property
+    def is_fresh(self) -> bool:
+        """Whether no request has come yet."""
+        return self._count == 0
+
+    @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
         return not self._turns

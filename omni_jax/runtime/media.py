@@ -12,9 +12,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -155,6 +155,13 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(different[0]) if different.size else n
 
 
+class Program(NamedTuple):
+    """A program that requests can meet; `run` calls it on padding alone, so that it is compiled."""
+
+    name: str
+    run: Callable[[], object]
+
+
 class Towers:
     """The vision and audio towers, run on cells.
 
@@ -185,6 +192,26 @@ class Towers:
             )
             self._place(out, cells, chunks, vectors)
         return out
+
+    def programs(self, frames: Iterable[tuple[int, int]], chunks: Iterable[int]) -> Iterator[Program]:
+        """Runs of the towers on padding alone.
+
+        Args:
+          frames: (frames, windows of a frame) of calls of the vision tower, buckets.
+          chunks: of calls of the audio tower, buckets.
+        """
+        v, a = self.cfg.vision, self.cfg.audio
+        for count, windows in frames:
+            n = windows * v.window_patches**2
+            inputs = (np.zeros((count, n, v.patch_dim), self.dtype), np.zeros((count, n, 2), np.int32),
+                      np.ones((count, n), np.bool_))  # fmt: skip
+            see = self._on_mesh("vision", vision.vision_program(v))
+            yield Program(f"vision tower, {count} × {n}", functools.partial(see, self.params["visual"], *inputs))
+        for count in chunks:
+            mel = np.zeros((count, a.chunk_frames, a.num_mel_bins), self.dtype)
+            hear = self._on_mesh("audio", audio.audio_program(a))
+            run = functools.partial(hear, self.params["audio_tower"], mel, np.full(count, a.chunk_frames, np.int32))
+            yield Program(f"audio tower, {count} chunks", run)
 
     @staticmethod
     def _place(out: list[np.ndarray], cells: Sequence[Cell], which: Sequence[int], vectors: np.ndarray) -> None:

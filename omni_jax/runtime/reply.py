@@ -74,13 +74,7 @@ class ReplyBuilder:
 
     def interrupt(self, keep: int) -> None:
         """Ends the reply here and keeps its first `keep` ids, or fewer where a character would be cut in two."""
-        keep = min(keep, len(self.ids))
-        stream = Detokenizer(self._tokenizer)
-        text, whole, at = "", "", 0
-        for i, token in enumerate(self.ids[:keep]):
-            text += stream.push(token)
-            if not stream.pending:
-                whole, at = text, i + 1
+        whole, at = first_tokens(self._tokenizer, self.ids, keep)
         del self.ids[at:], self.logprobs[at:], self._ends[at:]
         self.text, self.certain, self.finish_reason = whole, at, "interrupted"
 
@@ -91,3 +85,14 @@ class ReplyBuilder:
             if any(stop.startswith(self._held[-n:]) for stop in self._settings.stop):
                 return n
         return 0
+
+
+def first_tokens(tokenizer: Tokenizer, ids: Sequence[int], keep: int) -> tuple[str, int]:
+    """The text of the first `keep` ids, or of fewer where a character would be cut in two; and of how many."""
+    stream = Detokenizer(tokenizer)
+    text, whole, at = "", "", 0
+    for i, token in enumerate(ids[:keep]):
+        text += stream.push(token)
+        if not stream.pending:
+            whole, at = text, i + 1
+    return whole, at

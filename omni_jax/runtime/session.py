@@ -6,11 +6,10 @@ behind what they know. At the end of a turn only the rest is left to read, howev
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import itertools
 import queue
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -22,12 +21,14 @@ from omni_jax.processing.processor import Medium, Processor, Prompt
 from omni_jax.processing.video_sampling import FPS
 from omni_jax.processing.voice_activity import RATE, TurnDetector
 from omni_jax.runtime.driver import EngineDriver
+from omni_jax.runtime.reply import first_tokens
 from omni_jax.runtime.turn import Request
 from omni_jax.settings import (
     DoneEvent,
     ErrorEvent,
     Event,
     GenerationSettings,
+    MediaSettings,
     OutputMode,
     ReadEvent,
     Reply,
@@ -44,6 +45,8 @@ BEFORE_TURN = 0.3
 FRAME_LAG = 0.5
 # What stands for a medium that had to make room.
 GONE = "({kind} of an earlier turn)"
+# What stands for one that came in live, where a conversation is written down.
+LIVE = "({kind} that came in live)"
 
 
 class SessionError(InputError):
@@ -120,6 +123,8 @@ class Session:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._reading: set[int] = set()
         self._reply: int | None = None
+        # The last reply and its message, until another turn begins.
+        self._last: tuple[Reply, dict[str, Any]] | None = None
         self._shows_text = True
         self.played_seconds: float | None = None
         self._closed = False
@@ -142,10 +147,28 @@ class Session:
         self._parts.append({"type": "text", "text": text})
 
     def send_image(self, image: Any) -> None:
-        """Adds a picture to the turn: whatever a message may hold as an image."""
+        """Adds a picture to the turn: whatever a message may hold as an image. Errors as for `send_item`."""
+        self.send_item({"type": "image", "image": image})
+
+    def send_item(self, item: Mapping[str, Any], media: MediaSettings | None = None) -> None:
+        """Adds a whole image, audio or video to the turn, read now and once.
+
+        Args:
+          item: as a message holds it: `{"type": "video", "video": "clip.mp4", "use_audio_in_video": True}`.
+          media: how it is read where it does not say itself.
+        Raises:
+          InputError: a medium that cannot be read; the session goes on without it.
+        """
         self._check_open()
+        medium = self._processor.read_item(item, media)
         self._end_segment()
-        self._parts.append({"type": "image", "image": image})
+        kind = item["type"]
+        self._parts.append({"type": kind, kind: medium})
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The conversation so far as plain messages, which `Omni.generate` takes. Media stand as they were given to
+        `send_item`; of what came in live there is only a note."""
+        return [{**m, "content": _plain(m["content"])} for m in self.messages]
 
     def send_audio(self, samples: Any, rate: float) -> None:
         """Adds a block of audio of any length to the turn.
@@ -336,10 +359,26 @@ class Session:
         if speaks and not self._speaks:
             raise SessionError('this session does not speak; begin it with another output than "text"')
         prompt = self._fitting_prompt(parts, reply=True)
+        self._last = None
         self.messages.append({"role": "user", "content": parts})
         speech, self.played_seconds = self.speech if speaks else None, None
         request = Request(prompt, self.settings, speech, True, self._name, talker_reads=self._speaks)
         self._reply = self._driver.submit(request, self._take_event)
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether a reply is on its way."""
+        return self._reply is not None
+
+    def poll(self) -> list[Event]:
+        """What has happened since the last look, without waiting. Where no thread turns the engine, this is one round
+        of it; so a caller can take in audio, or interrupt, between two rounds."""
+        if self._reply is not None and not self._driver.running and self._events.empty():
+            self._driver.turn()
+        found = []
+        while not self._events.empty():
+            found.append(self._events.get())
+        return found
 
     def events(self) -> Iterator[Event]:
         """What happens until the turn is answered: TextEvents, AudioEvents, and a DoneEvent or an ErrorEvent last.
@@ -365,10 +404,13 @@ class Session:
     def _answered(self, reply: Reply) -> None:
         self._reply = None
         if reply.text:
-            self.messages.append({"role": "assistant", "content": reply.text})
+            message = {"role": "assistant", "content": reply.text}
+            self.messages.append(message)
+            self._last = reply, message
 
     def interrupt(self, played_seconds: float | None = None) -> None:
-        """Ends the reply that is on its way: what was played of it stays in the conversation.
+        """Ends the reply that is on its way: what was played of it stays in the conversation. So it is with one that
+        is complete and still being played.
 
         Args:
           played_seconds: of its audio that were played; None keeps all of its text.
@@ -379,6 +421,21 @@ class Session:
             self._driver.interrupt(self._reply, played_seconds)
             if not self._driver.running:
                 self._driver.turn()  # hands out the reply's last event
+        elif played_seconds is not None:
+            self._cut_last_reply(played_seconds)
+
+    def _cut_last_reply(self, played_seconds: float) -> None:
+        """Of a spoken reply that has ended, the conversation keeps what was played, in proportion."""
+        last, self._last = self._last, None
+        if last is None or not self.messages or self.messages[-1] is not last[1]:
+            return
+        reply, message = last
+        if not reply.seconds or played_seconds >= reply.seconds:
+            return
+        keep = round(len(reply.token_ids) * played_seconds / reply.seconds)
+        message["content"], _ = first_tokens(self._processor.tokenizer, reply.token_ids, keep)
+        if not message["content"]:
+            del self.messages[-1]
 
     def close(self) -> None:
         """Ends the session and frees its row; twice is once."""
@@ -397,55 +454,24 @@ class Session:
         self.close()
 
 
+def _plain(content: Any) -> Any:
+    """A message's content without arrays."""
+    if isinstance(content, str):
+        return content
+    return [_plain_part(part) for part in content]
+
+
+def _plain_part(part: Mapping[str, Any]) -> dict[str, Any]:
+    medium = part.get(part["type"])
+    if not isinstance(medium, Medium):
+        return dict(part)
+    if medium.item is not None:
+        return dict(medium.item)
+    return {"type": "text", "text": LIVE.format(kind=part["type"])}
+
+
 def _at(block: np.ndarray, rate: int) -> np.ndarray:
     """A block for the voice detector, which takes 16 kHz, of audio at a whole multiple of that."""
     if rate % RATE:
         raise SessionError(f"turns are found at {RATE} Hz, and this model hears at {rate} Hz; end turns with commit")
     return block[:: rate // RATE]
-
-
-class AsyncSession:
-    """A `Session` for an event loop: the same methods, awaited; the engine runs in a thread."""
-
-    def __init__(self, session: Session):
-        self.session = session
-
-    async def send_text(self, text: str) -> None:
-        """See `Session.send_text`."""
-        self.session.send_text(text)
-
-    async def send_image(self, image: Any) -> None:
-        """See `Session.send_image`."""
-        await asyncio.to_thread(self.session.send_image, image)
-
-    async def send_audio(self, samples: Any, rate: float) -> None:
-        """See `Session.send_audio`."""
-        await asyncio.to_thread(self.session.send_audio, samples, rate)
-
-    async def send_frame(self, frame: Any, seconds: float) -> None:
-        """See `Session.send_frame`."""
-        await asyncio.to_thread(self.session.send_frame, frame, seconds)
-
-    async def commit(self, output: OutputMode | None = None) -> None:
-        """See `Session.commit`."""
-        await asyncio.to_thread(self.session.commit, output)
-
-    async def events(self) -> AsyncIterator[Event]:
-        """See `Session.events`."""
-        found = self.session.events()
-        while (event := await asyncio.to_thread(next, found, None)) is not None:
-            yield event
-
-    async def interrupt(self, played_seconds: float | None = None) -> None:
-        """See `Session.interrupt`."""
-        await asyncio.to_thread(self.session.interrupt, played_seconds)
-
-    async def close(self) -> None:
-        """See `Session.close`."""
-        await asyncio.to_thread(self.session.close)
-
-    async def __aenter__(self) -> AsyncSession:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()

@@ -9,7 +9,8 @@ Letters: B rows of the slots, R rows of a call, T tokens of a piece, E size of t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from omni_jax.model.voice import Voice
 from omni_jax.parallel.meshes import transfer_to_mesh
 from omni_jax.runtime import slots as S
 from omni_jax.runtime.loaded import LoadedModel
+from omni_jax.runtime.media import Program
 from omni_jax.runtime.speech import (
     SILENT,
     TALKER_CACHE_STEP,
@@ -58,16 +60,20 @@ class TalkerStage:
         self._table = model.params["thinker"]["model"]["embed_tokens"]["weight"]
         self._program = S.talker_program(cfg.talker)
         self.vocoder = VocoderStream(cfg.token2wav, model.params["token2wav"], model.voices, rows, model.layout_for)
-        marks = self._table_rows(np.array([cfg.talker.tts_text_end_token_id, cfg.talker.tts_text_pad_token_id]))
-        self._capacity, self._reply = cache_slots(places, TALKER_CACHE_STEP), buckets.REPLY[0]
-        with model.layout_for("talker", rows):
-            self._slots = S.make_slots(
-                self._program, self._params, rows, capacity=self._capacity, cache_dtype=model.cache_dtype,
-                reply=self._reply, marks=marks,
-            )  # fmt: skip
+        self._marks = self._table_rows(np.array([cfg.talker.tts_text_end_token_id, cfg.talker.tts_text_pad_token_id]))
+        self._make_slots(cache_slots(places, TALKER_CACHE_STEP), buckets.REPLY[0])
         # Vectors of each row's last reply that the device has, for `catch_up`.
         self._appended = np.zeros(rows, np.int64)
         self._lengths = np.zeros(rows, np.int64)
+        self._kept: dict[tuple[int, ...], S.Tokens] = {}
+
+    def _make_slots(self, capacity: int, reply: int) -> None:
+        self._capacity, self._reply = capacity, reply
+        with self.model.layout_for("talker", self.rows):
+            self._slots = S.make_slots(
+                self._program, self._params, self.rows, capacity=capacity, cache_dtype=self.model.cache_dtype,
+                reply=reply, marks=self._marks,
+            )  # fmt: skip
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -130,11 +136,13 @@ class TalkerStage:
                 counts[i] = 0
         live = [(turn, int(n)) for turn, n in zip(turns, counts) if n]
         self._ensure(max(int(self._lengths[turn.row]) + n for turn, n in live))
-        with self._handing_over(*t.x.shape):
-            index = self._from_host(t.media_index)
-            vectors = self._transfer(talker.prompt_vectors(piece.embeddings, piece.hidden, index))
         first = all(self._lengths[turn.row] == 0 for turn, _ in live)
-        self._extend(S.Tokens(vectors, t.positions, counts, t.rows), first=first)
+        self._extend(S.Tokens(self._prompt_vectors(piece), t.positions, counts, t.rows), first=first)
+
+    def _prompt_vectors(self, piece: Piece) -> Any:
+        with self._handing_over(*piece.tokens.x.shape):
+            index = self._from_host(piece.tokens.media_index)
+            return self._transfer(talker.prompt_vectors(piece.embeddings, piece.hidden, index))
 
     def catch_up(self, row: int, read: int, shared: int, keys: np.ndarray) -> int:
         """Reads the last reply of a row, as the next prompt has it before it: its vectors are those of a prompt.
@@ -154,11 +162,16 @@ class TalkerStage:
         width = buckets.bucket(n, buckets.PIECE)
         positions = np.zeros((3, 1, width), np.int32)
         positions[:, 0, :n] = keys[read : read + n, 1:4].T
+        self._extend_by_reply(positions, row, n)
+        return n
+
+    def _extend_by_reply(self, positions: np.ndarray, row: int, n: int) -> None:
+        """Reads the first n vectors of a row's reply, at positions [3, 1, width]."""
+        width = positions.shape[2]
         assert self._slots.reply is not None
         with self.model.layout_for("talker", 1, width):
             x = S.reply_prefix(self._slots.reply.vectors, np.int32(row), width)
         self._extend(S.Tokens(x, positions, np.array([n], np.int32), np.array([row], np.int32)), first=False)
-        return n
 
     def truncate(self, row: int, length: int) -> None:
         """A row goes back to its first tokens."""
@@ -176,9 +189,12 @@ class TalkerStage:
         """Another reply begins in a row: its vectors are forgotten."""
         mask = np.zeros(self.rows, bool)
         mask[row] = True
+        self._reset_replies(mask)
+        self._appended[row] = 0
+
+    def _reset_replies(self, mask: np.ndarray) -> None:
         with self.model.layout_for("talker", self.rows):
             self._slots = S.reset_reply(self._slots, mask)
-        self._appended[row] = 0
 
     # Speaking
 
@@ -192,6 +208,9 @@ class TalkerStage:
         if (need := int(self._appended.max()) + 1) > self._reply:
             self._reply = buckets.bucket(need, buckets.REPLY)
             self._grow()
+        self._append(made, counts)
+
+    def _append(self, made: Made, counts: np.ndarray) -> None:
         with self._handing_over(self.rows):
             vectors = self._transfer(talker.reply_vectors(self._table, made.output.read, made.output.hidden))
         zeros, every = np.zeros(self.rows, np.int32), np.arange(self.rows, dtype=np.int32)
@@ -207,6 +226,9 @@ class TalkerStage:
         if (need := int(lengths.max()) + 1) > self._reply:
             self._reply = buckets.bucket(need, buckets.REPLY)
             self._grow()
+        self._end_replies(mask, lengths)
+
+    def _end_replies(self, mask: np.ndarray, lengths: np.ndarray) -> None:
         with self.model.layout_for("talker", self.rows):
             self._slots = S.end_reply(self._slots, mask, lengths)
 
@@ -227,6 +249,18 @@ class TalkerStage:
             mask[turn.row], settings[turn.row] = True, turn.request.speech
             position[turn.row] = max(turn.first_position, int(after[i, -1]) + 1)
         self._ensure(max(int(self._lengths[t.row]) for t in turns) + talker.EXTRA + S.LOOP_STEPS)
+        token = self._begin(rows, voices, counts, after, mask, settings, position)
+        for turn in turns:
+            turn.drawn = 1
+        return {t.row: [int(token[t.row])] for t in turns}
+
+    def _begin(
+        self, rows: np.ndarray, voices: np.ndarray, counts: np.ndarray, after: np.ndarray, mask: np.ndarray,
+        settings: Sequence[SpeechSettings], position: np.ndarray,
+    ) -> np.ndarray:  # fmt: skip
+        """int32 [B], the first codes of the rows in `mask` [B]. Those that are new to the voice's mark are named by
+        `rows` [R], with `counts` [R] places at position ids `after` [R, EXTRA]."""
+        size = len(rows)
         assert self._slots.reply is not None
         vectors = self._table_rows(voices)
         with self.model.layout_for("talker", size, talker.EXTRA):
@@ -239,16 +273,13 @@ class TalkerStage:
             self._slots, out = S.begin(
                 self._program, self._params, self._slots, mask, draw_settings(settings, self.stop_ids), position
             )
-        token = np.asarray(out.token)
-        for turn in turns:
-            turn.drawn = 1
-        return {t.row: [int(token[t.row])] for t in turns}
+        return np.asarray(out.token)
 
     def step(self, turns: Sequence[Turn], steps: int) -> Made:
         """Up to `steps` codes of each turn; fewer where the text is not written yet. `fetch` waits for them."""
         active = np.zeros(self.rows, bool)
         active[[t.row for t in turns]] = True
-        self._ensure(max(int(self._lengths[t.row]) for t in turns) + steps)
+        self._ensure(max((int(self._lengths[t.row]) for t in turns), default=0) + steps)
         with self.model.layout_for("talker", self.rows):
             self._slots, out, count = S.step(self._program, self._params, self._slots, active, steps)
         return Made(out, count)
@@ -299,3 +330,85 @@ class TalkerStage:
         if ended and self.vocoder.is_open(turn.row):
             self.model.admission.check_speech([turn.pushed])
             self.vocoder.close_input(turn.row)
+
+    # Warming up
+
+    def keep_shape(self, piece: Piece) -> None:
+        """Takes a piece of padding that the Thinker has read: `programs` reads one of each shape."""
+        t = piece.tokens
+        self._kept[t.x.shape] = S.Tokens(self._prompt_vectors(piece), t.positions, t.counts, t.rows)
+
+    def sizes(self, tokens: int, new_tokens: int, codes: int) -> tuple[list[int], list[int]]:
+        """What the cache and the room for a reply's vectors grow to, step by step.
+
+        Args:
+          tokens: most tokens of a conversation; new_tokens: of a reply; codes: of its speech.
+        """
+        caches, replies = [self._capacity], [self._reply]
+        while caches[-1] < tokens + talker.EXTRA + codes + S.LOOP_STEPS:
+            caches.append(cache_slots(caches[-1] + 1, TALKER_CACHE_STEP))
+        while replies[-1] < new_tokens:
+            replies.append(buckets.bucket(replies[-1] + 1, buckets.REPLY))
+        return caches, replies
+
+    def programs(
+        self, shapes: Sequence[tuple[int, int]], caches: Sequence[int], replies: Sequence[int], made: Callable[[], Made]
+    ) -> Iterator[Program]:
+        """Every program of these rows, run on padding. The rows must hold nothing, and have their first sizes again
+        afterwards. Each size of the cache may meet each size of the replies.
+
+        Args:
+          shapes: of the pieces that `keep_shape` has got by the time these run.
+          caches, replies: of `sizes`.
+          made: gives what a step of the Thinker does.
+        """
+        yield Program("Talker goes back", lambda: self.truncate(0, 0))
+        for j, reply in enumerate(replies):
+            for i, cache in enumerate(caches):
+                at = f"(cache {cache}, reply {reply})"
+                if i or j:
+                    yield Program(
+                        f"Talker grows {at}", functools.partial(self._grow_from, caches[: i + 1], replies[: j + 1])
+                    )
+                for shape in shapes:
+                    for first in (True, False):
+                        read = functools.partial(self._read_kept, shape, first)
+                        yield Program(f"Talker reads {shape[0]} × {shape[1]} {at}", read)
+                for width in buckets.upto(reply, buckets.PIECE):
+                    positions = np.zeros((3, 1, width), np.int32)
+                    yield Program(f"Talker reads a reply {at}", functools.partial(self._catch_up_padding, positions))
+                yield Program(f"Talker takes a reply {at}", lambda: self._take_padding(made()))
+                for size in buckets.upto(self.rows, buckets.BATCH):
+                    yield Program(f"Talker begins {at}", functools.partial(self._begin_padding, size))
+                yield Program(f"Talker speaks {at}", lambda: self.step([], 1))
+                if self.rows > 1:
+                    yield Program(f"Talker copies a row {at}", lambda: self.copy_row(0, 1, 0))
+        yield Program("Talker shrinks", lambda: self._make_slots(caches[0], replies[0]))
+
+    def _grow_from(self, caches: Sequence[int], replies: Sequence[int]) -> None:
+        """Grows to the last sizes, from each of the two neighbours that it can come from."""
+        cache, reply = caches[-1], replies[-1]
+        for before in [(c, reply) for c in caches[-2:-1]] + [(cache, r) for r in replies[-2:-1]]:
+            self._make_slots(*before)
+            self._capacity, self._reply = cache, reply
+            self._grow()
+
+    def _read_kept(self, shape: tuple[int, int], first: bool) -> None:
+        self._extend(self._kept[shape], first=first)
+
+    def _take_padding(self, made: Made) -> None:
+        none = np.zeros(self.rows, bool)
+        self._append(made, np.zeros(self.rows, np.int32))
+        self._end_replies(none, np.zeros(self.rows, np.int32))
+        self._reset_replies(none)
+
+    def _begin_padding(self, size: int) -> None:
+        rows = self.rows + np.arange(size, dtype=np.int32)
+        none = np.zeros(size, np.int32)
+        self._begin(
+            rows, none, none, np.zeros((size, talker.EXTRA), np.int32), np.zeros(self.rows, bool),
+            [SILENT] * self.rows, np.zeros(self.rows, np.int32),
+        )  # fmt: skip
+
+    def _catch_up_padding(self, positions: np.ndarray) -> None:
+        self._extend_by_reply(positions, 0, 0)

@@ -6,7 +6,8 @@ Letters: B rows of the slots, R rows of a call, T tokens of a piece (a bucket), 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from omni_jax import buckets
 from omni_jax.model.sampling import Sampling
 from omni_jax.runtime import slots as S
 from omni_jax.runtime.loaded import LoadedModel
-from omni_jax.runtime.media import Towers
+from omni_jax.runtime.media import Program, Towers
 from omni_jax.runtime.turn import Clock, Turn
 from omni_jax.settings import GenerationSettings, TokenLogprob
 
@@ -120,7 +121,10 @@ class ThinkerStage:
         size = buckets.bucket(len(turns), buckets.BATCH)
         width = buckets.bucket(max(counts), buckets.PIECE)
         tokens = self._tokens(turns, counts, size, width)
-        first = all(t.read == 0 for t in turns)
+        return self._extend(tokens, first=all(t.read == 0 for t in turns))
+
+    def _extend(self, tokens: S.Tokens, *, first: bool) -> Piece:
+        size, width = tokens.x.shape[:2]
         with self.model.layout_for("thinker", size, width, self.rows):
             self._slots, embeddings, hidden = S.extend(self._program, self._params, self._slots, tokens, first=first)
         return Piece(tokens, embeddings, hidden)
@@ -241,3 +245,47 @@ class ThinkerStage:
         """A row takes over the first tokens of another."""
         with self.model.layout_for("thinker", self.rows):
             self._slots = S.copy_row(self._slots, source, target, length)
+        self._slots = S.copy_row(self._slots, source, target, length)
+
+    # Warming up
+
+    def programs(
+        self, shapes: Sequence[tuple[int, int]], media: int, after: Callable[[Piece], object] = lambda _: None
+    ) -> Iterator[Program]:
+        """Every program of these rows, run on padding: rows keep their state, and must hold nothing.
+
+        Args:
+          shapes: of the reading calls, `buckets.extend_shapes`.
+          media: most media vectors of a row's stretch.
+          after: called with each piece; what it runs is part of the program.
+        """
+        for size, width in shapes:
+            held = buckets.upto(min(size * width, size * media), buckets.MEDIA) if media else ()
+            for first in (True, False):
+                for vectors in (0, *held):
+                    read = functools.partial(self._read_padding, size, width, vectors, first)
+                    with_media = f", {vectors} media vectors" if vectors else ""
+                    yield Program(f"Thinker reads {size} × {width}{with_media}", lambda r=read: after(r()))  # type: ignore[misc]
+        yield Program("Thinker begins", lambda: self.begin([]))
+        yield Program("Thinker writes", lambda: self.fetch(self.step([], 1)))
+        yield Program("Thinker goes back", lambda: self.truncate(0, 0))
+        if self.rows > 1:
+            yield Program("Thinker copies a row", lambda: self.copy_row(0, 1, 0))
+        for width in buckets.upto(min(self.capacity, buckets.PROMPT[-1]), buckets.PROMPT):
+            yield Program("Thinker knows a prompt", functools.partial(self._know_padding, width))
+
+    def _read_padding(self, size: int, width: int, vectors: int, first: bool) -> Piece:
+        tokens = S.Tokens(
+            np.zeros((size, width), np.int32), np.zeros((3, size, width), np.int32), np.zeros(size, np.int32),
+            np.full(size, self.rows, np.int32) + np.arange(size, dtype=np.int32),
+        )  # fmt: skip
+        if vectors:
+            hidden = self.model.config.thinker.text.hidden_size
+            tokens = dataclasses.replace(
+                tokens, media=np.zeros((vectors, hidden), self.towers.dtype),
+                media_index=np.full((size, width), -1, np.int32),
+            )  # fmt: skip
+        return self._extend(tokens, first=first)
+
+    def _know_padding(self, width: int) -> None:
+        self._slots = S.set_seen(self._slots, 0, np.zeros(width, np.int32), 0)

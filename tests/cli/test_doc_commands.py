@@ -27,6 +27,8 @@ PARSED_ONLY = {
     "export": "of that checkpoint, or of a run; README's and docs/examples/finetune.py run",
     "generate": "of a fine-tuned or published checkpoint; README's run",
     "init": "README's runs",
+    "chat": "waits for lines; tests/cli/test_chat.py holds conversations",
+    "warmup": "tests/runtime/test_warmup.py runs it",
     "vocode": "takes codes of a file; tests/cli/test_main.py runs it",
     "voices": "tests/cli/test_main.py runs it",
 }
