@@ -238,7 +238,7 @@ def steps(cfg: C.OmniConfig, at: M.Meshes, request: M.Request, chip: M.Chip, ite
     """The least time of every program. Products dominate, so a weight counts two operations a row, and attention its
     own; each device does its share of both, as the rules lay them out."""
     r, mesh = request, at.thinker
-    yield from _tower_steps(cfg, mesh, r, chip, itemsize)
+    yield from tower_steps(cfg, mesh, r, chip, itemsize)
     yield from _decoder_steps(cfg, mesh, "thinker", r, r.width, r.slots, chip, itemsize)
     if r.codes:
         mesh = at.of("speech")
@@ -273,7 +273,8 @@ def _decoder_steps(
     yield step(f"{name} decode", f"one token of {r.rows} rows, {slots} slots", weights + cache, work, chip)
 
 
-def _tower_steps(cfg: C.OmniConfig, sizes: meshes.Sizes, r: M.Request, chip: M.Chip, itemsize: int) -> Iterator[Step]:
+def tower_steps(cfg: C.OmniConfig, sizes: meshes.Sizes, r: M.Request, chip: M.Chip, itemsize: int) -> Iterator[Step]:
+    """The least times of the towers: all calls of the vision tower, and one of the audio tower."""
     v, a = cfg.thinker.vision, cfg.thinker.audio
     d, merged = v.hidden_size, v.hidden_size * v.spatial_merge_size**2
     per_patch = v.depth * d * (4 * d + 3 * v.intermediate_size) + v.patch_dim * d
@@ -307,16 +308,34 @@ def _audio_steps(cfg: C.OmniConfig, sizes: meshes.Sizes, r: M.Request, chip: M.C
     flow = token2wav.Flow()
     use_dit, use_vocoder = M.sound(cfg, sizes, r.spoken, r.codes)
     frames = token2wav.padded_codes(d, r.codes) * d.repeats
-    inner = d.num_attention_heads * d.head_dim
-    per_frame = d.num_hidden_layers * d.hidden_size * (4 * inner + 2 * d.ff_mult * d.hidden_size)
-    keys = 4 * d.num_hidden_layers * inner * 3 * d.block_size
     rules = meshes.rules("dit", cfg, sizes, r.spoken)
     split = M.ways(sizes, rules, "batch", "act_mlp")
-    work = flow.evaluations * 2 * r.spoken * frames * (2 * per_frame + keys) / split
+    work = flow.evaluations * 2 * r.spoken * frames * dit_operations(d) / split
     moved = flow.evaluations * M.weight_bytes(cfg, sizes, "token2wav", M.FLOAT, use_dit.reads[1])
     seconds = f"{r.spoken} × {r.codes / CODES_PER_SECOND:g} s"
     yield step("DiT flow", f"{seconds}, {flow.evaluations} evaluations", moved, work, chip, float32=True)
 
+    rules = meshes.rules("bigvgan", cfg, sizes, r.spoken)
+    moved = M.weight_bytes(cfg, sizes, "token2wav", M.FLOAT, use_vocoder.reads[1]) + use_vocoder.arrays
+    work = r.spoken * frames * vocoder_operations(g) / M.ways(sizes, rules, "batch")
+    yield step("BigVGAN", seconds, moved, work, chip, float32=True)
+
+
+def dit_weights(d: C.DiTConfig) -> int:
+    """Weights of the DiT's layers that an evaluation multiplies each frame by; those of AdaLN depend on the time alone
+    and are multiplied once."""
+    inner = d.num_attention_heads * d.head_dim
+    return d.num_hidden_layers * d.hidden_size * (4 * inner + 2 * d.ff_mult * d.hidden_size)
+
+
+def dit_operations(d: C.DiTConfig) -> int:
+    """Operations of one mel frame in one evaluation, without guidance; it attends to three blocks."""
+    keys = 4 * d.num_hidden_layers * d.num_attention_heads * d.head_dim * 3 * d.block_size
+    return 2 * dit_weights(d) + keys
+
+
+def vocoder_operations(g: C.BigVGANConfig) -> float:
+    """Operations of the convolutions of one mel frame."""
     channels, rate, operations = g.upsample_initial_channel, 1, 2.0 * 7 * g.mel_dim * g.upsample_initial_channel
     for up, width in zip(g.upsample_rates, g.upsample_kernel_sizes, strict=True):
         operations += 2 * rate * channels * (channels // 2) * width
@@ -324,10 +343,13 @@ def _audio_steps(cfg: C.OmniConfig, sizes: meshes.Sizes, r: M.Request, chip: M.C
         for kernel, dilations in zip(g.resblock_kernel_sizes, g.resblock_dilation_sizes, strict=True):
             operations += 2 * rate * channels**2 * kernel * 2 * len(dilations)
     assert rate == bigvgan.hop(g)
-    rules = meshes.rules("bigvgan", cfg, sizes, r.spoken)
-    moved = M.weight_bytes(cfg, sizes, "token2wav", M.FLOAT, use_vocoder.reads[1]) + use_vocoder.arrays
-    work = r.spoken * frames * operations / M.ways(sizes, rules, "batch")
-    yield step("BigVGAN", seconds, moved, work, chip, float32=True)
+    return operations
+
+
+def config_of(model: str) -> tuple[C.OmniConfig, pathlib.Path | None]:
+    """The configuration of a folder or a preset, and the folder. Raises InputError for a folder without one."""
+    folder = None if model in PRESETS and not pathlib.Path(model, "config.json").exists() else pathlib.Path(model)
+    return (C.preset(model) if folder is None else C.load_config(folder)), folder
 
 
 def run(
@@ -347,8 +369,7 @@ def run(
     """
     if chip not in M.CHIPS:
         raise InputError(f"--chip {chip!r} is not known; known are {', '.join(M.CHIPS)}")
-    folder = None if model in PRESETS and not pathlib.Path(model, "config.json").exists() else pathlib.Path(model)
-    cfg = C.preset(model) if folder is None else C.load_config(folder)
+    cfg, folder = config_of(model)
     device, itemsize = M.CHIPS[chip], 4 if dtype == "float32" else 2
     sizes = meshes.axis_sizes(mesh, cfg)
     at = M.Meshes(sizes, None if speech_mesh is None else meshes.axis_sizes(speech_mesh, cfg))

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from omni_jax.config import DecoderConfig, OmniConfig
 from omni_jax.infer.analysis.targets import topology as topology  # of the devices that a Placement is made on
-from omni_jax.model import audio, token2wav, vision
+from omni_jax.model import audio, token2wav, token2wav_stream, vision
 from omni_jax.model.kv_cache import CACHE_AXES, KVCache
 from omni_jax.model.parameters import param_specs, stack_of
 from omni_jax.model.stages import inner_part, use_unrolled_layers
@@ -245,12 +245,40 @@ def dit_flow(
     return Program("dit", layout, token2wav.sample_mel, args, {}, params)
 
 
+def dit_window(
+    cfg: OmniConfig, placement: Placement, batch: int, blocks: int, look_ahead: int = 1, rows: int | None = None,
+    flow: token2wav.Flow = FLOW,
+) -> Program:  # fmt: skip
+    """A window of streamed speech (`token2wav_stream.draw_window`) for `batch` of `rows` streams: `blocks` final blocks
+    and those of the look-ahead."""
+    assert cfg.token2wav is not None
+    layout, d, f = placement.layout("dit", batch), cfg.token2wav.dit, jnp.float32
+    params = weights(cfg, placement, "token2wav", f, ("code2wav_dit_model",))["code2wav_dit_model"]
+    modulations = jax.eval_shape(lambda p: token2wav_stream.flow_modulations(p, d, flow), params)
+    states = jax.eval_shape(lambda: token2wav_stream.init_states(d, flow, rows or batch))
+    codes = (blocks + look_ahead) * d.block_size // d.repeats
+    row = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    given = token2wav_stream.Round(
+        row, row, jax.ShapeDtypeStruct((batch, codes), jnp.int32), row, jax.ShapeDtypeStruct((batch, 2), jnp.uint32),
+        jax.ShapeDtypeStruct((batch, d.hidden_size), f), jax.ShapeDtypeStruct((1, d.hidden_size), f),
+    )  # fmt: skip
+    laid = jax.tree.map(lambda s: _struct(layout, s.shape, s.dtype, *[None] * 6, "act_heads", None), states)
+    args = (params, d, whole(layout, modulations), laid, whole(layout, given), flow, blocks)
+    return Program("dit window", layout, token2wav_stream.draw_window, args, {}, params)
+
+
 def bigvgan_call(cfg: OmniConfig, placement: Placement, batch: int, codes: int) -> Program:
     """The vocoder for a padded number of codes."""
     assert cfg.token2wav is not None
+    d = cfg.token2wav.dit
+    return bigvgan_piece(cfg, placement, batch, token2wav.padded_codes(d, codes) * d.repeats)
+
+
+def bigvgan_piece(cfg: OmniConfig, placement: Placement, batch: int, frames: int) -> Program:
+    """The vocoder for so many mel frames."""
+    assert cfg.token2wav is not None
     layout, t = placement.layout("bigvgan", batch), cfg.token2wav
     params = weights(cfg, placement, "token2wav", jnp.float32, ("code2wav_bigvgan_model",))["code2wav_bigvgan_model"]
-    frames = token2wav.padded_codes(t.dit, codes) * t.dit.repeats
     mel = _struct(layout, (batch, frames, t.bigvgan.mel_dim), jnp.float32, "batch", None, None)
     args = (params, t.bigvgan, mel, _struct(layout, (batch,), jnp.int32))
     return Program("bigvgan", layout, token2wav.vocode_mel, args, {}, params)

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import pathlib
 from typing import Literal
 
+import tyro
+
 from omni_jax.cli.arguments import codes_file
-from omni_jax.cli.flags import Flags, Json, Strings
+from omni_jax.cli.flags import Flag, Flags, Json, Strings
+from omni_jax.errors import InputError
 from omni_jax.infer.analysis.asked import Asked
+from omni_jax.settings import changed
+
+# What each kind of bench takes beside --json.
+BENCH_OPTIONS = {
+    "reference": ("stages", "preset", "pairs", "layers", "mesh"),
+    "live": ("model", "seconds", "pairs", "timeline"),
+    "batch": ("model", "requests", "rows", "pairs"),
+    "turns": ("model", "pairs"),
+}
 
 
 def bench(
+    what: tyro.conf.Positional[Literal["reference", "live", "batch", "turns"]] = "reference",
     *,
     stages: tuple[Literal["decode", "prefill", "audio", "vision", "talker", "dit", "vocoder", "token2wav"], ...] = (
         "decode",
@@ -25,19 +39,59 @@ def bench(
     pairs: int = 7,
     layers: int | None = None,
     mesh: str | None = None,
+    model: str | None = None,
+    seconds: float = 5.0,
+    timeline: pathlib.Path | None = None,
+    requests: int = 64,
+    rows: int = 8,
     as_json: Json = False,
 ) -> None:
-    """Time the reference (transformers on torch) and this project side by side, on random weights.
+    """Time this project; prints a Markdown table.
 
-    Needs the `bench` extra. Prints a Markdown table of medians and ratios (torch / jax: above 1 we are faster).
+    `reference`: the reference (transformers on torch) and this project side by side, on random weights; medians and
+    ratios (torch / jax: above 1 we are faster). Needs the `bench` extra.
+    `live`: a streamed, spoken reply: times to the first token, code and PCM, gaps, and the error of windowed speech.
+    `batch`: continuous against static batching, on replies of unequal length.
+    `turns`: from the end of a turn to the first token, after 10 s and after 5 min of audio.
 
     Args:
-      stages: Which ones. token2wav, the whole way from codes to sound, takes minutes a pair.
-      preset: Whose shapes.
-      pairs: Interleaved pairs of each stage.
-      layers: Cut every stack to this many layers; by default none is cut.
-      mesh: Chips to lay ours over (2x2, 2x4, …), or axes (data=2,tensor=4); the reference stays as it is.
+      what: Which one.
+      stages: Of reference. token2wav, the whole way from codes to sound, takes minutes a pair.
+      preset: Of reference: whose shapes.
+      pairs: Interleaved pairs; of live, replies.
+      layers: Of reference: cut every stack to this many layers; by default none is cut.
+      mesh: Of reference: chips to lay ours over (2x2, 2x4, …), or axes (data=2,tensor=4); the reference stays as it is.
+      model: Of the others: checkpoint folder; by default a small one with random weights.
+      seconds: Of live: speech of a reply.
+      timeline: Of live: file to draw a timeline of the stages to, as PNG.
+      requests: Of batch: replies.
+      rows: Of batch: replies at a time.
     """
+    given = {
+        "stages": stages, "preset": preset, "pairs": pairs, "layers": layers, "mesh": mesh, "model": model,
+        "seconds": seconds, "timeline": timeline, "requests": requests, "rows": rows,
+    }  # fmt: skip
+    defaults = {name: p.default for name, p in inspect.signature(bench).parameters.items()}
+    for name, value in given.items():
+        if value != defaults[name] and name not in BENCH_OPTIONS[what]:
+            kinds = [kind for kind, names in BENCH_OPTIONS.items() if name in names]
+            raise InputError(f"--{name} goes with bench {' or '.join(kinds)}, not with bench {what}; leave it out")
+    if what != "reference":
+        from omni_jax.runtime.compilation import use_compilation_cache
+
+        use_compilation_cache()
+    if what == "live":
+        from omni_jax.infer.bench import live
+
+        return live.main(model, seconds, pairs, timeline, as_json)
+    if what == "batch":
+        from omni_jax.infer.bench import batch
+
+        return batch.main(model, requests, rows, pairs, as_json)
+    if what == "turns":
+        from omni_jax.infer.bench import turns
+
+        return turns.main(model, pairs, as_json)
     from omni_jax.infer.bench import text as benchmark
 
     benchmark.main(stages, preset, pairs, layers, as_json, mesh)
@@ -129,6 +183,7 @@ def plan(
     mesh: str = "1",
     speech_mesh: str | None = None,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    live: Flag = False,
     as_json: Json = False,
 ) -> None:
     """Say what a request needs before it runs: memory of each device by part, tokens of its media, least times.
@@ -141,7 +196,18 @@ def plan(
       mesh: Mesh to shard the model over, as in generate: 1, 2x2, 2x4, …, or axes (data=2,tensor=4).
       speech_mesh: A mesh of its own for the speech parts.
       dtype: Dtype of weights and cache.
+      live: Instead, the least times of a live conversation, stage by stage, on v5e, v5e-8, v6e-8 and H100.
     """
+    if live:
+        given = [f"--{n.replace('_', '-')}" for n in changed(asked)]
+        given += [f"--{n}" for n, differs in (("chip", chip != "v5e"), ("mesh", mesh != "1")) if differs]
+        given += ["--speech-mesh"] if speech_mesh is not None else []
+        if given:
+            raise InputError(f"--live goes with --model and --dtype alone; leave {', '.join(given)} out")
+        from omni_jax.infer.analysis import live as conversation
+
+        conversation.main(model, dtype, as_json)
+        return
     from omni_jax.infer.analysis import plan as before
 
     before.main(model, asked, chip, mesh, speech_mesh, dtype, as_json)

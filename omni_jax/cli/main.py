@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("training", "Fine-tune a checkpoint."),
     "plan": ("developer", "Say what memory and time a request needs, before it runs."),
     "aot": ("developer", "Compile every network for a target topology; no hardware required."),
-    "bench": ("developer", "Time the reference and this project side by side."),
+    "bench": ("developer", "Time this project: beside the reference, live, in batches."),
     "footprint": ("developer", "Measure start-up times and resident memory."),
     "solvers": ("developer", "Measure what cheaper ODE solvers of speech lose and save."),
 }
