@@ -263,9 +263,16 @@ def load_voices(folder: str | pathlib.Path) -> dict[str, Voice]:
 
 
 def pick_voice(voices: Mapping[str, Voice], name: str | None = None) -> Voice:
-    """A voice by name; without a name the reference's default, else the first. Raises VoiceError with the names."""
+    """A voice by name, in any case; without a name the reference's default, else the first.
+
+    Raises:
+      VoiceError: unknown; the message has the names.
+    """
     if name is None:
         name = DEFAULT_VOICE if DEFAULT_VOICE in voices else next(iter(voices), None)
+    if name not in voices:  # a name in another case, where only one voice has it
+        alike = [known for known in voices if known.lower() == str(name).lower()]
+        name = alike[0] if len(alike) == 1 else name
     if name is None or name not in voices:
         raise VoiceError(f"voice {name!r} is unknown; known are {', '.join(voices) or 'none'}")
     return voices[name]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import pathlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -18,7 +19,7 @@ import numpy as np
 import soxr
 
 from omni_jax.processing.container import Damage, check_loss, decode, missing_seconds, open_container
-from omni_jax.processing.media import ANYTHING, Access, MediaError, describe, fetch
+from omni_jax.processing.media import ANYTHING, Access, MediaError, as_numpy, describe, fetch
 
 MIN_FRAMES = 3  # fewer mel frames become no token at all
 BLOCK = 4096  # mel frames computed at a time
@@ -143,12 +144,25 @@ def mono(samples: np.ndarray, name: str) -> np.ndarray:
     """The mean of the channels, float32 [S] in [-1, 1]. Raises MediaError for an array that is no audio."""
     if samples.ndim == 2 and samples.shape[1] <= 32:
         samples = samples.T
+    elif samples.ndim == 2 and samples.shape[0] <= 32:
+        pass  # channels first, as torchaudio has them
     elif samples.ndim != 1:
         raise MediaError(f"{name}: samples of shape {samples.shape} are not understood; give [samples, channels]")
     if samples.dtype.kind not in "if" and samples.dtype != np.uint8:
         raise MediaError(f"{name}: samples of {samples.dtype} are not understood; give floats or signed integers")
     floats = to_float(samples)
     return floats if floats.ndim == 1 else floats.mean(axis=0, dtype=np.float32)
+
+
+def _of_row(row: Mapping[str, Any], name: str) -> Any:
+    """The source in a row of the datasets library: samples, or a file's bytes or path. Raises MediaError."""
+    if row.get("array") is not None and row.get("sampling_rate") is not None:
+        array = row["array"]
+        return np.asarray(array) if isinstance(array, list) else array, row["sampling_rate"]
+    source = row.get("bytes") or row.get("path")
+    if source is None:
+        raise MediaError(f'{name} has neither "array" and "sampling_rate" nor "bytes" or "path"; give one of these')
+    return source
 
 
 def load_audio(
@@ -164,7 +178,8 @@ def load_audio(
 
     Args:
       source: a path, bytes or URL (see `media.fetch`) of a sound file or of a clip with sound, or `(samples, rate)`
-        with samples [samples] or [samples, channels] of floats or integers.
+        with samples [samples], [samples, channels] or [channels, samples] of floats or integers, also as tensors; or
+        `{"array": samples, "sampling_rate": rate}`.
       rate: samples a second of the result.
       part: which part of it.
       missing: what to say of a file without sound.
@@ -177,12 +192,16 @@ def load_audio(
     Source: `librosa.load` as qwen-omni-utils 0.0.9 calls it (mean of the channels, soxr "HQ").
     """
     name = describe(source)
+    if isinstance(source, Mapping):  # a row of the datasets library
+        source = _of_row(source, name)
+    if isinstance(source, tuple) and len(source) == 2:
+        source = (as_numpy(source[0]), source[1])
     if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], np.ndarray):
         rate_given = source[1]
         if not isinstance(rate_given, int | float | np.number) or not 0 < rate_given < math.inf:
             raise MediaError(f"{name}: sample rate {rate_given!r} is not a positive number; give (samples, rate)")
         samples, own_rate = mono(source[0], name), float(rate_given)
-    elif isinstance(source, np.ndarray):
+    elif isinstance(as_numpy(source), np.ndarray):
         raise MediaError(f"{name} comes without its rate; give (samples, rate)")
     else:
         with fetch(source, access) as file:

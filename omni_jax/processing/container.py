@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import av
 from av.container import InputContainer
 
-from omni_jax.processing.media import MediaError
+from omni_jax.processing.media import MediaError, other_kind
 
 NOT_MEDIA = ("tty", "hls", "concat", "dash")  # plain text drawn as video; lists of other files
 LOST_SECONDS, LOST_SHARE = 0.5, 0.1  # what may be lost of a file
@@ -48,11 +48,30 @@ def open_container(file: BinaryIO, name: str, what: str, better: str) -> InputCo
         # Titles in Latin-1 are common, and nobody reads them here.
         container = av.open(file, "r", options={"protocol_whitelist": "none"}, metadata_errors="replace")
     except (av.FFmpegError, OSError, ValueError) as e:
-        raise MediaError(f"{name} is not {what} that FFmpeg can read ({reason(e)}); convert it to {better}") from None
+        raise _unreadable(file, name, what, better, e) from None
     if container.format.name in NOT_MEDIA:
         container.close()
-        raise MediaError(f"{name} is not {what} that FFmpeg can read; convert it to {better}")
+        raise _unreadable(file, name, what, better)
     return container
+
+
+# Where the first bytes of a kind of file stand, and what they are: such a file cannot be opened only if it is damaged.
+_STARTS = ((4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (0, b"RIFF"), (0, b"\x1aE\xdf\xa3"), (0, b"OggS"), (0, b"fLaC"))
+
+
+def _unreadable(file: BinaryIO, name: str, what: str, better: str, error: Exception | None = None) -> MediaError:
+    """The error of a file that FFmpeg cannot open."""
+    if other := other_kind(file):
+        return MediaError(f"{name} {other}")
+    head = file.read(16)
+    start = next((start for at, start in _STARTS if head[at : at + len(start)] == start), None)
+    if start in (b"ftyp", b"mdat"):
+        return damaged(name, "the index of the MP4, which often stands at its end, is not there")
+    if start is not None:
+        return damaged(name, "it breaks off within its header")
+    # FFmpeg's words for bytes that it does not know say no more than this line.
+    said = "" if error is None or isinstance(error, av.InvalidDataError) else f" ({reason(error)})"
+    return MediaError(f"{name} is not {what} that FFmpeg can read{said}; convert it to {better}")
 
 
 @dataclass

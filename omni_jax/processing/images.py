@@ -7,18 +7,19 @@ Equal to `Qwen2VLImageProcessor` (the slow one) of transformers 4.57.6, to the l
 
 from __future__ import annotations
 
+import importlib
 import math
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageOps
 
 from omni_jax.config import VisionConfig
-from omni_jax.processing.media import ANYTHING, Access, MediaError, TooManyTokens, describe, fetch
+from omni_jax.processing.media import ANYTHING, Access, MediaError, TooManyTokens, as_numpy, describe, fetch, other_kind
 from omni_jax.processing.positions import Grid
 
 MAX_RATIO = 200
@@ -71,22 +72,43 @@ def to_rgb(image: Pillow.Image, name: str = "picture") -> Pillow.Image:
     return image.convert("RGB")
 
 
+def _is_heif(file: BinaryIO) -> bool:
+    """Whether an open file is a HEIC picture, as phones take them. It is at its start again afterwards."""
+    head = file.read(12)
+    file.seek(0)
+    return head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+
+
+def _add_heif(name: str) -> None:
+    """Has Pillow read HEIC, where the library for it is installed. Raises MediaError where it is not."""
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except ImportError:
+        raise MediaError(f"{name} is a HEIC picture; pip install omni-jax[heic], or convert it to JPEG") from None
+
+
 def load_image(source: Any, access: Access = ANYTHING) -> Pillow.Image:
     """Reads a picture as 8-bit RGB, upright (EXIF orientation applied), the first frame of an animation.
 
     Args:
-      source: a path, bytes, a URL (see `media.fetch`), a Pillow image, or a uint8 array [H, W], [H, W, 3] or [H, W, 4].
+      source: a path, bytes, a URL (see `media.fetch`), a Pillow image, or a uint8 array or tensor [H, W], [H, W, 3],
+        [H, W, 4] or [3, H, W].
     Raises:
       MediaError: not a picture, truncated, or with more pixels than Pillow's limit against decompression bombs.
     """
     name = describe(source)
+    source = source if isinstance(source, Pillow.Image) else as_numpy(source)
     if isinstance(source, np.ndarray):
+        if source.ndim == 3 and source.shape[0] in (3, 4) and source.shape[2] not in (3, 4):
+            source = source.transpose(1, 2, 0)  # channels first, as torch has them
         if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,), (4,)):
             raise MediaError(f"{name} of {source.dtype} is no picture; give uint8 values [H, W, 3]")
         source = Pillow.fromarray(source)
     if isinstance(source, Pillow.Image):
         return to_rgb(ImageOps.exif_transpose(source), name)
     with fetch(source, access) as file:
+        if _is_heif(file):
+            _add_heif(name)
         try:
             with Pillow.open(file) as image:
                 if image.format == "EPS":  # Pillow would run Ghostscript on it
@@ -94,7 +116,8 @@ def load_image(source: Any, access: Access = ANYTHING) -> Pillow.Image:
                 image.load()
                 return to_rgb(ImageOps.exif_transpose(image), name)
         except Pillow.UnidentifiedImageError:
-            raise MediaError(f"{name} is not a picture that Pillow can read; convert it to PNG or JPEG") from None
+            what = other_kind(file) or "is not a picture that Pillow can read; convert it to PNG or JPEG"
+            raise MediaError(f"{name} {what}") from None
         except Pillow.DecompressionBombError:
             raise MediaError(f"{name} has too many pixels to be read safely; make it smaller") from None
         except MediaError:

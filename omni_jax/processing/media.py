@@ -14,6 +14,8 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
+import numpy as np
+
 from omni_jax.errors import InputError
 
 IN_MEMORY = 32 << 20  # downloads beyond this many bytes go to a temporary file
@@ -70,6 +72,37 @@ def describe(source: Any) -> str:
         return f"<{type(source).__name__} of {len(source)}>"
     shape = getattr(source, "shape", getattr(source, "size", ""))
     return f"<{type(source).__name__} {shape}>" if shape != "" else f"<{type(source).__name__}>"
+
+
+# First bytes → what a file is that is no picture, sound or clip (or one that needs help), and what to do.
+_OTHER_KINDS = (
+    (b"%PDF", "a PDF", "save its pages as pictures"),
+    (b"<svg", "an SVG drawing", "save it as PNG"),
+    (b"<!doctype html", "a web page", "check the address"),
+    (b"<html", "a web page", "check the address"),
+    (b"PK\x03\x04", "a ZIP archive", "unpack it"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it"),
+)
+
+
+def other_kind(file: BinaryIO) -> str | None:
+    """What an open file is where its first bytes say that it is something else than media, and what to do. The file is
+    at its start again afterwards."""
+    file.seek(0)
+    head = file.read(256).lstrip().lower()
+    file.seek(0)
+    return next((f"is {what}; {hint}" for start, what, hint in _OTHER_KINDS if head.startswith(start.lower())), None)
+
+
+def as_numpy(value: Any) -> Any:
+    """Tensors of torch and arrays of jax as numpy arrays; anything else as it is."""
+    if isinstance(value, np.ndarray):
+        return value
+    if hasattr(value, "detach") and hasattr(value, "cpu"):  # files have a detach, too
+        value = value.detach().cpu()
+        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+        return value.numpy()
+    return np.asarray(value) if hasattr(value, "__array__") and hasattr(value, "shape") else value
 
 
 class Borrowed:

@@ -40,7 +40,7 @@ from omni_jax.processing.images import (
     resize,
     to_rgb,
 )
-from omni_jax.processing.media import ANYTHING, Access, MediaError, describe, fetch
+from omni_jax.processing.media import ANYTHING, Access, MediaError, as_numpy, describe, fetch
 from omni_jax.processing.positions import Grid
 from omni_jax.processing.timeline import DRIFT, Timeline, choose_frames, read_timeline
 from omni_jax.processing.video_sampling import DEFAULT, FPS, MAX_FRAMES, Sampling, check_sampling, frame_size
@@ -197,8 +197,9 @@ def measure_video(source: Any, sampling: Sampling, access: Access = ANYTHING) ->
     """
     name = describe(source)
     check_sampling(sampling, name)
+    source = as_numpy(source)
     if isinstance(source, np.ndarray) and source.ndim == 4:
-        return len(source) + len(source) % 2, source.shape[1], source.shape[2]
+        source = list(source)
     if isinstance(source, list | tuple):
         picture = load_image(source[0], access) if source else None
         if picture is None:
@@ -245,6 +246,7 @@ def load_video(
     name = describe(source)
     check_sampling(sampling, name)
     sound = None
+    source = as_numpy(source)
     if isinstance(source, np.ndarray) and source.ndim == 4:
         source = list(source)
     if isinstance(source, list | tuple):

@@ -68,6 +68,7 @@ def test_pick_voice():
     voices = {"A": tiny.voice(0), "B": tiny.voice(1)}
     assert S.pick_voice(voices) is voices["A"]
     assert S.pick_voice(voices, "B") is voices["B"]
+    assert S.pick_voice(voices, "b") is voices["B"]
     with pytest.raises(S.VoiceError, match="known are A, B"):
         S.pick_voice(voices, "C")
     with pytest.raises(S.VoiceError, match="none"):

@@ -85,6 +85,29 @@ def test_a_quiet_start_whose_bit_rate_misleads():
     assert seconds(encode_sound(wave, 48000, "adts", "aac")) == pytest.approx(6.0, abs=0.1)
 
 
+def test_a_varying_bit_rate_without_its_header():
+    """An MP3 whose encoder's header is gone: its length is a guess from the bit rate of a quiet start."""
+    rng = np.random.default_rng(0)
+    wave = np.concatenate([np.zeros(44100 * 3), rng.uniform(-0.9, 0.9, 44100 * 3)]).astype(np.float32)
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp3", options={"write_xing": "0", "id3v2_version": "0"}) as made:
+        stream = made.add_stream("libmp3lame", rate=44100, layout="mono", options={"q": "4"})
+        stream.codec_context.flags |= 2  # AV_CODEC_FLAG_QSCALE
+        frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
+        frame.sample_rate = 44100
+        resampler = av.AudioResampler(stream.format, "mono", 44100, frame_size=1152)
+        for part in [*resampler.resample(frame), *resampler.resample(None)]:
+            made.mux(stream.encode(part))
+        made.mux(stream.encode(None))
+    data = out.getvalue()
+    assert b"Xing" not in data[:4096]
+    assert b"Info" not in data[:4096]
+    with av.open(io.BytesIO(data)) as container:
+        guessed = container.duration / av.time_base
+    assert abs(guessed - 6.0) > 1
+    assert seconds(data) == pytest.approx(6.0, abs=0.1)
+
+
 @pytest.mark.parametrize("late", ["video", "audio"])
 def test_a_stream_that_starts_late(late):
     whole = encode_video(grey_levels(30), 10, codec="libx264", sound=tone(3.0))

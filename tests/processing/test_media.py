@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import base64
 import http.server
+import io
 import socket
+import sys
 import threading
 import time
 import urllib.parse
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from omni_jax.config import VisionConfig, load_config
+from omni_jax.errors import InputError
+from omni_jax.processing.audio import load_audio
+from omni_jax.processing.images import load_image
 from omni_jax.processing.media import Access, MediaError, describe, fetch
+from omni_jax.processing.processor import Processor
+from omni_jax.processing.video import load_video
+from omni_jax.settings import MediaSettings
+from tests.media import encode_sound, encode_video, grey_levels, picture, tone
 
 DATA = bytes(range(256)) * 40
 
@@ -29,6 +42,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", where[self.path])
             self.end_headers()
+        elif self.path == "/a.png":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(png())
         elif self.path == "/missing":
             self.send_error(404)
         elif self.path == "/garbage":
@@ -217,3 +234,87 @@ def test_names_in_messages_are_short():
     assert describe("data:image/png;base64," + "A" * 5000) == "data:image/png;base64… (5022 characters)"
     assert describe(b"123") == "<3 bytes>"
     assert len(describe("/x" * 500)) < 200
+
+
+def test_kinds_that_are_no_media_are_named():
+    for start, said in (
+        (b"%PDF-1.7 ...", "is a PDF; save its pages as pictures"),
+        (b"\n<!DOCTYPE html><html>", "is a web page; check the address"),
+        (b"PK\x03\x04abc", "is a ZIP archive; unpack it"),
+    ):
+        for load in (load_image, load_audio, lambda data: load_video(data, VisionConfig())):
+            with pytest.raises(MediaError, match=said):
+                load(start + bytes(300))
+
+
+def test_a_cut_mp4_is_not_told_to_become_one():
+    whole = encode_video(grey_levels(10), 10)
+    with pytest.raises(MediaError) as e:
+        load_video(whole[: len(whole) // 2], VisionConfig())
+    assert "is damaged or cut short (the index of the MP4, which often stands at its end, is not there)" in str(e.value)
+    assert "convert" not in str(e.value)
+    with pytest.raises(MediaError, match=r"FFmpeg can read; convert it to MP4$"):
+        load_video(b"no clip at all" * 30, VisionConfig())
+
+
+def test_open_files_stay_open(tmp_path):
+    for load, data in ((load_audio, encode_sound(tone(0.5), 16000, "WAV")), (load_image, png())):
+        (tmp_path / "file").write_bytes(data)
+        with open(tmp_path / "file", "rb") as file:
+            file.read(7)
+            np.testing.assert_array_equal(load(file), load(data))
+            assert not file.closed
+        with open(tmp_path / "file", encoding="latin-1") as file, pytest.raises(MediaError, match="opened as text"):
+            load(file)
+
+
+def png() -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(picture(56, 84)).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_sound_of_datasets_and_tensors():
+    wave = tone(0.5)
+    want = load_audio((wave, 16000))
+    for given in (
+        {"array": wave, "sampling_rate": 16000, "path": None},
+        {"array": wave.tolist(), "sampling_rate": 16000},
+        {"bytes": encode_sound(wave, 16000, "FLAC"), "path": "a.flac"},
+        (torch.from_numpy(wave), 16000),
+        (torch.from_numpy(wave)[None], 16000),
+        {"array": torch.from_numpy(wave)[None].repeat(2, 1), "sampling_rate": 16000},
+    ):
+        np.testing.assert_allclose(load_audio(given), want, atol=1e-4)
+    with pytest.raises(MediaError, match='has neither "array" and "sampling_rate" nor'):
+        load_audio({"path": None})
+    with pytest.raises(MediaError, match="comes without its rate"):
+        load_audio(torch.from_numpy(wave))
+    frame = picture(56, 84)
+    chw = torch.from_numpy(frame).permute(2, 0, 1)
+    np.testing.assert_array_equal(np.asarray(load_image(chw)), frame)
+    clip, _ = load_video(torch.stack([chw, chw]), VisionConfig())
+    np.testing.assert_array_equal(clip.pixels, load_video([frame, frame], VisionConfig())[0].pixels)
+
+
+def test_heic(monkeypatch):
+    import pillow_heif
+
+    out = io.BytesIO()
+    pillow_heif.from_pillow(Image.fromarray(picture(56, 84))).save(out, quality=95)
+    image = load_image(out.getvalue())
+    assert np.abs(np.asarray(image).astype(int) - picture(56, 84)).mean() < 15
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(MediaError, match=r"is a HEIC picture; pip install omni-jax\[heic\], or convert it to JPEG"):
+        load_image(out.getvalue())
+
+
+def test_private_addresses_are_an_option(server, checkpoint):
+    processor = Processor.from_folder(checkpoint, load_config(checkpoint).thinker)
+    ask = [{"role": "user", "content": [{"type": "image", "image": f"{server}/a.png"}]}]
+    with pytest.raises(MediaError, match="is a private, local or reserved address"):
+        processor(ask)
+    assert processor(ask, MediaSettings(private_urls=True)).images
+    ask[0]["content"][0]["private_urls"] = True
+    with pytest.raises(InputError, match="'private_urls', which image items do not know"):
+        processor(ask)
