@@ -8,24 +8,24 @@ if TYPE_CHECKING:
     from omni_jax.api import Omni as Omni
     from omni_jax.api import load as load
     from omni_jax.errors import InputError as InputError
+    from omni_jax.events import AudioEvent as AudioEvent
+    from omni_jax.events import DoneEvent as DoneEvent
+    from omni_jax.events import ErrorEvent as ErrorEvent
+    from omni_jax.events import Reply as Reply
+    from omni_jax.events import TextEvent as TextEvent
+    from omni_jax.events import TrimEvent as TrimEvent
+    from omni_jax.events import TurnEvent as TurnEvent
     from omni_jax.runtime.memory_model import MemoryNeedError as MemoryNeedError
     from omni_jax.runtime.speech import PARTS as PARTS
-    from omni_jax.settings import AudioEvent as AudioEvent
-    from omni_jax.settings import DoneEvent as DoneEvent
-    from omni_jax.settings import ErrorEvent as ErrorEvent
     from omni_jax.settings import GenerationSettings as GenerationSettings
     from omni_jax.settings import MediaSettings as MediaSettings
-    from omni_jax.settings import Reply as Reply
     from omni_jax.settings import SpeechSettings as SpeechSettings
-    from omni_jax.settings import TextEvent as TextEvent
-    from omni_jax.settings import TrimEvent as TrimEvent
-    from omni_jax.settings import TurnEvent as TurnEvent
 
 _HOMES = {
-    "Omni": "api", "load": "api", "InputError": "errors", "GenerationSettings": "settings", "Reply": "settings",
-    "SpeechSettings": "settings", "TextEvent": "settings", "DoneEvent": "settings", "PARTS": "model.stages",
-    "MediaSettings": "settings", "MemoryNeedError": "runtime.memory_model", "AudioEvent": "settings",
-    "ErrorEvent": "settings", "TrimEvent": "settings", "TurnEvent": "settings",
+    "Omni": "api", "load": "api", "InputError": "errors", "GenerationSettings": "settings", "Reply": "events",
+    "SpeechSettings": "settings", "TextEvent": "events", "DoneEvent": "events", "PARTS": "model.stages",
+    "MediaSettings": "settings", "MemoryNeedError": "runtime.memory_model", "AudioEvent": "events",
+    "ErrorEvent": "events", "TrimEvent": "events", "TurnEvent": "events",
 }  # fmt: skip
 __all__ = sorted(_HOMES)
 

@@ -20,6 +20,7 @@ from omni_jax.checkpoint.load import load_params
 from omni_jax.checkpoint.sources import local_files
 from omni_jax.checkpoint.speakers import load_voices
 from omni_jax.config import OmniConfig, load_config
+from omni_jax.events import DoneEvent, ErrorEvent, Event, Reply, TextEvent
 from omni_jax.model.stages import PARTS, stage_formats, use_unrolled_layers
 from omni_jax.model.voice import Voice
 from omni_jax.parallel.meshes import Placement, layout_fn, place
@@ -37,15 +38,10 @@ from omni_jax.runtime.session import Session, SessionOptions
 from omni_jax.runtime.speech import SpeechError, Vocoder, check_speaks, check_voices
 from omni_jax.runtime.turn import Request
 from omni_jax.settings import (
-    DoneEvent,
-    ErrorEvent,
-    Event,
     GenerationSettings,
     MediaSettings,
     OutputMode,
-    Reply,
     SpeechSettings,
-    TextEvent,
     generation_settings,
     output_of,
     speech_settings,

@@ -14,6 +14,7 @@ import numpy as np
 from omni_jax import GenerationSettings, SpeechSettings, buckets
 from omni_jax.api import Omni
 from omni_jax.checkpoint.speakers import pick_voice
+from omni_jax.events import ErrorEvent, Reply
 from omni_jax.model import talker
 from omni_jax.processing.positions import next_position
 from omni_jax.processing.processor import Prompt
@@ -24,7 +25,6 @@ from omni_jax.runtime.speech import draw_settings
 from omni_jax.runtime.thinker_stage import sampling_rows
 from omni_jax.runtime.turn import Request, Turn
 from omni_jax.runtime.watchdog import SpeechBuilder
-from omni_jax.settings import ErrorEvent, Reply
 
 ROWS, CAPACITY = 4, 512
 GREEDY = GenerationSettings()

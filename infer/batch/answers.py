@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from omni_jax import buckets
+from omni_jax.events import ErrorEvent
 from omni_jax.infer.batch import openai
 from omni_jax.infer.batch.records import Line, OutputShard
 from omni_jax.infer.batch.requests import Reading
 from omni_jax.processing import chat
-from omni_jax.settings import ErrorEvent, GenerationSettings, SpeechSettings
+from omni_jax.settings import GenerationSettings, SpeechSettings
 
 if TYPE_CHECKING:
     from omni_jax.infer.batch.job import Job

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from omni_jax.errors import unknown_name
+from omni_jax.events import Reply
 from omni_jax.infer.batch.records import JobError
-from omni_jax.settings import Reply
 
 URL = "/v1/chat/completions"
 KEYS = ("custom_id", "method", "url", "body")

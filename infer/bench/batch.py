@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from omni_jax.errors import InputError
+from omni_jax.events import ErrorEvent
 from omni_jax.infer.bench.live import endless, opened
 from omni_jax.infer.bench.text import machine
 from omni_jax.processing.processor import Prompt
 from omni_jax.runtime.engine import Engine, EngineOptions
 from omni_jax.runtime.memory_model import thinker_slots
 from omni_jax.runtime.turn import Request
-from omni_jax.settings import ErrorEvent, GenerationSettings
+from omni_jax.settings import GenerationSettings
 
 MEDIAN, SPREAD, MOST = 64, 1.4, 1024  # of the lengths: log-normal, cut at the default of max_new_tokens
 GOAL = 1.5

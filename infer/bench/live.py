@@ -22,13 +22,14 @@ from omni_jax import config as C
 from omni_jax.api import PARTS, Omni, load
 from omni_jax.checkpoint.publish import write_random
 from omni_jax.errors import InputError
+from omni_jax.events import AudioEvent, DoneEvent, ErrorEvent
 from omni_jax.infer.bench import spans, windowed
 from omni_jax.infer.bench.text import machine
 from omni_jax.model.token2wav import SAMPLE_RATE, Flow
 from omni_jax.processing.processor import Prompt
 from omni_jax.runtime.engine import Engine, EngineOptions
 from omni_jax.runtime.turn import Request
-from omni_jax.settings import AudioEvent, DoneEvent, ErrorEvent, GenerationSettings, SpeechSettings
+from omni_jax.settings import GenerationSettings, SpeechSettings
 
 QUESTION = "Name three things that a cat does in the morning."
 TOKENS = 40

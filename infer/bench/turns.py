@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from omni_jax.errors import InputError
+from omni_jax.events import TextEvent
 from omni_jax.infer.bench.live import opened
 from omni_jax.infer.bench.text import machine
 from omni_jax.runtime.session import Session
-from omni_jax.settings import GenerationSettings, TextEvent
+from omni_jax.settings import GenerationSettings
 
 HEARD = (10.0, 300.0)  # seconds
 TAIL = 1.0  # seconds of audio in each further turn

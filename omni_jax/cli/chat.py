@@ -17,19 +17,13 @@ from omni_jax.cli.flags import Flags
 from omni_jax.cli.generate import load_model
 from omni_jax.cli.speaking import speech_of
 from omni_jax.errors import InputError, unknown_name
+from omni_jax.events import AudioEvent, DoneEvent, ErrorEvent, Event, TextEvent, TrimEvent, TurnEvent
 from omni_jax.settings import (
-    AudioEvent,
-    DoneEvent,
-    ErrorEvent,
-    Event,
     GenerationSettings,
     MediaSettings,
     ModelSettings,
     OutputMode,
     SpeechSettings,
-    TextEvent,
-    TrimEvent,
-    TurnEvent,
     check,
     option,
 )

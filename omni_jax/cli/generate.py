@@ -13,15 +13,13 @@ from omni_jax.cli.arguments import messages_file
 from omni_jax.cli.flags import Flags, Json
 from omni_jax.cli.speaking import SpeechFormat, speech_of
 from omni_jax.errors import InputError
+from omni_jax.events import DoneEvent, Reply, TextEvent
 from omni_jax.settings import (
-    DoneEvent,
     GenerationSettings,
     MediaSettings,
     ModelSettings,
     OutputMode,
-    Reply,
     SpeechSettings,
-    TextEvent,
     check,
     option,
 )

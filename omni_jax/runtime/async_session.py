@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+from omni_jax.events import Event
 from omni_jax.runtime.session import Session
-from omni_jax.settings import Event, MediaSettings, OutputMode
+from omni_jax.settings import MediaSettings, OutputMode
 
 
 class AsyncSession:

@@ -7,9 +7,9 @@ import queue
 import threading
 from collections.abc import Callable
 
+from omni_jax.events import DoneEvent, ErrorEvent, Event, ReadEvent
 from omni_jax.runtime.engine import Engine
 from omni_jax.runtime.turn import Request
-from omni_jax.settings import DoneEvent, ErrorEvent, Event, ReadEvent
 
 Sink = Callable[[int, Event], None]
 # Seconds between two looks at the queue of a thread that has nothing to do.

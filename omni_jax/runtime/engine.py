@@ -20,6 +20,7 @@ import numpy as np
 
 from omni_jax import buckets
 from omni_jax.errors import InputError
+from omni_jax.events import AudioEvent, DoneEvent, ErrorEvent, Event, ReadEvent, TextEvent
 from omni_jax.runtime.loaded import LoadedModel
 from omni_jax.runtime.media import Towers, common_prefix, map_media, reply_keys, token_keys
 from omni_jax.runtime.reply import ReplyBuilder
@@ -28,7 +29,6 @@ from omni_jax.runtime.talker_stage import TalkerStage
 from omni_jax.runtime.thinker_stage import LOOP_STEPS, Made, Piece, ThinkerStage
 from omni_jax.runtime.turn import Clock, EngineEvent, Request, Times, Turn
 from omni_jax.runtime.vocoder_stream import Pcm
-from omni_jax.settings import AudioEvent, DoneEvent, ErrorEvent, Event, ReadEvent, TextEvent
 
 # Steps of one call of a decoder while somebody listens, and while nobody does.
 LISTENING_STEPS = 4

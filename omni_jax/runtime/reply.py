@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from omni_jax.events import FinishReason, TokenLogprob
 from omni_jax.processing.tokenizer import Detokenizer, Tokenizer
-from omni_jax.settings import FinishReason, GenerationSettings, TokenLogprob
+from omni_jax.settings import GenerationSettings
 
 
 class ReplyBuilder:

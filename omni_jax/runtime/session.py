@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from omni_jax.errors import InputError
+from omni_jax.events import DoneEvent, ErrorEvent, Event, ReadEvent, Reply, TextEvent, TrimEvent, TurnEvent
 from omni_jax.processing import positions as P
 from omni_jax.processing.live import LiveAudio, LiveVideo, Resampler
 from omni_jax.processing.processor import Medium, Processor, Prompt
@@ -23,21 +24,7 @@ from omni_jax.processing.voice_activity import RATE, TurnDetector
 from omni_jax.runtime.driver import EngineDriver
 from omni_jax.runtime.reply import first_tokens
 from omni_jax.runtime.turn import Request
-from omni_jax.settings import (
-    DoneEvent,
-    ErrorEvent,
-    Event,
-    GenerationSettings,
-    MediaSettings,
-    OutputMode,
-    ReadEvent,
-    Reply,
-    SpeechSettings,
-    TextEvent,
-    TrimEvent,
-    TurnEvent,
-    output_of,
-)
+from omni_jax.settings import GenerationSettings, MediaSettings, OutputMode, SpeechSettings, output_of
 
 # Seconds of audio that are kept from before a turn is found to have begun.
 BEFORE_TURN = 0.3

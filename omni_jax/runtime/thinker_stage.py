@@ -15,12 +15,13 @@ import jax
 import numpy as np
 
 from omni_jax import buckets
+from omni_jax.events import TokenLogprob
 from omni_jax.model.sampling import Sampling
 from omni_jax.runtime import slots as S
 from omni_jax.runtime.loaded import LoadedModel
 from omni_jax.runtime.media import Program, Towers
 from omni_jax.runtime.turn import Clock, Turn
-from omni_jax.settings import GenerationSettings, TokenLogprob
+from omni_jax.settings import GenerationSettings
 
 LOOP_STEPS = S.LOOP_STEPS
 

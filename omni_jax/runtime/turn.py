@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from omni_jax.errors import InputError
+from omni_jax.events import Event, Reply
 from omni_jax.model.token2wav import SAMPLE_RATE
 from omni_jax.model.voice import Voice
 from omni_jax.processing.positions import next_position
@@ -17,7 +18,7 @@ from omni_jax.processing.processor import Prompt
 from omni_jax.runtime.media import MediaMap
 from omni_jax.runtime.reply import ReplyBuilder
 from omni_jax.runtime.watchdog import SpeechBuilder
-from omni_jax.settings import Event, GenerationSettings, Reply, SpeechSettings
+from omni_jax.settings import GenerationSettings, SpeechSettings
 
 # Codes that a token of text takes in ordinary speech, where the Talker has not ended yet: an estimate, since the model
 # does not align codes with text.

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from omni_jax.settings import SpeechFinishReason, SpeechSettings, Watchdog
+from omni_jax.events import SpeechFinishReason
+from omni_jax.settings import SpeechSettings, Watchdog
 
 RUN = 4  # length of the n-grams whose variety is counted
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from omni_jax.errors import InputError
+from omni_jax.events import TextEvent
 from omni_jax.infer.bench import batch, live, turns, windowed
 from omni_jax.infer.bench.spans import Span, playing
-from omni_jax.settings import TextEvent
 from tests.cli.test_main import run
 
 

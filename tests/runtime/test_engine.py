@@ -10,18 +10,11 @@ import numpy as np
 import pytest
 
 from omni_jax.errors import InputError
+from omni_jax.events import AudioEvent, DoneEvent, ErrorEvent, ReadEvent, TextEvent
 from omni_jax.processing.processor import Prompt, PromptError
 from omni_jax.runtime.engine import CapacityError, Engine, EngineOptions
 from omni_jax.runtime.turn import Request
-from omni_jax.settings import (
-    AudioEvent,
-    DoneEvent,
-    ErrorEvent,
-    GenerationSettings,
-    ReadEvent,
-    SpeechSettings,
-    TextEvent,
-)
+from omni_jax.settings import GenerationSettings, SpeechSettings
 from tests import conversations
 from tests.runtime.test_generation import oracle_ids
 

@@ -14,8 +14,8 @@ import torch
 from omni_jax import GenerationSettings, buckets, load
 from omni_jax.api import PromptError
 from omni_jax.errors import InputError
+from omni_jax.events import DoneEvent, TextEvent
 from omni_jax.runtime import slots
-from omni_jax.settings import DoneEvent, TextEvent
 from tests import conversations
 from tests.compile_counter import count_compiles
 

@@ -12,6 +12,7 @@ import pytest
 
 from omni_jax import config as C
 from omni_jax.errors import InputError
+from omni_jax.events import AudioEvent
 from omni_jax.infer.analysis import live
 from omni_jax.infer.bench import batch, windowed
 from omni_jax.infer.bench import live as bench
@@ -24,7 +25,7 @@ from omni_jax.runtime.talker_stage import TalkerStage
 from omni_jax.runtime.turn import Request
 from omni_jax.runtime.vocoder_stream import VocoderStream
 from omni_jax.runtime.watchdog import SpeechBuilder
-from omni_jax.settings import AudioEvent, GenerationSettings, SpeechSettings
+from omni_jax.settings import GenerationSettings, SpeechSettings
 from tests.runtime.test_scheduler import Clock, Counted, Letters, fakes, model, prompt  # noqa: F401
 
 CFG = C.preset("3b")

@@ -9,8 +9,9 @@ import pytest
 
 from omni_jax.cli import main
 from omni_jax.errors import InputError
+from omni_jax.events import AudioEvent, DoneEvent, TextEvent
 from omni_jax.processing.processor import asked_by
-from omni_jax.settings import AudioEvent, DoneEvent, SpeechSettings, TextEvent
+from omni_jax.settings import SpeechSettings
 
 MEDIA = pathlib.Path(__file__).parents[2] / "docs" / "media"
 SPOKEN = SpeechSettings(temperature=0.0, max_codes=26, ode_steps=2, ode_solver="euler", watchdog=None)

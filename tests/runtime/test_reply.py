@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from omni_jax.events import TokenLogprob
 from omni_jax.runtime.reply import ReplyBuilder
-from omni_jax.settings import GenerationSettings, TokenLogprob
+from omni_jax.settings import GenerationSettings
 from tests.tokenizer import small_tokenizer
 
 

@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omni_jax.events import DoneEvent, ErrorEvent, ReadEvent, TextEvent, TokenLogprob
 from omni_jax.processing.positions import Text
 from omni_jax.processing.processor import Prompt
 from omni_jax.runtime import engine as E
 from omni_jax.runtime.engine import CapacityError
 from omni_jax.runtime.thinker_stage import ThinkerStage
 from omni_jax.runtime.turn import Request
-from omni_jax.settings import DoneEvent, ErrorEvent, GenerationSettings, ReadEvent, TextEvent, TokenLogprob
+from omni_jax.settings import GenerationSettings
 
 EOS, CAPACITY = 0, 2048
 

@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 
 from omni_jax.errors import InputError
+from omni_jax.events import AudioEvent, DoneEvent, TextEvent, TrimEvent, TurnEvent
 from omni_jax.processing.audio import PUBLISHED, log_mel
 from omni_jax.processing.images import patchify
 from omni_jax.processing.live import LiveAudio, LiveVideo, Resampler
 from omni_jax.processing.media import MediaError
 from omni_jax.processing.voice_activity import RATE, EnergyDetector, TurnDetector, TurnRules
 from omni_jax.runtime.session import SessionError
-from omni_jax.settings import AudioEvent, DoneEvent, GenerationSettings, SpeechSettings, TextEvent, TrimEvent, TurnEvent
+from omni_jax.settings import GenerationSettings, SpeechSettings
 from tests.compile_counter import count_compiles
 
 GREEDY = GenerationSettings(max_new_tokens=8)

@@ -17,13 +17,14 @@ from omni_jax import config as C
 from omni_jax.checkpoint.publish import write_random
 from omni_jax.checkpoint.speakers import VoiceError, write_pack
 from omni_jax.cli import main
+from omni_jax.events import DoneEvent
 from omni_jax.infer.bench import solvers
 from omni_jax.model import token2wav
 from omni_jax.processing import encode
 from omni_jax.runtime import speech
 from omni_jax.runtime.talker_stage import TalkerStage
 from omni_jax.runtime.watchdog import SpeechBuilder
-from omni_jax.settings import DoneEvent, Watchdog
+from omni_jax.settings import Watchdog
 from tests import conversations, oracle_speech
 from tests.compile_counter import count_compiles
 

@@ -12,11 +12,12 @@ from PIL import Image
 from omni_jax import buckets
 from omni_jax.cli import main
 from omni_jax.errors import InputError
+from omni_jax.events import DoneEvent
 from omni_jax.model.token2wav import Flow
 from omni_jax.runtime.engine import Engine, EngineOptions
 from omni_jax.runtime.turn import Request
 from omni_jax.runtime.warmup import Workload, tower_shapes, warm_up
-from omni_jax.settings import DoneEvent, GenerationSettings, SpeechSettings
+from omni_jax.settings import GenerationSettings, SpeechSettings
 from tests.compile_counter import count_compiles
 
 PENALTY = GenerationSettings(max_new_tokens=6, temperature=1.0, repetition_penalty=1.1)
