@@ -12,11 +12,15 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.experimental.layout import Layout as MemoryLayout
+from jax.experimental.layout import with_layout_constraint
 
 from omni_jax.config import DecoderConfig
 from omni_jax.parallel import on_mesh
 from omni_jax.parallel.sharding import constrain
 
+# Width of a TPU's tile.
+LANES = 128
 # Logical axes of the stacked keys and values.
 CACHE_AXES = ("layers", "cache_batch", "cache_kv_heads", "cache_length", None)
 
@@ -139,9 +143,23 @@ def _write(
             held = lax.dynamic_slice(old, place, shape)
             return lax.dynamic_update_slice(old, jnp.where(live[:, None], fresh, held), place)
 
-        return tuple(map(write, old, new))
+        return _in_place(tuple(map(write, old, new)))
 
     return lax.fori_loop(0, new[0].shape[-4], one, old)
+
+
+def _in_place(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The arrays, in the memory order in which a TPU takes them as arguments: slots innermost where heads are narrower
+    than a tile. Left to choose, the compiler turns them around for this loop, and back after it."""
+    *before, slots, size = range(arrays[0].ndim)
+    if arrays[0].shape[-1] >= LANES:
+        return arrays
+    order = MemoryLayout((*before, size, slots))
+
+    def on_tpu(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(with_layout_constraint(x, order) for x in arrays)
+
+    return tuple(lax.platform_dependent(*arrays, tpu=on_tpu, default=lambda *x: x))
 
 
 def copy_row(cache: KVCache, source: jax.Array, target: jax.Array, length: jax.Array) -> KVCache:
