@@ -182,8 +182,6 @@ def test_relative_paths_begin_at_the_input(model, checkpoint, tmp_path, monkeypa
     task = dataclasses.replace(make_job(checkpoint, inside, lines), settings=GenerationSettings(max_new_tokens=1))
     assert job.work(task) == {"lines": 6, "failed": 1, "before": 0}
     assert f"{inside / 'none.png'} does not exist" in read(task.out)[-1]["error"]
-    # The command hands it on to its processes.
-    assert Job.from_json(dataclasses.replace(task, folder=tmp_path).to_json()).folder == tmp_path
     elsewhere = dataclasses.replace(task, out=tmp_path / "out.jsonl", folder=tmp_path)
     assert job.work(elsewhere)["failed"] == 6
 
