@@ -12,6 +12,7 @@ from omni_jax.cli.arguments import codes_file
 from omni_jax.cli.flags import Flag, Flags, Json, Strings
 from omni_jax.errors import InputError
 from omni_jax.infer.analysis.asked import Asked
+from omni_jax.infer.bench.options import LiveBenchOptions
 from omni_jax.settings import changed
 
 # What each kind of bench takes beside --json.
@@ -39,11 +40,7 @@ def bench(
     pairs: int = 7,
     layers: int | None = None,
     mesh: str | None = None,
-    model: str | None = None,
-    seconds: float = 5.0,
-    timeline: pathlib.Path | None = None,
-    requests: int = 64,
-    rows: int = 8,
+    live: Flags[LiveBenchOptions],
     as_json: Json = False,
 ) -> None:
     """Time this project; prints a Markdown table.
@@ -61,19 +58,11 @@ def bench(
       pairs: Interleaved pairs; of live, replies.
       layers: Of reference: cut every stack to this many layers; by default none is cut.
       mesh: Of reference: chips to lay ours over (2x2, 2x4, …), or axes (data=2,tensor=4); the reference stays as it is.
-      model: Of the others: checkpoint folder; by default a small one with random weights.
-      seconds: Of live: speech of a reply.
-      timeline: Of live: file to draw a timeline of the stages to, as PNG.
-      requests: Of batch: replies.
-      rows: Of batch: replies at a time.
     """
-    given = {
-        "stages": stages, "preset": preset, "pairs": pairs, "layers": layers, "mesh": mesh, "model": model,
-        "seconds": seconds, "timeline": timeline, "requests": requests, "rows": rows,
-    }  # fmt: skip
+    given = {"stages": stages, "preset": preset, "pairs": pairs, "layers": layers, "mesh": mesh}
     defaults = {name: p.default for name, p in inspect.signature(bench).parameters.items()}
-    for name, value in given.items():
-        if value != defaults[name] and name not in BENCH_OPTIONS[what]:
+    for name in [n for n, value in given.items() if value != defaults[n]] + list(changed(live)):
+        if name not in BENCH_OPTIONS[what]:
             kinds = [kind for kind, names in BENCH_OPTIONS.items() if name in names]
             raise InputError(f"--{name} goes with bench {' or '.join(kinds)}, not with bench {what}; leave it out")
     if what != "reference":
@@ -81,17 +70,17 @@ def bench(
 
         use_compilation_cache()
     if what == "live":
-        from omni_jax.infer.bench import live
+        from omni_jax.infer.bench import live as replies
 
-        return live.main(model, seconds, pairs, timeline, as_json)
+        return replies.main(live.model, live.seconds, pairs, live.timeline, as_json)
     if what == "batch":
         from omni_jax.infer.bench import batch
 
-        return batch.main(model, requests, rows, pairs, as_json)
+        return batch.main(live.model, live.requests, live.rows, pairs, as_json)
     if what == "turns":
         from omni_jax.infer.bench import turns
 
-        return turns.main(model, pairs, as_json)
+        return turns.main(live.model, pairs, as_json)
     from omni_jax.infer.bench import text as benchmark
 
     benchmark.main(stages, preset, pairs, layers, as_json, mesh)

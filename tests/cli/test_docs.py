@@ -23,8 +23,7 @@ KNOWN_FLAGS = {
     "generate": f"{_MODEL} {_SAMPLING} {_MEDIA} {_SOUND} text image audio video system messages logprobs adapter "
     "speech talker-temperature talker-top-k talker-top-p talker-repetition-penalty max-codes ode-solver speech-format "
     "no-watchdog json",
-    "batch": f"{_MODEL} {_SAMPLING} {_MEDIA} {_SOUND} batch-size processes join patience speech max-codes "
-    "speech-format json",
+    "batch": f"{_MODEL} {_SAMPLING} {_MEDIA} {_SOUND} batch-size join patience speech max-codes speech-format json",
     "vocode": f"{_SOUND} model mesh codes noise seed ode-solver",
     "plan": f"{_MEDIA} {_MODEL} chip batch prompt reply image video audio speech json",
 }
@@ -58,7 +57,7 @@ def test_the_reference_names_every_flag():
 
 
 def test_flags_that_exist_keep_their_names():
-    """Those of 0.1.0."""
+    """Those of 0.1.0, but for `batch --processes`: schedulers start processes."""
     for name, known in KNOWN_FLAGS.items():
         missing = {f"--{f}" for f in known.split()} - {o.flag for o in flags.options(main.command(name))}
         assert not missing, name
