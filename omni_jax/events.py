@@ -35,7 +35,8 @@ class Reply:
       prompt_tokens: ids of the prompt, media placeholders included.
       finish_reason: `eos` (the model ended), `stop` (a stop string or id), `length` (max_new_tokens), `context` (the
         model's context is full).
-      timings: seconds of processing, encoding (towers), prefill, decode and in total, and tokens per second of decode.
+      timings: seconds of processing, waiting for a row, encoding (towers), prefill, decode, to the first token and in
+        total, and tokens per second of decode.
       logprobs: one entry per id, when asked for.
       codes: what the Talker said (50 a second), without the ending id; None where no speech was asked for.
       waveform: float32 [samples] at 24 kHz in [-1, 1]; None where no speech was asked for.
