@@ -53,7 +53,7 @@ CASES = [
     (("thinker decode", "3b", "v5e:1x1", "", (4, 8192)), None),
     (("thinker decode", "7b", "v5e:2x4", "", (16, 4096)), None),
     (("thinker decode", "other", "v6e:2x2", "", (16, 4096)), other_size),
-    (("talker prefill", "3b", "v5e:1x1", "", (4, 1026, 2048)), None),
+    (("talker prefill", "3b", "v5e:1x1", "", (2, 1026, 2048)), None),
     (("talker decode", "3b", "v5e:1x1", "", (1, 2048)), None),
     (("talker decode", "3b", "v5e:1x1", "", (8, 4096)), None),
     (("vision", "3b", "v5e:1x1", "", (2, 24)), None),
