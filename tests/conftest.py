@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import pathlib
+import tempfile
 
 import pytest
 
-# Tests that call the command in this process must not switch a persistent cache on: compilations are counted.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+# Compiled programs of this run, for all processes that it starts (pytest-xdist's workers among them). Compilations are
+# counted before this cache is asked, so a test that forbids them is no weaker for it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _programs = tempfile.TemporaryDirectory(prefix="omni-jax-programs-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Compiling is most of the suite's time. LLVM's optimisations change neither what XLA makes of a program nor what TPUs
 # get; without them a third is saved, here and in the processes that tests start.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()

@@ -1,44 +1,14 @@
-"""What the tests of training share: a checkpoint that compiles fast, and compiled programs."""
+"""What the tests of training share: a checkpoint that compiles fast."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
 
-import jax
 import pytest
 
 from omni_jax import config as C
 from omni_jax.checkpoint.publish import write_random
-
-
-@pytest.fixture(scope="package", autouse=True)
-def programs(tmp_path_factory):
-    """The folder in which compiled programs are kept: each run makes its own, which the run before has compiled."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    folder = tmp_path_factory.mktemp("programs")
-    kept = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in kept}
-    for name, value in kept.items():
-        jax.config.update(name, value)
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="package")
-def child_cache(programs) -> dict[str, str]:
-    """The same for processes that tests start: variables of their environment."""
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(programs), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }  # fmt: skip
 
 
 @pytest.fixture(scope="session")

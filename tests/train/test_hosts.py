@@ -28,7 +28,7 @@ def get_config() -> Run:
 
 
 @pytest.fixture
-def both(short_checkpoint, child_cache, tmp_path):
+def both(short_checkpoint, tmp_path):
     """Runs the command on two hosts, with settings of each; gives their exit codes, errors and the seconds taken."""
     (tmp_path / "run.py").write_text(
         RUN.format(train=str(tmp_path / "x.jsonl"), model=str(short_checkpoint), out=str(tmp_path / "out"))
@@ -39,7 +39,7 @@ def both(short_checkpoint, child_cache, tmp_path):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        env = os.environ | child_cache | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
         for i, own in enumerate(changes):
             command = [sys.executable, "-m", "omni_jax.cli", "finetune", "--config", str(tmp_path / "run.py")]
             command += ["--coordinator", f"localhost:{port},2,{i}", *(x for c in own for x in ("--set", c))]

@@ -21,12 +21,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
-def start(tmp_path):
-    """Starts a child with so many devices; children of one test compile their programs once. None outlives the test."""
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }  # fmt: skip
+def start():
+    """Starts a child with so many devices. None outlives the test."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
     children = []
 
     def begin(devices, *arguments):
