@@ -4,8 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Options for pytest, e.g. make test PYTEST="tests/checkpoint/test_keys.py -x"
-PYTEST ?=
+# Options for pytest: files are shared out over workers. One test: make test PYTEST="tests/checkpoint/test_keys.py -x"
+PYTEST ?= -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: reference demo test lint docs bench footprint full-size solvers bench-training aot plans plan-fit plan-check clean
 .DELETE_ON_ERROR:
