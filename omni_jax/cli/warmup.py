@@ -95,6 +95,8 @@ def _engines(loaded: Any, asked: Asked, options: WarmupOptions) -> Iterator[tupl
     if options.session is not None:
         if options.session <= tokens:
             raise InputError(f"--session {options.session} has no room for a turn of {tokens} tokens; give more")
+        # A reply whose text has other tokens than it was drawn with is read again with the turn after it.
+        work = dataclasses.replace(work, prompt=min(tokens + work.new_tokens, options.session))
         # Audio comes in by chunks.
         live = cfg.thinker.audio.token_count(cfg.thinker.audio.chunk_frames)
         work = dataclasses.replace(work, exact=False, chunks=work.chunks or (1,), media=max(work.media, live))

@@ -29,8 +29,9 @@ class Workload:
     """The largest requests to be ready for; all smaller ones meet the same programs.
 
     Attributes:
-      prompt: most tokens, media included, that are new to a row: a prompt, or what a turn adds to a conversation. The
-        rest of what a row can hold is covered as far as it is reused.
+      prompt: most tokens, media included, that are new to a row: a prompt, or what a turn adds to a conversation, with
+        the reply before it, whose text may have other tokens than it was drawn with. The rest of what a row can hold is
+        covered as far as it is reused.
       media: of these, most media vectors; 0 for text alone.
       frames: (frames, windows of a frame) of calls of the vision tower; chunks: of calls of the audio tower. See
         `tower_shapes`.

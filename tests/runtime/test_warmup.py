@@ -71,7 +71,7 @@ def test_text_and_media(model):
 
 def test_speech_and_sessions(speaker):
     """A session that speaks, whose replies outgrow their first room, and a reply that nobody listens to."""
-    work = Workload(64, 25, (), (1,), new_tokens=70, codes=40, flows=(Flow(2, "euler"),))
+    work = Workload(192, 25, (), (1,), new_tokens=70, codes=40, flows=(Flow(2, "euler"),))
     driver = speaker.driver(1, capacity=1536)
     assert warm_up(driver.engine, work).programs > 40
     settings = GenerationSettings(max_new_tokens=70, temperature=1.0)
