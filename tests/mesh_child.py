@@ -47,7 +47,7 @@ SPOKEN = [SpeechSettings(temperature=0.0, max_codes=11, watchdog=None), SpeechSe
 
 
 def prompts(model: api.Omni) -> list[Any]:
-    """A picture, a clip and a sound in one prompt, and a text: unequal lengths of one bucket, which are read together."""
+    """A picture, a clip and a sound in one prompt, and a text: unequal lengths of one bucket, read together."""
     media = [conversations._image(56, 84), conversations._video(1.2), conversations._audio(2.3)]
     asked = ([*media, conversations._text("Compare")], [conversations._text("What is a cat? " * 10)])
     return [model.prepare([conversations._user(*content)]) for content in asked]
