@@ -246,7 +246,6 @@ class ThinkerStage:
         """A row takes over the first tokens of another."""
         with self.model.layout_for("thinker", self.rows):
             self._slots = S.copy_row(self._slots, source, target, length)
-        self._slots = S.copy_row(self._slots, source, target, length)
 
     # Warming up
 
