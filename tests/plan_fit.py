@@ -74,7 +74,6 @@ FITTED = _cases(
     ("thinker prefill", "7b", "v5e:2x4", "", (8, 1024, 2048)),
     ("thinker prefill", "3b", "v5e:2x2", "", (8, 1024, 2048)),
     ("thinker prefill", "3b", "v5e:2x2", "fsdp=4", (4, 1024, 2048)),
-    ("talker prefill", "3b", "v5e:1x1", "", (2, 1026, 2048)),
     ("talker prefill", "3b", "v5e:1x1", "", (8, 1026, 2048)),
     ("thinker decode", "3b", "v5e:1x1", "", (32, 4096)),
     ("thinker decode", "3b", "v5e:2x4", "", (32, 4096)),
