@@ -18,6 +18,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 # Compiling is most of the suite's time. LLVM's optimisations change neither what XLA makes of a program nor what TPUs
 # get; without them a third is saved, here and in the processes that tests start.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+# Before anything imports them, the networks and the engine are made to check the shapes of arrays. It imports
+# jax, which reads the two settings above.
+from tests import shapes
+
+shapes.install()
 
 
 @pytest.fixture(scope="session")

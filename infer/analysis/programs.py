@@ -56,7 +56,7 @@ class Program:
             return self.function.lower(*self.args, **self.kwargs)
 
 
-def _struct(layout: Layout, shape: tuple[int, ...], dtype: Any, *names: str | None) -> jax.ShapeDtypeStruct:
+def _struct(layout: Layout, shape: tuple[int, ...], dtype: Any, *names: str | None) -> Any:
     names = names or (None,) * len(shape)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(names, shape))
 

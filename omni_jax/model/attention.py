@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
 
 from omni_jax.model.kernels import cudnn, decode, plain, prefill
 from omni_jax.model.kernels.plain import SCORE_BYTES
+from omni_jax.model.types import AnyArray
 from omni_jax.parallel.sharding import active_layout
 
 # New tokens from which on their attention to each other is worth a kernel beside that over the cache.
@@ -32,19 +34,19 @@ class Past(NamedTuple):
 
     Attributes:
       k, v: [L, B, K, C, H] of all layers, or [B, K, C, H] of this one.
-      lengths: int32 [R], live slots of each of the R rows; the first ones.
-      layer: int32 [], which layer; None with the second form.
-      rows: int32 [R], which rows of the cache; None: all of them, in order.
+      lengths: live slots of each of the R rows; the first ones.
+      layer: which layer; None with the second form.
+      rows: which rows of the cache; None: all of them, in order.
     """
 
-    k: jax.Array
-    v: jax.Array
-    lengths: jax.Array
-    layer: jax.Array | None = None
-    rows: jax.Array | None = None
+    k: Float[Array, "*L B K C H"]
+    v: Float[Array, "*L B K C H"]
+    lengths: Int32[Array, " R"]
+    layer: Int32[Array, ""] | None = None
+    rows: Int32[Array, " R"] | None = None
 
-    def of_layer(self) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of this layer's R rows alone, [R, K, C, H]."""
+    def of_layer(self) -> tuple[Float[Array, "R K C H"], Float[Array, "R K C H"]]:
+        """Keys and values of this layer's R rows alone."""
 
         def one(x: jax.Array) -> jax.Array:
             x = x if self.layer is None else lax.dynamic_index_in_dim(x, self.layer, keepdims=False)
@@ -54,33 +56,33 @@ class Past(NamedTuple):
 
 
 def full_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    key_mask: jax.Array | None = None,
+    q: Float[Array, "*N T H D"],
+    k: Float[Array, "*N S H D"],
+    v: Float[Array, "*N S H D"],
+    key_mask: Bool[AnyArray, "*N S"] | None = None,
     *,
     scale: float | None = None,
     score_bytes: int = SCORE_BYTES,
-) -> jax.Array:
+) -> Float[Array, "*N T H D"]:
     """Every query sees every valid key. Softmax in float32, products in the dtype of the inputs.
 
     Where the scores are large they never exist whole, neither forwards nor backwards.
 
     Args:
-      q: [..., T, H, D].
-      k, v: [..., S, H, D] with the leading axes of `q`.
-      key_mask: [..., S] bool, true for valid keys; None where all are. A row whose keys are all masked gives finite
+      q: queries.
+      k, v: keys and values.
+      key_mask: true for valid keys; None where all are. A row whose keys are all masked gives finite
         values without meaning.
       scale: factor of the scores; default D ** -0.5.
       score_bytes: see `query_block`.
     Returns:
-      [..., T, H, D] in the dtype of `q`.
+      an array in the dtype of `q`.
     """
     T, D, S = q.shape[-3], q.shape[-1], k.shape[-3]
     scale = D**-0.5 if scale is None else scale
     shape = q.shape
     q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
-    mask = None if key_mask is None else key_mask.reshape(-1, S)
+    mask = None if key_mask is None else jnp.asarray(key_mask).reshape(-1, S)
 
     def by_plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
         return plain.full_attention(q, k, v, mask, scale=scale, score_bytes=score_bytes)
@@ -93,19 +95,20 @@ def full_attention(
 
 
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, old: Past | None, segments: jax.Array | None = None
-) -> jax.Array:
+    q: Float[Array, "B T N H"], k: Float[Array, "B K T H"], v: Float[Array, "B K T H"], old: Past | None,
+    segments: Int32[Array, "B T"] | None = None,
+) -> Float[Array, "B T N H"]:  # fmt: skip
     """Causal grouped-query attention of new tokens to the cache and to themselves.
 
     Padding stands behind the tokens of a row, where causality hides it from them.
 
     Args:
-      q: [B, T, N, H].
-      k, v: [B, K, T, H], the new rows.
+      q: queries.
+      k, v: the new rows.
       old: the cache, or None where nothing came before.
-      segments: non-negative int32 [B, T], for training on packed rows: a token sees those of its own segment only.
+      segments: non-negative, for training on packed rows: a token sees those of its own segment only.
     Returns:
-      [B, T, N, H] in the dtype of `q`.
+      an array in the dtype of `q`.
     """
     if old is None:
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float, Float32, Int32
 
 from omni_jax.config import DecoderConfig
 from omni_jax.model import parameters
@@ -26,7 +27,9 @@ class Attention(nn.Module):
     cfg: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, angles: jax.Array, old: Past | None, segments: Any = None) -> Any:
+    def __call__(
+        self, x: Float[Array, "B T D"], angles: Float32[Array, "B T pairs"], old: Past | None, segments: Any = None
+    ) -> tuple[Float[Array, "B T D"], Any]:
         cfg, (b, t, _) = self.cfg, x.shape
         own = parameters.decoder_layer(cfg)["self_attn"]
         q, k, v = (Linear(own[name], name=name)(x) for name in ("q_proj", "k_proj", "v_proj"))
@@ -50,7 +53,9 @@ class DecoderLayer(nn.Module):
     cfg: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, angles: jax.Array, old: Past | None, segments: Any = None) -> Any:
+    def __call__(
+        self, x: Float[Array, "B T D"], angles: Float32[Array, "B T pairs"], old: Past | None, segments: Any = None
+    ) -> tuple[Float[Array, "B T D"], Any]:
         cfg, own = self.cfg, parameters.decoder_layer(self.cfg)
         y, rows = Attention(cfg, name="self_attn")(
             RMSNorm(own["input_layernorm"], cfg.rms_norm_eps, name="input_layernorm")(x), angles, old, segments
@@ -76,24 +81,24 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
-        positions: jax.Array,
+        x: Float[Array, "B T D"],
+        positions: Int32[Array, "3 B T"],
         cache: KVCache | None = None,
-        rows: jax.Array | None = None,
-        segments: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any]:
+        rows: Int32[Array, " B"] | None = None,
+        segments: Int32[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
         """Runs T new tokens.
 
         Padding goes behind the tokens of a row, where no token sees it.
 
         Args:
-          x: [B, T, D] input embeddings.
-          positions: int32 [3, B, T].
+          x: input embeddings.
+          positions: ids of time, height and width.
           cache: what came before, or None where that is nothing.
-          rows: int32 [B], the rows of the cache that these belong to; None: all of them, in order.
-          segments: int32 [B, T], for training on packed rows; then no new rows are kept.
+          rows: the rows of the cache that these belong to; None: all of them, in order.
+          segments: for training on packed rows; then no new rows are kept.
         Returns:
-          hidden [B, T, D] after the final norm, and the new rows for `append_rows`.
+          hidden states after the final norm, and the new rows for `append_rows`.
         """
         cfg, own = self.cfg, parameters.decoder(self.cfg)
         angles = mrope_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.mrope_section)
@@ -121,20 +126,20 @@ class Decoder(nn.Module):
 
 
 def forward(
-    cfg: DecoderConfig, params: Any, x: jax.Array, positions: jax.Array, cache: KVCache,
-    rows: jax.Array | None = None, *, first: bool = False,
-) -> tuple[jax.Array, Any]:  # fmt: skip
+    cfg: DecoderConfig, params: Any, x: Float[Array, "R T D"], positions: Int32[Array, "3 R T"], cache: KVCache,
+    rows: Int32[Array, " R"] | None = None, *, first: bool = False,
+) -> tuple[Float[Array, "R T D"], Any]:  # fmt: skip
     """`params, cache, inputs → hidden, new rows`: what prefill and decode steps are made of.
 
     Args:
       params: `{"layers", "norm"}`.
-      x: [R, T, D] input embeddings, padding behind the tokens of a row.
-      positions: int32 [3, R, T].
+      x: input embeddings, padding behind the tokens of a row.
+      positions: ids of time, height and width.
       cache: what came before.
-      rows: int32 [R], the rows of the cache that these belong to; None: all of them, in order.
+      rows: the rows of the cache that these belong to; None: all of them, in order.
       first: nothing came before, so that only the new tokens are attended to.
     Returns:
-      hidden [R, T, D] after the final norm, and the rows for `append_rows`, in the dtype of the cache.
+      hidden states after the final norm, and the rows for `append_rows`, in the dtype of the cache.
     """
     tree = {"layers": params["layers"], "norm": params["norm"]}
     hidden, new = Decoder(cfg).apply({"params": tree}, x, positions, None if first else cache, rows)
@@ -142,12 +147,12 @@ def forward(
 
 
 def forward_and_append(
-    cfg: DecoderConfig, params: Any, x: jax.Array, positions: jax.Array, cache: KVCache,
-    counts: jax.Array | None = None, *, first: bool = False,
-) -> tuple[jax.Array, KVCache]:  # fmt: skip
-    """`forward` of all rows, and their tokens written: hidden [B, T, D], and the longer cache.
+    cfg: DecoderConfig, params: Any, x: Float[Array, "B T D"], positions: Int32[Array, "3 B T"], cache: KVCache,
+    counts: Int32[Array, " B"] | None = None, *, first: bool = False,
+) -> tuple[Float[Array, "B T D"], KVCache]:  # fmt: skip
+    """`forward` of all rows, and their tokens written: hidden states, and the longer cache.
 
-    The caller's jit donates the cache, which must have room. `counts` [B] says how many tokens of each row are real;
+    The caller's jit donates the cache, which must have room. `counts` says how many tokens of each row are real;
     by default all are.
     """
     hidden, new = forward(cfg, params, x, positions, cache, first=first)

@@ -9,8 +9,8 @@ What does not depend on the state is computed once: `condition` (codes, speaker,
 
 Source: `Qwen2_5OmniToken2WavDiTModel` in transformers 4.57.6.
 
-B requests, R rows (guided, then null ones), L mel frames, N blocks, Q frames a block, D hidden, H heads, C head size,
-T times.
+B requests, R rows (guided, then null ones), n codes, L mel frames, M frames of a reference mel, N blocks, Q frames a
+block, D hidden, H heads, C head size, T times.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Bool, Float32, Int
 
 from omni_jax.config import DiTConfig
 from omni_jax.model import ecapa
 from omni_jax.model.layers import Params, dense, linear, merged_weight, run_layers
 from omni_jax.model.parameters import DIT_MODULATIONS
+from omni_jax.model.types import AnyArray
 from omni_jax.parallel.sharding import constrain, replicate
 
 NORM_EPS = 1e-6
@@ -60,8 +62,8 @@ def _norm(x: jax.Array) -> jax.Array:
     return y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + NORM_EPS)
 
 
-def time_embedding(params: Params, cfg: DiTConfig, times: jax.Array) -> jax.Array:
-    """[T] times to [T, D]: a sinusoid of 1000 t, then two dense layers."""
+def time_embedding(params: Params, cfg: DiTConfig, times: Float32[Array, " T"]) -> Float32[Array, "T D"]:
+    """Times to vectors: a sinusoid of 1000 t, then two dense layers."""
     half = cfg.time_freq_dim // 2
     freqs = jnp.exp(jnp.arange(half, dtype=jnp.float32) * -(math.log(10000) / (half - 1)))
     angles = TIME_SCALE * times[:, None] * freqs
@@ -70,13 +72,15 @@ def time_embedding(params: Params, cfg: DiTConfig, times: jax.Array) -> jax.Arra
     return dense(mlp["2"], jax.nn.silu(dense(mlp["0"], x)))
 
 
-def modulations(params: Params, cfg: DiTConfig, times: jax.Array) -> tuple[jax.Array, jax.Array]:
+def modulations(
+    params: Params, cfg: DiTConfig, times: Float32[Array, " T"]
+) -> tuple[Float32[Array, "T layers 6 D"], Float32[Array, "T 2 D"]]:
     """The AdaLN projections at given times.
 
     Args:
-      times: [T] float32 in [0, 1].
+      times: in [0, 1].
     Returns:
-      [T, layers, 6, D] for the layers and [T, 2, D] for the output norm.
+      those of the layers, and those of the output norm.
     """
     t = jax.nn.silu(time_embedding(params, cfg, times))
 
@@ -89,8 +93,8 @@ def modulations(params: Params, cfg: DiTConfig, times: jax.Array) -> tuple[jax.A
     return layers, dense(params["norm_out"]["linear"], t).reshape(len(times), 2, cfg.hidden_size)
 
 
-def layer_windows(cfg: DiTConfig) -> np.ndarray:
-    """Which of the blocks before, at and after its own each layer sees: [layers, 3] bool."""
+def layer_windows(cfg: DiTConfig) -> Bool[np.ndarray, "layers 3"]:
+    """Which of the blocks before, at and after its own each layer sees."""
     layers = range(cfg.num_hidden_layers)
     return np.array([(i in cfg.look_backward_layers, True, i in cfg.look_ahead_layers) for i in layers])
 
@@ -104,14 +108,15 @@ def look_back_layers(cfg: DiTConfig) -> tuple[int, ...]:
 
 
 def voice_vectors(
-    params: Params, cfg: DiTConfig, spk: jax.Array, mel: jax.Array, mel_lengths: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    params: Params, cfg: DiTConfig, spk: Float32[AnyArray, "B cond"], mel: Float32[AnyArray, "B M mel_dim"],
+    mel_lengths: Int[AnyArray, " B"],
+) -> tuple[Float32[Array, "B D"], Float32[Array, "1 D"]]:  # fmt: skip
     """What a voice adds to the input embedding of each of its frames; ECAPA runs here and nowhere else.
 
     Args:
       params, spk, mel, mel_lengths: as for `condition`.
     Returns:
-      [B, D] of the voices, and [1, D]: the whole null embedding (zero voice, zero reference, code 0), the same for all.
+      those of the voices, and the whole null embedding (zero voice, zero reference, code 0), the same for all.
     """
     # One more reference row: the null one. All its frames are equal, so its length does not matter.
     mels = jnp.concatenate([mel, jnp.zeros_like(mel[:1])])
@@ -120,28 +125,28 @@ def voice_vectors(
     voice = ecapa.speaker_vector(embed["spk_encoder"], cfg, mels, mels_lengths)
     _, w_voice, w_code, w_spk = _split_projection(cfg, merged_weight(embed["proj"]))
     null = linear(params["text_embed"]["codec_embed"]["weight"][:1], w_code) + linear(voice[-1:], w_voice)
-    return linear(spk, w_spk) + linear(voice[:-1], w_voice), null
+    return linear(jnp.asarray(spk), w_spk) + linear(voice[:-1], w_voice), null
 
 
 def condition(
     params: Params,
     cfg: DiTConfig,
-    codes: jax.Array,
-    lengths: jax.Array,
-    spk: jax.Array,
-    mel: jax.Array,
-    mel_lengths: jax.Array,
+    codes: Int[Array, "B n"],
+    lengths: Int[Array, " B"],
+    spk: Float32[Array, "B cond"],
+    mel: Float32[Array, "B M mel_dim"],
+    mel_lengths: Int[Array, " B"],
     guided: bool = True,
 ) -> Condition:
     """Everything about requests that does not change while the state flows.
 
     Args:
       params: the published `code2wav_dit_model` tree.
-      codes: [B, n] int32 within the embedding table; n × repeats must be a multiple of `block_size`.
-      lengths: [B] true codes of each row.
-      spk: [B, enc_emb_dim], the voices' `cond` vectors.
-      mel: [B, M, mel_dim], the voices' reference mels.
-      mel_lengths: [B] their true frames.
+      codes: within the embedding table; n × repeats must be a multiple of `block_size`.
+      lengths: true codes of each row.
+      spk: the voices' `cond` vectors.
+      mel: the voices' reference mels.
+      mel_lengths: their true frames.
       guided: whether null rows (code 0, zero voice, zero reference) follow the B rows.
     Returns:
       A Condition with R = 2 B rows, or R = B without guidance.
@@ -154,20 +159,20 @@ def condition(
 def condition_at(
     params: Params,
     cfg: DiTConfig,
-    codes: jax.Array,
-    lengths: jax.Array,
-    voice: jax.Array,
-    null: jax.Array,
-    starts: jax.Array | None = None,
+    codes: Int[Array, "B n"],
+    lengths: Int[Array, " B"],
+    voice: Float32[Array, "B D"],
+    null: Float32[Array, "1 D"],
+    starts: Int[Array, " B"] | None = None,
     guided: bool = True,
 ) -> Condition:
     """`condition` of a stretch of speech, with the voices encoded.
 
     Args:
-      codes: [B, n], those of the stretch.
-      lengths: [B] true codes of each row.
+      codes: those of the stretch.
+      lengths: true codes of each row.
       voice, null: of `voice_vectors`.
-      starts: [B] the frame that each row's stretch begins at, whole blocks; the block before it is visible where there
+      starts: the frame that each row's stretch begins at, whole blocks; the block before it is visible where there
         is one. None: all begin at 0.
     Raises:
       ValueError: the padded length does not fill blocks.
@@ -225,25 +230,24 @@ def rotate_first_head(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array
 
 
 def blockwise_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    visible: jax.Array,
-    window: jax.Array,
+    q: Float32[Array, "R N Q H C"],
+    k: Float32[Array, "R N Q H C"],
+    v: Float32[Array, "R N Q H C"],
+    visible: Bool[Array, "R N 3*Q"],
+    window: Bool[Array, " 3"],
     before: KeysValues | None = None,
-) -> jax.Array:
+) -> Float32[Array, "R N Q H C"]:
     """Each block attends to itself and to those of its two neighbours that its layer sees.
 
     Most layers see no neighbour. They take a branch that never gathers any: the three-block form moves and multiplies
     three times as much.
 
     Args:
-      q, k, v: [R, N, Q, H, C].
-      visible: [R, N, 3Q] bool, which keys of the block before, its own and the one after exist.
-      window: [3] bool, a row of `layer_windows`.
+      visible: which keys of the block before, its own and the one after exist.
+      window: a row of `layer_windows`.
       before: [R, Q, H, C], those of the block before the first, where `visible` says that there is one.
     Returns:
-      [R, N, Q, H, C]; frames that see nothing get a finite value without meaning.
+      frames that see nothing get a finite value without meaning.
     """
     size = q.shape[2]
     q = q * q.shape[-1] ** -0.5
@@ -265,21 +269,20 @@ def blockwise_attention(
 def dit_layer(
     params: Params,
     cfg: DiTConfig,
-    x: jax.Array,
-    modulation: jax.Array,
-    window: jax.Array,
+    x: Float32[Array, "R L D"],
+    modulation: Float32[Array, "6 D"],
+    window: Bool[Array, " 3"],
     given: Condition,
     before: KeysValues | None = None,
-) -> tuple[jax.Array, KeysValues]:
+) -> tuple[Float32[Array, "R L D"], KeysValues]:
     """One layer: blockwise attention and a feed-forward part, both between AdaLN shifts, scales and gates.
 
     Args:
-      x: [R, L, D].
-      modulation: [6, D], of this layer at this time.
-      window: [3] bool, a row of `layer_windows`.
+      modulation: of this layer at this time.
+      window: a row of `layer_windows`.
       before: see `blockwise_attention`.
     Returns:
-      [R, L, D], and the layer's keys and values [R, N, Q, H, C].
+      the state, and the layer's keys and values [R, N, Q, H, C].
     """
     rows, frames, _ = x.shape
     shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation
@@ -305,20 +308,20 @@ def dit_layer(
 def velocity(
     params: Params,
     cfg: DiTConfig,
-    x: jax.Array,
-    modulation: tuple[jax.Array, jax.Array],
+    x: Float32[Array, "B L mel_dim"],
+    modulation: tuple[Float32[Array, "layers 6 D"], Float32[Array, "2 D"]],
     given: Condition,
     guidance: float = 0.5,
-) -> jax.Array:
+) -> Float32[Array, "B L mel_dim"]:
     """How the state moves at one time, guided away from the null rows.
 
     Args:
-      x: [B, L, mel_dim], the state.
-      modulation: [layers, 6, D] and [2, D], one time of `modulations`.
+      x: the state.
+      modulation: one time of `modulations`.
       given: of `condition`; with B rows (no guidance) or 2 B.
       guidance: g in p + g (p - null).
     Returns:
-      [B, L, mel_dim]; frames beyond the true length are finite and without meaning.
+      its slope; frames beyond the true length are finite and without meaning.
     """
 
     def body(layer: Params, h: jax.Array, inputs: dict[str, jax.Array]) -> tuple[jax.Array, None]:
@@ -332,20 +335,20 @@ def velocity(
 def velocity_after(
     params: Params,
     cfg: DiTConfig,
-    x: jax.Array,
-    modulation: tuple[jax.Array, jax.Array],
+    x: Float32[Array, "B L mel_dim"],
+    modulation: tuple[Float32[Array, "layers 6 D"], Float32[Array, "2 D"]],
     given: Condition,
     guidance: float,
     past: KeysValues,
     keep: int,
-) -> tuple[jax.Array, KeysValues]:
+) -> tuple[Float32[Array, "B L mel_dim"], KeysValues]:
     """`velocity` of a stretch whose past is known by its states alone.
 
     Args:
       past: [layers, R, Q, H, C], of `look_back_layers` in the block before the stretch, at this time.
       keep: the block of the stretch whose states are wanted.
     Returns:
-      [B, L, mel_dim], and the states of block `keep`, shaped like `past`.
+      the slope, and the states of block `keep`, shaped like `past`.
     """
     layers = look_back_layers(cfg)
 

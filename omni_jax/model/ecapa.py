@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float32, Int
 
 from omni_jax.config import DiTConfig
 
@@ -27,15 +28,15 @@ def shortest_mel(cfg: DiTConfig) -> int:
     return max(span - span // 2 for span in spans) + 1
 
 
-def reflected_conv(params: Any, x: jax.Array, lengths: jax.Array, dilation: int = 1) -> jax.Array:
+def reflected_conv(
+    params: Any, x: Float32[Array, "B T in"], lengths: Int[Array, " B"], dilation: int = 1
+) -> Float32[Array, "B T out"]:
     """A convolution that keeps the length and reflects at both true ends.
 
     Args:
       params: `weight` [out, in, width] and `bias` [out].
-      x: [B, T, in]; values at and beyond a row's length are never read by its true frames.
-      lengths: [B].
-    Returns:
-      [B, T, out].
+      x: values at and beyond a row's length are never read by its true frames.
+      lengths: true frames of each row.
     """
     weight = params["weight"]
     span = (weight.shape[2] - 1) * dilation
@@ -54,14 +55,18 @@ def _tdnn(params: Any, x: jax.Array, lengths: jax.Array, dilation: int = 1) -> j
     return jax.nn.relu(reflected_conv(params["conv"], x, lengths, dilation))
 
 
-def squeeze_excite(params: Any, x: jax.Array, lengths: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scales the channels of [B, T, C] by what their means over the true frames (mask [B, T, 1]) suggest."""
+def squeeze_excite(
+    params: Any, x: Float32[Array, "B T C"], lengths: Int[Array, " B"], mask: Float32[Array, "B T 1"]
+) -> Float32[Array, "B T C"]:
+    """Scales the channels by what their means over the true frames (`mask`) suggest."""
     mean = jnp.sum(x * mask, axis=1, keepdims=True) / lengths[:, None, None]
     gate = jax.nn.relu(reflected_conv(params["conv1"], mean, lengths))
     return x * jax.nn.sigmoid(reflected_conv(params["conv2"], gate, lengths))
 
 
-def res2net_layer(params: Any, x: jax.Array, lengths: jax.Array, mask: jax.Array, dilation: int) -> jax.Array:
+def res2net_layer(
+    params: Any, x: Float32[Array, "B T C"], lengths: Int[Array, " B"], mask: Float32[Array, "B T 1"], dilation: int
+) -> Float32[Array, "B T C"]:
     """One residual block: the channels in groups, each convolved after the sum with the group before it."""
     groups = params["res2net_block"]["blocks"]
     y = _tdnn(params["tdnn1"], x, lengths)
@@ -79,8 +84,10 @@ def _statistics(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]
     return mean, jnp.sqrt(jnp.maximum(variance, VARIANCE_FLOOR))
 
 
-def pool(params: Any, x: jax.Array, lengths: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attentive statistics: [B, T, C] to the weighted mean and deviation over true frames, [B, 1, 2C]."""
+def pool(
+    params: Any, x: Float32[Array, "B T C"], lengths: Int[Array, " B"], mask: Float32[Array, "B T 1"]
+) -> Float32[Array, "B 1 2*C"]:
+    """Attentive statistics: the weighted mean and deviation over true frames."""
     mean, std = _statistics(x, mask / lengths[:, None, None])
     context = jnp.concatenate([x, jnp.broadcast_to(mean, x.shape), jnp.broadcast_to(std, x.shape)], axis=-1)
     scores = reflected_conv(params["conv"], jnp.tanh(_tdnn(params["tdnn"], context, lengths)), lengths)
@@ -88,15 +95,15 @@ def pool(params: Any, x: jax.Array, lengths: jax.Array, mask: jax.Array) -> jax.
     return jnp.concatenate(_statistics(x, weights), axis=-1)
 
 
-def speaker_vector(params: Any, cfg: DiTConfig, mel: jax.Array, lengths: jax.Array) -> jax.Array:
+def speaker_vector(
+    params: Any, cfg: DiTConfig, mel: Float32[Array, "B T mel_dim"], lengths: Int[Array, " B"]
+) -> Float32[Array, "B enc_dim"]:
     """The speaker vector of each reference mel.
 
     Args:
       params: the published `input_embed.spk_encoder` tree.
-      mel: [B, T, mel_dim] float32 log-mel frames; padding may hold anything finite.
-      lengths: [B] true frames of each row, at least `shortest_mel(cfg)`.
-    Returns:
-      [B, enc_dim] float32.
+      mel: log-mel frames; padding may hold anything finite.
+      lengths: true frames of each row, at least `shortest_mel(cfg)`.
     """
     mask = (jnp.arange(mel.shape[1]) < lengths[:, None])[:, :, None].astype(jnp.float32)
     x = _tdnn(params["blocks"]["0"], mel, lengths, cfg.enc_dilations[0])

@@ -14,6 +14,7 @@ from flax import struct
 from jax import lax
 from jax.experimental.layout import Layout as MemoryLayout
 from jax.experimental.layout import with_layout_constraint
+from jaxtyping import Array, Int, Int32
 
 from omni_jax.config import DecoderConfig
 from omni_jax.parallel import on_mesh
@@ -32,12 +33,12 @@ class KVCache:
     Attributes:
       k: [L, B, K, C, H], or a tuple of L arrays [B, K, C, H] where layers are looped over.
       v: like `k`.
-      lengths: int32 [B].
+      lengths: live slots of each row.
     """
 
     k: Any
     v: Any
-    lengths: jax.Array
+    lengths: Int32[Array, " B"]
 
     @property
     def capacity(self) -> int:
@@ -70,7 +71,7 @@ def pinned(cache: KVCache) -> KVCache:
 
 
 def append_rows(
-    cache: KVCache, new: Any, counts: jax.Array, rows: jax.Array | None = None, *, first: bool = False
+    cache: KVCache, new: Any, counts: Int32[Array, " R"], rows: Int32[Array, " R"] | None = None, *, first: bool = False
 ) -> KVCache:
     """Writes new tokens behind what their rows hold, in one pass after the layers have run.
 
@@ -81,8 +82,8 @@ def append_rows(
     Args:
       cache: the caller sees to it that it has room: what would lie beyond the last slot is dropped.
       new: (k, v), each [L, R, K, T, H], or a list of L pairs of [R, K, T, H] for the tuple form.
-      counts: int32 [R], how many of the T tokens of each row are real; the first ones.
-      rows: int32 [R], which row each belongs to, all different; what names a row from B on is dropped. None: R = B, in
+      counts: how many of the T tokens of each row are real; the first ones.
+      rows: which row each belongs to, all different; what names a row from B on is dropped. None: R = B, in
         order.
       first: the rows are known to hold nothing; what they held is given up.
     """
@@ -162,8 +163,8 @@ def _in_place(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     return tuple(lax.platform_dependent(*arrays, tpu=on_tpu, default=lambda *x: x))
 
 
-def copy_row(cache: KVCache, source: jax.Array, target: jax.Array, length: jax.Array) -> KVCache:
-    """The cache with the first `length` tokens of row `source` in row `target` as well; all int32 []."""
+def copy_row(cache: KVCache, source: Int[Array, ""], target: Int[Array, ""], length: Int[Array, ""]) -> KVCache:
+    """The cache with the first `length` tokens of row `source` in row `target` as well."""
 
     def copy(leaf: jax.Array) -> jax.Array:
         axis = leaf.ndim - 4

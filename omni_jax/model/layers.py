@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
 from omni_jax.model import declare
 from omni_jax.model.declare import Declared, ParamSpec
@@ -89,17 +90,15 @@ def _one_row(row: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def linear(
-    x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, out_dtype: jnp.dtype | None = None
-) -> jax.Array:
+    x: Float[Array, "*N in"], weight: Params, bias: Float[Array, " out"] | None = None, out_dtype: Any = None
+) -> Float[Array, "*N out"]:
     """`x @ weight.T + bias`.
 
     Args:
-      x: [..., in].
+      x: rows of features.
       weight: [out, in]; cast to the dtype of `x`.
-      bias: [out] or None; added in float32, before the cast.
+      bias: added in float32, before the cast.
       out_dtype: dtype of the result; that of `x` by default.
-    Returns:
-      [..., out].
     """
     y = lax.platform_dependent(x, weight.astype(x.dtype), cpu=_dot_cpu, default=_dot)
     if bias is not None:
@@ -107,13 +106,13 @@ def linear(
     return y.astype(out_dtype or x.dtype)
 
 
-def dense(params: Params, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+def dense(params: Params, x: Float[Array, "*N in"], out_dtype: Any = None) -> Float[Array, "*N out"]:
     """`linear` over a tree: `weight`, `bias` where there is one, and a low-rank adapter where there is one.
 
     Args:
       params: `weight` [out, in], perhaps `bias` [out], perhaps `lora_a` [rank, in] and `lora_b` [out, rank], which
         holds the adapter's scale.
-      x: [..., in].
+      x: rows of features.
       out_dtype: see `linear`.
     """
     y = linear(x, params["weight"], params.get("bias"), out_dtype)
@@ -131,7 +130,7 @@ def merged_weight(params: Params) -> jax.Array:
     return (weight.astype(jnp.float32) + change).astype(weight.dtype)
 
 
-def embedding_lookup(table: jax.Array, *index: jax.Array) -> jax.Array:
+def embedding_lookup(table: Params, *index: Int[Array, "*N"]) -> Float[Array, "*N D"]:
     """`table[index]` for the few rows of a decode step; zeros where an index is negative.
 
     It stands in a branch, since a TPU compiler fetches a table that fits its fast memory whole, for a row of it.
@@ -141,14 +140,16 @@ def embedding_lookup(table: jax.Array, *index: jax.Array) -> jax.Array:
     return lax.cond(known, lambda: table[index], lambda: jnp.zeros(shape.shape, shape.dtype))
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: Float[Array, "*N D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*N D"]:
     """Root-mean-square norm over the last axis: float32, cast, then × weight (the order matters in bf16)."""
     y = x.astype(jnp.float32)
     y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     return y.astype(x.dtype) * weight.astype(x.dtype)
 
 
-def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+def layer_norm(
+    x: Float[Array, "*N D"], weight: Float[Array, " D"], bias: Float[Array, " D"], eps: float
+) -> Float[Array, "*N D"]:
     """Layer norm over the last axis in float32, cast to the dtype of `x` at the end."""
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
@@ -217,7 +218,7 @@ class Linear(nn.Module):
     specs: Declared
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*N in"]) -> Float[Array, "*N out"]:
         adapter = [name for name in ("lora_a", "lora_b") if self.has_variable("params", name)]
         return dense(declared(self, self.specs) | {name: self.get_variable("params", name) for name in adapter}, x)
 
@@ -229,7 +230,7 @@ class RMSNorm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
         return rms_norm(x, **declared(self, self.specs), eps=self.eps)
 
 
@@ -240,7 +241,7 @@ class LayerNorm(nn.Module):
     eps: float
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
         return layer_norm(x, **declared(self, self.specs), eps=self.eps)
 
 
@@ -256,7 +257,7 @@ class GatedMLP(nn.Module):
     act: str
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
         gate, up, down = (Linear(self.specs[name], name=name) for name in ("gate_proj", "up_proj", "down_proj"))
         return down(constrain(activation(self.act)(gate(x)) * up(x), "batch", "length", "act_mlp"))
 

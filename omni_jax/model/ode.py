@@ -3,7 +3,7 @@
 Source: `RungeKutta4ODESolver` and the sampling loop in transformers 4.57.6 (the 3/8 rule, not the classic one);
 sway: Chen et al. 2024 (arXiv:2410.06885).
 
-S steps, E evaluations a step.
+P time points, S = P - 1 steps, E evaluations a step.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float, Float32
+
+from omni_jax.model.types import AnyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +48,14 @@ def solver(name: str) -> Solver:
     return SOLVERS[name]
 
 
-def time_points(count: int, sway: float | None = -1.0) -> np.ndarray:
+def time_points(count: int, sway: float | None = -1.0) -> Float32[np.ndarray, " {count}"]:
     """The ends of the steps.
 
     Args:
       count: how many points; `count` points bound `count - 1` steps.
       sway: moves points towards 0 where negative: -1 makes t into 1 - cos(πt/2). None or 0 keeps them even.
     Returns:
-      [count] float32, ascending from 0 to 1.
+      points that ascend from 0 to 1.
     Raises:
       ValueError: fewer than two points.
     """
@@ -64,8 +67,8 @@ def time_points(count: int, sway: float | None = -1.0) -> np.ndarray:
     return t.astype(np.float32)
 
 
-def evaluation_times(points: np.ndarray, tableau: Solver) -> np.ndarray:
-    """When each evaluation happens: [count] points to [S, E] float32 times."""
+def evaluation_times(points: Float32[np.ndarray, " P"], tableau: Solver) -> Float32[np.ndarray, "P-1 E"]:
+    """When each evaluation happens, of the points that bound the steps."""
     start, end = points[:-1, None], points[1:, None]
     nodes = np.asarray(tableau.nodes, np.float32)
     # A node at 1 is the step's end itself: start + (end - start) may round to a neighbour of it.
@@ -73,30 +76,29 @@ def evaluation_times(points: np.ndarray, tableau: Solver) -> np.ndarray:
 
 
 def integrate(
-    velocity: Callable[[jax.Array, Any], jax.Array], x: jax.Array, points: Any, conditions: Any, tableau: Solver
-) -> jax.Array:
+    velocity: Callable[[jax.Array, Any], jax.Array], x: Float[Array, "*X"], points: Float32[AnyArray, " P"],
+    conditions: Any, tableau: Solver,
+) -> Float[Array, "*X"]:  # fmt: skip
     """The state at the last time point.
 
     Args:
       velocity: `(state, condition) -> d state / d t`.
       x: the state at the first point.
-      points: [S + 1] time points.
+      points: of `time_points`.
       conditions: a tree with leading axes [S, E]: what `velocity` needs to know about each time of
         `evaluation_times`, so that nothing that depends on time alone is computed inside the loop.
       tableau: the solver.
-    Returns:
-      An array like `x`.
     """
     return integrate_and_collect(lambda x, c: (velocity(x, c), None), x, points, conditions, tableau)[0]
 
 
 def integrate_and_collect(
     velocity: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
-    x: jax.Array,
-    points: Any,
+    x: Float[Array, "*X"],
+    points: Float32[AnyArray, " P"],
     conditions: Any,
     tableau: Solver,
-) -> tuple[jax.Array, Any]:
+) -> tuple[Float[Array, "*X"], Any]:
     """`integrate` for a velocity that also returns something to keep of each evaluation.
 
     Args:

@@ -5,21 +5,25 @@ Letters: B batch, T tokens, N heads, H head size.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int
+
+from omni_jax.model.types import AnyArray
 
 
-def mrope_angles(positions: jax.Array, head_dim: int, theta: float, sections: tuple[int, ...]) -> jax.Array:
+def mrope_angles(
+    positions: Int[AnyArray, "3 B T"], head_dim: int, theta: float, sections: tuple[int, ...]
+) -> Float32[Array, "B T {head_dim}//2"]:
     """Rotation angles, each frequency driven by the time, height or width id of its section.
 
     Args:
-      positions: [3, B, T] int32 ids (time, height, width).
+      positions: ids (time, height, width).
       head_dim: H.
       theta: base of the frequencies.
       sections: how many of the H/2 frequencies belong to time, height and width, in this order.
     Returns:
-      [B, T, H/2] float32 radians.
+      radians.
 
     Source: `apply_multimodal_rotary_pos_emb` in transformers 4.57.6; both halves of a head use the same sections.
     """
@@ -31,14 +35,11 @@ def mrope_angles(positions: jax.Array, head_dim: int, theta: float, sections: tu
     return by_frequency * inv_freq
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+def rotate(x: Float[Array, "B T N H"], angles: Float32[Array, "B T H//2"]) -> Float[Array, "B T N H"]:
     """Rotates pairs (i, i + H/2) of each head.
 
-    Args:
-      x: [B, T, N, H].
-      angles: [B, T, H/2] float32.
     Returns:
-      [B, T, N, H] in the dtype of `x`. Cosines are rounded to that dtype first: the published weights were trained so.
+      an array in the dtype of `x`. Cosines are rounded to that dtype first: the published weights were trained so.
     """
     cos = jnp.cos(angles).astype(x.dtype).astype(jnp.float32)[:, :, None]
     sin = jnp.sin(angles).astype(x.dtype).astype(jnp.float32)[:, :, None]

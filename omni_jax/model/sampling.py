@@ -1,6 +1,6 @@
 """Sampling: repetition penalty, temperature, top-k, top-p, min-p, and log-probabilities; settings per row.
 
-Letters: B batch, V vocabulary.
+Letters: B batch, V vocabulary, S ending ids of a row.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, UInt32
 
+from omni_jax.model.types import AnyArray
 from omni_jax.settings import MAX_LOGPROBS as MAX_LOGPROBS
-
-Array = Any  # a jax array inside a program, a numpy one on the way in
 
 COLDEST = 1e-20
 
@@ -25,45 +25,44 @@ class Sampling:
     """Settings per row, as arrays, so that changing them compiles nothing.
 
     Attributes:
-      temperature: float32 [B]; 0 is greedy.
-      top_k: int32 [B]; 0 is off.
-      top_p: float32 [B]; 1 is off.
-      min_p: float32 [B]; 0 is off.
-      repetition_penalty: float32 [B]; 1 is off. Its history is the prompt and the reply so far.
-      key: uint32 [B, 2], raw random key of each row; a row's draw does not depend on its neighbours.
-      stop_ids: int32 [B, S], the ids that end a reply; unused places hold -1.
+      temperature: 0 is greedy.
+      top_k: 0 is off.
+      top_p: 1 is off.
+      min_p: 0 is off.
+      repetition_penalty: 1 is off. Its history is the prompt and the reply so far.
+      key: raw random key of each row; a row's draw does not depend on its neighbours.
+      stop_ids: the ids that end a reply; unused places hold -1.
     """
 
-    temperature: Array
-    top_k: Array
-    top_p: Array
-    min_p: Array
-    repetition_penalty: Array
-    key: Array
-    stop_ids: Array
+    temperature: Float32[AnyArray, " B"]
+    top_k: Int32[AnyArray, " B"]
+    top_p: Float32[AnyArray, " B"]
+    min_p: Float32[AnyArray, " B"]
+    repetition_penalty: Float32[AnyArray, " B"]
+    key: UInt32[AnyArray, "B 2"]
+    stop_ids: Int32[AnyArray, "B S"]
 
 
-def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Divides positive logits of seen ids by the penalty and multiplies negative ones (CTRL, Keskar et al. 2019).
-
-    Args:
-      logits: [B, V] float32; seen: bool [B, V]; penalty: [B].
-    """
+def penalise(
+    logits: Float32[AnyArray, "B V"], seen: Bool[AnyArray, "B V"], penalty: Float32[AnyArray, " B"]
+) -> Float32[Array, "B V"]:
+    """Divides positive logits of seen ids by the penalty and multiplies negative ones (CTRL, Keskar et al. 2019)."""
     p = penalty[:, None]
     return jnp.where(seen, jnp.where(logits < 0, logits * p, logits / p), logits)
 
 
 def filter_logits(
-    logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array
-) -> jax.Array:
+    logits: Float32[AnyArray, "B V"], temperature: Float[AnyArray, " B"], top_k: Int[AnyArray, " B"],
+    top_p: Float[AnyArray, " B"], min_p: Float[AnyArray, " B"],
+) -> Float32[Array, "B V"]:  # fmt: skip
     """Temperature, then top-k, top-p and min-p, in the order of transformers' generation.
 
     Args:
-      logits: [B, V] float32; the rest: [B] each, see `Sampling`; temperature must be positive.
+      temperature: positive; this and the rest: see `Sampling`.
     Returns:
-      [B, V] with refused entries at -inf; at least one entry survives.
+      the logits with refused entries at -inf; at least one entry survives.
     """
-    x = logits / temperature[:, None]
+    x = jnp.asarray(logits) / temperature[:, None]
     ranks = _ranks(x)
     k = jnp.where(top_k > 0, top_k, logits.shape[-1])
     kth = _smallest(lambda t: jnp.sum(ranks > t[:, None], axis=-1) < k, k.shape)
@@ -101,16 +100,16 @@ def _smallest(holds: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) -
     return lax.fori_loop(0, 32, halve, ends)[1]
 
 
-def sample(logits: jax.Array, seen: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
+def sample(
+    logits: Float32[Array, "B V"], seen: Bool[Array, "B V"], sampling: Sampling, step: Int32[Array, " B"]
+) -> Int32[Array, " B"]:
     """The next id of each row.
 
     Args:
-      logits: [B, V] float32.
-      seen: bool [B, V], ids in the prompt or the reply.
+      logits: of the next ids.
+      seen: ids in the prompt or the reply.
       sampling: the settings.
-      step: int32 [B], how many ids the row has drawn before; it selects the row's random number.
-    Returns:
-      int32 [B].
+      step: how many ids the row has drawn before; it selects the row's random number.
     """
     x = penalise(logits, seen, sampling.repetition_penalty)
     greedy = jnp.argmax(x, axis=-1)
@@ -127,13 +126,13 @@ def sample(logits: jax.Array, seen: jax.Array, sampling: Sampling, step: jax.Arr
     return lax.cond(jnp.any(sampling.temperature > 0), draw, lambda _: greedy, x).astype(jnp.int32)
 
 
-def log_probs(logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def log_probs(
+    logits: Float32[Array, "B V"], ids: Int32[Array, " B"]
+) -> tuple[Float32[Array, " B"], Int32[Array, "B n"], Float32[Array, "B n"]]:
     """Log-probabilities under the model itself, before penalty, temperature and filters.
 
-    Args:
-      logits: [B, V] float32; ids: int32 [B].
     Returns:
-      own [B], the best ids [B, MAX_LOGPROBS], their log-probabilities [B, MAX_LOGPROBS], best first.
+      the ids' own, the best MAX_LOGPROBS ids, and their log-probabilities, best first.
     """
     logp = jax.nn.log_softmax(logits, axis=-1)
     best, best_ids = lax.top_k(logp, min(MAX_LOGPROBS, logits.shape[-1]))

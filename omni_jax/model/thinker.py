@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
 
 from omni_jax.config import ThinkerConfig
 from omni_jax.model import declare, parameters
@@ -22,17 +23,18 @@ def init(cfg: ThinkerConfig, key: jax.Array) -> Params:
 
 
 def embed(
-    params: Params, ids: jax.Array, media: jax.Array | None = None, media_index: jax.Array | None = None
-) -> jax.Array:
+    params: Params, ids: Int32[Array, "B T"], media: Float[Array, "M D"] | None = None,
+    media_index: Int32[Array, "B T"] | None = None,
+) -> Float[Array, "B T D"]:  # fmt: skip
     """Input embeddings, with media vectors in the places of their placeholders.
 
     Args:
       params: the Thinker's.
-      ids: int32 [B, T], all inside the vocabulary.
-      media: [M, D] vectors of the towers, or None.
-      media_index: int32 [B, T], row of `media` for each place, -1 for text.
+      ids: all inside the vocabulary.
+      media: vectors of the towers, or None.
+      media_index: row of `media` for each place, -1 for text.
     Returns:
-      [B, T, D] in the dtype of the table.
+      vectors in the dtype of the table.
     """
     table = params["model"]["embed_tokens"]["weight"]
     x = embedding_lookup(table, ids) if ids.shape[1] == 1 else table[ids]
@@ -43,15 +45,15 @@ def embed(
 
 
 def forward(
-    cfg: ThinkerConfig, params: Params, x: jax.Array, positions: jax.Array, cache: KVCache,
-    counts: jax.Array | None = None, *, first: bool = False,
-) -> tuple[jax.Array, KVCache]:  # fmt: skip
+    cfg: ThinkerConfig, params: Params, x: Float[Array, "B T D"], positions: Int32[Array, "3 B T"], cache: KVCache,
+    counts: Int32[Array, " B"] | None = None, *, first: bool = False,
+) -> tuple[Float[Array, "B T D"], KVCache]:  # fmt: skip
     """Hidden states of T new tokens. See `decoder.forward_and_append`."""
     return forward_and_append(cfg.text, params["model"], x, positions, cache, counts, first=first)
 
 
-def logits(params: Params, hidden: jax.Array) -> jax.Array:
-    """[..., D] last hidden states to [..., V] float32 logits; a tied checkpoint uses the embedding table."""
+def logits(params: Params, hidden: Float[Array, "*N D"]) -> Float32[Array, "*N V"]:
+    """Logits of last hidden states; a tied checkpoint uses the embedding table."""
     head = params.get("lm_head", params["model"]["embed_tokens"])
     scores = dense(head, hidden, jnp.float32)
     return constrain(scores, "batch", *[None] * (scores.ndim - 2), "act_vocab")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from jaxtyping import Float32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -14,11 +15,11 @@ class Voice:
     Attributes:
       name: what `--voice` calls it.
       bos_token: id whose Thinker embedding begins the Talker's speech.
-      cond: [enc_emb_dim] float32, the speaker vector.
-      ref_mel: [T, mel_dim] float32, a log-mel spectrogram of the speaker at 100 frames/s.
+      cond: the speaker vector.
+      ref_mel: a log-mel spectrogram of the speaker at 100 frames/s.
     """
 
     name: str
     bos_token: int
-    cond: np.ndarray
-    ref_mel: np.ndarray
+    cond: Float32[np.ndarray, " enc_emb_dim"]
+    ref_mel: Float32[np.ndarray, "T mel_dim"]

@@ -26,12 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from omni_jax.model import kv_cache, talker, thinker
 from omni_jax.model.decoder import forward, steps_on_host
 from omni_jax.model.kv_cache import KVCache, append_rows, init_cache, write_rows
 from omni_jax.model.layers import Params, embedding_lookup
-from omni_jax.model.sampling import MAX_LOGPROBS, Array, Sampling, log_probs, sample
+from omni_jax.model.sampling import MAX_LOGPROBS, Sampling, log_probs, sample
+from omni_jax.model.types import AnyArray, RowInts, RowMask, traced
 from omni_jax.parallel.sharding import constrain, replicate
 from omni_jax.runtime.decoder_program import DecoderProgram as DecoderProgram
 from omni_jax.runtime.decoder_program import talker_program as talker_program
@@ -48,16 +50,16 @@ class Reply:
     """What the rows of the Talker hear.
 
     Attributes:
-      vectors: [B, N, E] (`talker.reply_vectors`). A row that has drawn n ids reads vector n next; 0 is of its prompt.
-      available: int32 [B], how many of them are there.
-      ended: bool [B], whether text-pad marks follow for ever; until then a row without its next vector waits.
-      marks: [2, E], the vectors of text end and text pad.
+      vectors: of `talker.reply_vectors`. A row that has drawn n ids reads vector n next; 0 is of its prompt.
+      available: how many of them are there.
+      ended: whether text-pad marks follow for ever; until then a row without its next vector waits.
+      marks: the vectors of text end and text pad.
     """
 
-    vectors: jax.Array
-    available: jax.Array
-    ended: jax.Array
-    marks: jax.Array
+    vectors: Float[Array, "B N E"]
+    available: Int32[Array, " B"]
+    ended: Bool[Array, " B"]
+    marks: Float[Array, "2 E"]
 
 
 @struct.dataclass
@@ -66,23 +68,23 @@ class Slots:
 
     Attributes:
       cache: keys and values of everything before `token`.
-      token: int32 [B], the id drawn last, not yet read.
-      position: int32 [B], position id of `token`.
-      seen: bool [B, V], ids read and drawn, for the repetition penalty.
-      drawn: int32 [B], ids drawn since `begin`.
-      done: bool [B], an ending id was drawn.
-      last: [B, D], the hidden state of the last token that `extend` read.
+      token: the id drawn last, not yet read.
+      position: position id of `token`.
+      seen: ids read and drawn, for the repetition penalty.
+      drawn: ids drawn since `begin`.
+      done: an ending id was drawn.
+      last: the hidden state of the last token that `extend` read.
       sampling: settings of the B rows.
       reply: what the Talker hears; None for the Thinker.
     """
 
     cache: KVCache
-    token: jax.Array
-    position: jax.Array
-    seen: jax.Array
-    drawn: jax.Array
-    done: jax.Array
-    last: jax.Array
+    token: Int32[Array, " B"]
+    position: Int32[Array, " B"]
+    seen: Bool[Array, "B V"]
+    drawn: Int32[Array, " B"]
+    done: Bool[Array, " B"]
+    last: Float[Array, "B D"]
     sampling: Sampling
     reply: Reply | None = None
 
@@ -117,17 +119,16 @@ def _pinned(slots: Slots) -> Slots:
 
 def make_slots(
     program: DecoderProgram, params: Params, rows: int, *, capacity: int, cache_dtype: Any, reply: int = 0,
-    marks: Array | None = None,
+    marks: Float[AnyArray, "2 E"] | None = None,
 ) -> Slots:  # fmt: skip
     """Empty slots.
 
     Args:
       params: of the decoder; their form and dtype are those of the slots.
-      rows: B.
-      capacity: C, a bucket.
+      rows: B; capacity: C, a bucket.
       cache_dtype: of keys and values.
       reply: N, a bucket; for the Talker only.
-      marks: [2, E], the Thinker's vectors of text end and text pad; for the Talker only.
+      marks: the Thinker's vectors of text end and text pad; for the Talker only.
     """
     dtype = params["model"]["embed_tokens"]["weight"].dtype
     unroll = isinstance(params["model"]["layers"], tuple)
@@ -137,7 +138,7 @@ def make_slots(
 @partial(jax.jit, static_argnums=range(7))
 def _make_slots(
     program: DecoderProgram, rows: int, capacity: int, cache_dtype: Any, reply: int, dtype: Any, unroll: bool,
-    marks: Array | None,
+    marks: Float[Array, "2 E"] | None,
 ) -> Slots:  # fmt: skip
     ids, no, d = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), program.decoder
     zeros, ones = jnp.zeros(rows, jnp.float32), jnp.ones(rows, jnp.float32)
@@ -160,24 +161,24 @@ class Tokens:
 
     Attributes:
       x: int32 ids [R, T]; for the Talker vectors [R, T, E].
-      positions: int32 [3, R, T].
-      counts: int32 [R], how many of the T are real. A row with none keeps its state.
-      rows: int32 [R], which rows of the slots, all different; one from B on is dropped. None: R = B, in order.
-      media: [M, D] vectors of the towers, or None for text alone.
-      media_index: int32 [R, T], the vector in each place, -1 for text; None with `media`.
+      positions: ids of time, height and width.
+      counts: how many of the T are real. A row with none keeps its state.
+      rows: which rows of the slots, all different; one from B on is dropped. None: R = B, in order.
+      media: vectors of the towers, or None for text alone.
+      media_index: the vector in each place, -1 for text; None with `media`.
     """
 
-    x: Array
-    positions: Array
-    counts: Array
-    rows: Array | None = None
-    media: Array | None = None
-    media_index: Array | None = None
+    x: Int32[AnyArray, "R T"] | Float[AnyArray, "R T E"]
+    positions: Int32[AnyArray, "3 R T"]
+    counts: Int32[AnyArray, " R"]
+    rows: Int32[AnyArray, " R"] | None = None
+    media: Float[AnyArray, "M D"] | None = None
+    media_index: Int32[AnyArray, "R T"] | None = None
 
 
 def extend(
     program: DecoderProgram, params: Params, slots: Slots, tokens: Tokens, *, first: bool = False
-) -> tuple[Slots, jax.Array | None, jax.Array | None]:
+) -> tuple[Slots, Float[Array, "R T D"] | None, Float[Array, "R T D"] | None]:
     """Reads new tokens of some rows onto what is there.
 
     Layout: of R rows and T tokens, in slots of B rows.
@@ -187,7 +188,7 @@ def extend(
       first: nothing is there, in any of these rows (what they held is given up); then no cache is read.
     Returns:
       the slots; and for the Talker, where this is the Thinker, the input embeddings and the hidden states after the
-      final norm, both [R, T, D].
+      final norm.
     """
     if not steps_on_host(params):
         return extend_program(program, params, slots, tokens, first=first)
@@ -200,10 +201,10 @@ def extend(
 @partial(jax.jit, static_argnames=("program", "first"), donate_argnames="slots")
 def extend_program(
     program: DecoderProgram, params: Params, slots: Slots, tokens: Tokens, *, first: bool
-) -> tuple[Slots, jax.Array | None, jax.Array | None]:
+) -> tuple[Slots, Float[Array, "R T D"] | None, Float[Array, "R T D"] | None]:
     """`extend` as one program."""
     new, rest, x, hidden = _read_tokens(program, params, slots.cache, slots, tokens, first=first)
-    cache = append_rows(slots.cache, new, tokens.counts, tokens.rows, first=first)
+    cache = append_rows(slots.cache, new, traced(tokens).counts, traced(tokens).rows, first=first)
     return _pinned(dataclasses.replace(rest, cache=cache)), x, hidden
 
 
@@ -211,7 +212,7 @@ def _read_tokens(
     program: DecoderProgram, params: Params, cache: KVCache, slots: Slots, tokens: Tokens, *, first: bool
 ) -> tuple[Any, Slots, jax.Array | None, jax.Array | None]:
     """`extend` up to the writing of the cache: the new rows, and the slots but for their cache."""
-    t, batch = tokens, len(slots.token)
+    t, batch = traced(tokens), len(slots.token)
     heard = program.hears_reply
     x = talker.project(params, t.x) if heard else thinker.embed(params, t.x, t.media, t.media_index)
     hidden, new = forward(program.decoder, params["model"], x, t.positions, cache, t.rows, first=first)
@@ -256,14 +257,14 @@ def _draw(
 
 @partial(jax.jit, static_argnames="program", donate_argnames="slots")
 def begin(
-    program: DecoderProgram, params: Params, slots: Slots, mask: Array, sampling: Sampling, next_position: Array
+    program: DecoderProgram, params: Params, slots: Slots, mask: RowMask, sampling: Sampling, next_position: RowInts
 ) -> tuple[Slots, StepOutput]:
     """Draws the first id of rows that have been read. A program of its own: it compiles once, not per prompt bucket.
 
     Args:
-      mask: bool [B], which rows begin.
+      mask: which rows begin.
       sampling: their settings, of B rows; `stop_ids` [B, STOP_IDS].
-      next_position: int32 [B], position id of their first drawn id.
+      next_position: position id of their first drawn id.
     """
 
     def either(new: Any, old: jax.Array) -> jax.Array:
@@ -301,7 +302,7 @@ def _inputs(program: DecoderProgram, params: Params, slots: Slots) -> jax.Array:
 
 
 def _read_step(
-    program: DecoderProgram, params: Params, cache: KVCache, slots: Slots, active: Array
+    program: DecoderProgram, params: Params, cache: KVCache, slots: Slots, active: RowMask
 ) -> tuple[Any, jax.Array, Slots, StepOutput, jax.Array]:
     """A step up to the writing of the cache: the new rows and how many of each are real, the slots but for their cache,
     the output, and whether a further step would do anything."""
@@ -317,20 +318,22 @@ def _read_step(
 _read_step_alone = jax.jit(_read_step, static_argnames="program", donate_argnames="slots")
 
 
-def decode_step(program: DecoderProgram, params: Params, slots: Slots, active: Array) -> tuple[Slots, StepOutput]:
+def decode_step(program: DecoderProgram, params: Params, slots: Slots, active: RowMask) -> tuple[Slots, StepOutput]:
     """One step of the rows that `active` names, as a pure function: each reads its last id and draws the next."""
     new, counts, rest, out, _ = _read_step(program, params, slots.cache, slots, active)
     return _pinned(dataclasses.replace(rest, cache=append_rows(slots.cache, new, counts))), out
 
 
-def step(program: DecoderProgram, params: Params, slots: Slots, active: Array, n: int) -> tuple[Slots, StepOutput, Any]:
+def step(
+    program: DecoderProgram, params: Params, slots: Slots, active: Bool[AnyArray, " B"], n: int
+) -> tuple[Slots, StepOutput, Any]:
     """Up to n decode steps of the active rows that are not done. Ends early when no row can go on.
 
     One program for all steps. On CPU layers in a tuple run two programs a step: one reads the cache, one writes it. In
     one program XLA:CPU would copy each layer's cache before writing to it.
 
     Args:
-      active: bool [B]; other rows neither read, write nor draw. A row that waits for a reply's vector pauses likewise.
+      active: other rows neither read, write nor draw. A row that waits for a reply's vector pauses likewise.
       n: at most LOOP_STEPS.
     Returns:
       the slots; the outputs stacked, [LOOP_STEPS, B, ...]; and how many steps were made, int32 [].
@@ -362,8 +365,8 @@ def _stacked(outputs: list[StepOutput]) -> StepOutput:
 
 @partial(jax.jit, static_argnames="program", donate_argnames="slots")
 def step_program(
-    program: DecoderProgram, params: Params, slots: Slots, active: Array, n: jax.Array
-) -> tuple[Slots, StepOutput, jax.Array]:
+    program: DecoderProgram, params: Params, slots: Slots, active: RowMask, n: Int32[Array, ""]
+) -> tuple[Slots, StepOutput, Int32[Array, ""]]:
     """`step` as one program; n is data, so that streaming asks for few steps and offline use for all."""
     batch, d = len(slots.token), program.decoder
 
@@ -399,14 +402,16 @@ def step_program(
 
 
 @partial(jax.jit, donate_argnames="slots")
-def append_reply(slots: Slots, vectors: Array, source: Array, first: Array, counts: Array) -> Slots:
+def append_reply(
+    slots: Slots, vectors: Float[Array, "n S E"], source: RowInts, first: RowInts, counts: RowInts
+) -> Slots:
     """Adds vectors to what the rows hear.
 
     Args:
       slots: the Talker's. `counts` more must have room: what does not is dropped.
-      vectors: [n, S, E] of `talker.reply_vectors`, of `StepOutput`s of S rows of the Thinker.
-      source: int32 [B], which of the S rows each row hears.
-      first, counts: int32 [B], which of the n are new to it: `counts` of them from `first` on; 0 for rows that wait.
+      vectors: of `talker.reply_vectors`, of `StepOutput`s of S rows of the Thinker.
+      source: which of the S rows each row hears.
+      first, counts: which of the n are new to it: `counts` of them from `first` on; 0 for rows that wait.
     """
     reply = slots.reply
     assert reply is not None
@@ -418,8 +423,8 @@ def append_reply(slots: Slots, vectors: Array, source: Array, first: Array, coun
 
 
 @partial(jax.jit, donate_argnames="slots")
-def end_reply(slots: Slots, mask: Array, lengths: Array) -> Slots:
-    """The reply of the rows in `mask` [B] is complete with its first `lengths` [B] vectors: the text-end mark is next,
+def end_reply(slots: Slots, mask: RowMask, lengths: RowInts) -> Slots:
+    """The reply of the rows in `mask` is complete with its first `lengths` vectors: the text-end mark is next,
     and text-pad marks follow."""
     reply = slots.reply
     assert reply is not None
@@ -430,15 +435,14 @@ def end_reply(slots: Slots, mask: Array, lengths: Array) -> Slots:
 
 
 @partial(jax.jit, static_argnames="width")
-def reply_prefix(vectors: jax.Array, row: Array, width: int) -> jax.Array:
-    """[1, width, E], the first vectors of the reply of one row of `vectors` [B, N, E], as a prompt has them; what lies
-    beyond N repeats the last."""
+def reply_prefix(vectors: Float[Array, "B N E"], row: Int32[Array, ""], width: int) -> Float[Array, "1 {width} E"]:
+    """The first vectors of the reply of one row, as a prompt has them; what lies beyond N repeats the last."""
     return replicate(vectors[row, jnp.minimum(jnp.arange(width), vectors.shape[1] - 1)][None])
 
 
 @partial(jax.jit, donate_argnames="slots")
-def reset_reply(slots: Slots, mask: Array) -> Slots:
-    """The rows in `mask` [B] have heard nothing: another reply begins."""
+def reset_reply(slots: Slots, mask: RowMask) -> Slots:
+    """The rows in `mask` have heard nothing: another reply begins."""
     reply = slots.reply
     assert reply is not None
     return _hearing(slots, available=jnp.where(mask, 0, reply.available), ended=reply.ended & ~mask)
@@ -452,7 +456,7 @@ def _hearing(slots: Slots, **changes: jax.Array) -> Slots:
 
 
 @partial(jax.jit, donate_argnames="lengths")
-def _set_length(lengths: jax.Array, row: Array, length: Array) -> jax.Array:
+def _set_length(lengths: jax.Array, row: jax.Array, length: jax.Array) -> jax.Array:
     return replicate(lengths.at[row].set(length))
 
 
@@ -463,7 +467,7 @@ def truncate(slots: Slots, row: int, length: int) -> Slots:
 
 
 @partial(jax.jit, donate_argnames="cache")
-def _copy_row(cache: KVCache, source: Array, target: Array, length: Array) -> KVCache:
+def _copy_row(cache: KVCache, source: jax.Array, target: jax.Array, length: jax.Array) -> KVCache:
     return kv_cache.pinned(kv_cache.copy_row(cache, source, target, length))
 
 
@@ -474,15 +478,15 @@ def copy_row(slots: Slots, source: int, target: int, length: int) -> Slots:
 
 
 @partial(jax.jit, donate_argnames="seen")
-def _set_seen(seen: jax.Array, row: Array, ids: Array, count: Array) -> jax.Array:
+def _set_seen(seen: jax.Array, row: jax.Array, ids: jax.Array, count: jax.Array) -> jax.Array:
     ids = jnp.where(jnp.arange(len(ids)) < count, ids, seen.shape[1])
     seen = seen.at[row].set(jnp.zeros(seen.shape[1], bool).at[ids].set(True, mode="drop"))
     return constrain(seen, None, "vocab")
 
 
-def set_seen(slots: Slots, row: int, ids: Array, count: int) -> Slots:
-    """The ids that the penalty of a row knows are the first `count` of `ids`, int32 [T], a bucket: those of its context
-    after a `truncate` or a `copy_row`."""
+def set_seen(slots: Slots, row: int, ids: Int[AnyArray, " T"], count: int) -> Slots:
+    """The ids that the penalty of a row knows are the first `count` of `ids`: those of its context after a
+    `truncate` or a `copy_row`."""
     return dataclasses.replace(slots, seen=_set_seen(slots.seen, np.int32(row), ids, np.int32(count)))
 
 
