@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Array, Float, Float32
 
 from omni_jax import buckets
 from omni_jax.config import AudioConfig
@@ -41,7 +42,7 @@ MAX_TIMESCALE = 10000.0
 Run = Callable[..., jax.Array]
 
 
-def sinusoids(length: int, channels: int) -> np.ndarray:
+def sinusoids(length: int, channels: int) -> Float32[np.ndarray, "{length} {channels}"]:
     """Whisper's positions: float32 [length, channels], sines in the first half and cosines in the second."""
     step = np.log(MAX_TIMESCALE) / (channels // 2 - 1)
     scales = np.exp(-step * np.arange(channels // 2)).astype(np.float32)
@@ -49,7 +50,9 @@ def sinusoids(length: int, channels: int) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
-def conv1d(x: jax.Array, weight: jax.Array, bias: jax.Array, stride: int = 1) -> jax.Array:
+def conv1d(
+    x: Float[Array, "C T I"], weight: Float[Array, "O I 3"], bias: Float[Array, " O"], stride: int = 1
+) -> Float[Array, "C S O"]:
     """A convolution over time with kernel 3 and one zero at either end, as one product.
 
     XLA has no fast bf16 convolution on CPU; unfolded, it is a matrix product everywhere.

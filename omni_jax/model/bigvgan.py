@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float, Float32, Int
 
 from omni_jax.config import BigVGANConfig
 from omni_jax.model.layers import Params
@@ -79,17 +80,23 @@ def _is_inside(x: jax.Array, lengths: jax.Array) -> jax.Array:
     return (jnp.arange(x.shape[1]) < lengths[:, None])[:, :, None]
 
 
-def silence_padding(x: jax.Array, lengths: jax.Array) -> jax.Array:
+def silence_padding(x: Float[Array, "B T C"], lengths: Int[Array, " B"]) -> Float[Array, "B T C"]:
     """Zeros at and beyond the true end, which is what a convolution pads with."""
     return jnp.where(_is_inside(x, lengths), x, 0)
 
 
-def step_at(x: jax.Array, index: jax.Array) -> jax.Array:
+def step_at(x: Float[Array, "B T C"], index: Int[Array, " B"]) -> Float[Array, "B 1 C"]:
     """One step of each row: [B, T, C] and [B] to [B, 1, C]."""
     return jnp.take_along_axis(x, index[:, None, None], axis=1, mode="clip")
 
 
-def overwrite_edges(x: jax.Array, lengths: jax.Array, pad: int, first: jax.Array, last: jax.Array) -> jax.Array:
+def overwrite_edges(
+    x: Float[Array, "B T C"],
+    lengths: Int[Array, " B"],
+    pad: int,
+    first: Float[Array, "B 1 C"],
+    last: Float[Array, "B 1 C"],
+) -> Float[Array, "B T C"]:
     """Writes `first` over the `pad` steps before the start and `last` over the `pad` steps beyond the true end.
 
     Only these few steps are written, and only they are ever read: a selection or a gather over the whole array costs
@@ -107,7 +114,7 @@ def overwrite_edges(x: jax.Array, lengths: jax.Array, pad: int, first: jax.Array
     return jax.vmap(overwrite)(x.at[:, :pad].set(first), lengths, last)
 
 
-def hold_edges(x: jax.Array, lengths: jax.Array, pad: int) -> jax.Array:
+def hold_edges(x: Float[Array, "B T C"], lengths: Int[Array, " B"], pad: int) -> Float[Array, "B P C"]:
     """Room for `pad` more steps on both sides; before the start is the first value, beyond the true end the last one.
 
     Args:
@@ -144,7 +151,7 @@ def snake(params: Params, x: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def activation(params: Params, x: jax.Array, lengths: jax.Array) -> jax.Array:
+def activation(params: Params, x: Float[Array, "B T C"], lengths: Int[Array, " B"]) -> Float[Array, "B T C"]:
     """Snake at twice the rate: up through the filter, snake, down through the filter.
 
     Both filters are sums of shifted copies, 6 taps for each of the two phases: a grouped convolution does the same much
@@ -210,7 +217,9 @@ def tap_conv(x: jax.Array, kernel: jax.Array, first: Any, dilation: Any, room: t
     return y.swapaxes(0, 1).reshape(rows, pieces * size, -1)[:, :steps]
 
 
-def same_conv(params: Params, x: jax.Array, dilation: Any = 1, most: int | None = None, *, tpu: bool) -> jax.Array:
+def same_conv(
+    params: Params, x: Float[Array, "B T I"], dilation: Any = 1, most: int | None = None, *, tpu: bool
+) -> Float[Array, "B T O"]:
     """A convolution with zeros around.
 
     Args:
@@ -233,7 +242,7 @@ def same_conv(params: Params, x: jax.Array, dilation: Any = 1, most: int | None 
     return y + params["bias"] if "bias" in params else y
 
 
-def upsample(params: Params, x: jax.Array, rate: int, *, tpu: bool) -> jax.Array:
+def upsample(params: Params, x: Float[Array, "B T I"], rate: int, *, tpu: bool) -> Float[Array, "B S O"]:
     """A transposed convolution as a plain one: `rate` outputs a step, side by side on the channel axis.
 
     Args:
@@ -262,8 +271,8 @@ def upsample(params: Params, x: jax.Array, rate: int, *, tpu: bool) -> jax.Array
 
 
 def residual_block(
-    params: Params, x: jax.Array, lengths: jax.Array, dilations: tuple[int, ...], *, tpu: bool
-) -> jax.Array:  # fmt: skip
+    params: Params, x: Float[Array, "B T C"], lengths: Int[Array, " B"], dilations: tuple[int, ...], *, tpu: bool
+) -> Float[Array, "B T C"]:  # fmt: skip
     """Activation, dilated convolution, activation, convolution, added to the input; once a dilation. [B, T, C]."""
     acts, first, second = (params[name] for name in ("activations", "convs1", "convs2"))
     units = [(acts[str(2 * j)], first[str(j)], acts[str(2 * j + 1)], second[str(j)]) for j in range(len(dilations))]
@@ -288,8 +297,9 @@ def normalise_mel(mel: jax.Array) -> jax.Array:
 
 
 def stage(
-    params: Params, cfg: BigVGANConfig, index: int, x: jax.Array, lengths: jax.Array, *, tpu: bool = False
-) -> jax.Array:  # fmt: skip
+    params: Params, cfg: BigVGANConfig, index: int, x: Float[Array, "B T C"], lengths: Int[Array, " B"], *,
+    tpu: bool = False,
+) -> Float[Array, "B S D"]:  # fmt: skip
     """One up-sampling and the mean of its residual blocks.
 
     Args:
@@ -308,7 +318,9 @@ def stage(
     return silence_padding(functools.reduce(jnp.add, blocks) / kinds, lengths)
 
 
-def vocode(params: Params, cfg: BigVGANConfig, mel: jax.Array, lengths: jax.Array) -> jax.Array:
+def vocode(
+    params: Params, cfg: BigVGANConfig, mel: Float[Array, "B T mel_dim"], lengths: Int[Array, " B"]
+) -> Float32[Array, "B S"]:
     """Mel frames to samples.
 
     Args:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
 
 from omni_jax.buckets import bucket
 from omni_jax.config import DiTConfig, Token2WavConfig
@@ -86,14 +87,14 @@ def padded_codes(cfg: DiTConfig, count: int) -> int:
 def sample_mel(
     params: Params,
     cfg: DiTConfig,
-    codes: jax.Array,
-    lengths: jax.Array,
-    spk: jax.Array,
-    ref_mel: jax.Array,
-    ref_lengths: jax.Array,
-    noise: jax.Array,
+    codes: Int32[Array, "B N"],
+    lengths: Int[Array, " B"],
+    spk: Float[Array, "B enc_emb_dim"],
+    ref_mel: Float[Array, "B M mel_dim"],
+    ref_lengths: Int[Array, " B"],
+    noise: Float[Array, "B L mel_dim"],
     flow: Flow = Flow(),
-) -> jax.Array:
+) -> Float32[Array, "B L mel_dim"]:
     """Draws mel spectrograms.
 
     Args:
@@ -123,14 +124,16 @@ def sample_mel(
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def vocode_mel(params: Params, cfg: Any, mel: jax.Array, lengths: jax.Array) -> jax.Array:
+def vocode_mel(
+    params: Params, cfg: Any, mel: Float[Array, "B L mel_dim"], lengths: Int[Array, " B"]
+) -> Float32[Array, "B S"]:
     """`bigvgan.vocode`, compiled: [B, L, mel_dim] frames to [B, L × hop] samples, 0 beyond lengths × hop."""
     with jax.default_matmul_precision("highest"):
         return replicate(bigvgan.vocode(params, cfg, mel, lengths))
 
 
 @functools.partial(jax.jit, static_argnames=("frames", "mel_dim"))
-def draw_noise(keys: jax.Array, frames: int, mel_dim: int) -> jax.Array:
+def draw_noise(keys: UInt32[Array, "B 2"], frames: int, mel_dim: int) -> Float32[Array, "B {frames} {mel_dim}"]:
     """Standard normal noise [B, frames, mel_dim] from raw keys [B, 2] uint32.
 
     A frame's values depend on the key and the frame alone, not on how many are drawn, so a padded length has the same.
@@ -139,7 +142,9 @@ def draw_noise(keys: jax.Array, frames: int, mel_dim: int) -> jax.Array:
     return noise_at(keys, jnp.zeros(len(keys), jnp.int32), frames, mel_dim)
 
 
-def noise_at(keys: jax.Array, starts: jax.Array, frames: int, mel_dim: int) -> jax.Array:
+def noise_at(
+    keys: UInt32[Array, "B 2"], starts: Int[Array, " B"], frames: int, mel_dim: int
+) -> Float32[Array, "B {frames} {mel_dim}"]:
     """The noise of `frames` frames from frame `starts` [B] on: [B, frames, mel_dim], a stretch of `draw_noise`."""
 
     def row(data: jax.Array, start: jax.Array) -> jax.Array:

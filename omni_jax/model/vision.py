@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+from jaxtyping import Array, Float, Float32, Int
 
 from omni_jax import buckets
 from omni_jax.config import VisionConfig
@@ -39,6 +40,7 @@ from omni_jax.model.layers import (
     linear,
     run_layers,
 )
+from omni_jax.model.types import AnyArray
 from omni_jax.parallel.sharding import constrain, replicate
 
 ROPE_THETA = 10000.0
@@ -50,7 +52,9 @@ Inputs = tuple[Any, Any, Any]
 Run = Callable[..., jax.Array]
 
 
-def rope_tables(positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
+def rope_tables(
+    positions: Int[AnyArray, "*N 2"], head_dim: int
+) -> tuple[Float32[Array, "*N D"], Float32[Array, "*N D"]]:
     """Cosines and sines of the 2-D rotary embedding.
 
     Args:
@@ -65,7 +69,9 @@ def rope_tables(positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Arr
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def apply_rope(
+    x: Float[Array, "*B N H K"], cos: Float32[Array, "*B N D"], sin: Float32[Array, "*B N D"]
+) -> Float[Array, "*B N H K"]:
     """Rotates x [..., N, H, K] by `rope_tables` [..., N, K / 2], in float32; element i pairs with i + K / 2."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]

@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 # What cuDNN's attention takes.
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -22,8 +23,9 @@ def supported(dtype: jnp.dtype, head_dim: int) -> bool:
 
 
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: Literal["cudnn", "xla"] = "cudnn"
-) -> jax.Array:
+    q: Float[Array, "B T N H"], k: Float[Array, "B K T H"], v: Float[Array, "B K T H"], *,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "B T N H"]:  # fmt: skip
     """Causal grouped-query attention of tokens to themselves; padding stands behind the tokens of a row.
 
     Args:

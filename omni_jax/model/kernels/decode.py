@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int32
 
 from omni_jax.model.kernels.plain import MASKED
 from omni_jax.parallel import on_mesh
@@ -55,7 +56,9 @@ def merge(a: Parts, b: Parts) -> jax.Array:
     return weighted / (a.total * left + b.total * right)[..., None]
 
 
-def parts(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> Parts:
+def parts(
+    q: Float[Array, "B K R H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Bool[Array, "B M S"]
+) -> Parts:
     """A softmax over keys, in plain jnp.
 
     Args:
@@ -71,8 +74,9 @@ def parts(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> Parts:
 
 
 def live_parts_plain(
-    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, lengths: jax.Array, rows: jax.Array | None = None
-) -> Parts:
+    q: Float[Array, "B K R H"], k: Float[Array, "L S K C H"], v: Float[Array, "L S K C H"], layer: Int32[Array, ""],
+    lengths: Int32[Array, " S"], rows: Int32[Array, " B"] | None = None,
+) -> Parts:  # fmt: skip
     """The reference of `live_parts`: reads the whole rows."""
     k, v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k, v))
     if rows is not None:
@@ -177,8 +181,8 @@ def _live_parts(
 
 
 def live_parts(
-    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, lengths: jax.Array, rows: jax.Array | None = None, *,
-    interpret: bool = False,
+    q: Float[Array, "B K R H"], k: Float[Array, "L S K C H"], v: Float[Array, "L S K C H"], layer: Int32[Array, ""],
+    lengths: Int32[Array, " S"], rows: Int32[Array, " B"] | None = None, *, interpret: bool = False,
 ) -> Parts:  # fmt: skip
     """The softmax of the query rows over one layer's live slots, in parts.
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jaxtyping import Array, Bool, Float, Int
 
 from omni_jax.parallel import on_mesh
 
@@ -114,8 +115,8 @@ def _attend(
 
 @functools.partial(jax.jit, static_argnames=("residuals", "interpret"))
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None = None, *,
-    residuals: bool = False, interpret: bool = False,
+    q: Float[Array, "B T N H"], k: Float[Array, "B K T H"], v: Float[Array, "B K T H"],
+    segments: Int[Array, "B T"] | None = None, *, residuals: bool = False, interpret: bool = False,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """Causal grouped-query attention of tokens to themselves.
 
@@ -149,8 +150,9 @@ def causal_attention(
 
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
 def full_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array, *, scale: float, interpret: bool = False
-) -> jax.Array:
+    q: Float[Array, "B T H D"], k: Float[Array, "B S H D"], v: Float[Array, "B S H D"], key_mask: Bool[Array, "B S"],
+    *, scale: float, interpret: bool = False,
+) -> Float[Array, "B T H D"]:  # fmt: skip
     """Every query sees every valid key.
 
     Args:
