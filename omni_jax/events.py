@@ -44,6 +44,7 @@ class Reply:
         so that the Talker hears nothing), `watchdog:…` (cut off; see `Watchdog`).
       seconds: length of the waveform.
       error: why the reply is not complete; None where it is.
+      cached_tokens: ids of the prompt that the engine had read before.
     """
 
     text: str
@@ -57,11 +58,13 @@ class Reply:
     speech_finish_reason: SpeechFinishReason | None = None
     seconds: float | None = None
     error: InputError | None = field(default=None, compare=False)
+    cached_tokens: int = field(default=0, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; log-probabilities and speech only when asked for, the waveform never."""
+        """Plain data for JSON, of what depends on the request alone; log-probabilities and speech only when asked for,
+        the waveform never."""
         out = dataclasses.asdict(dataclasses.replace(self, waveform=None, error=None))
-        del out["waveform"], out["error"]
+        del out["waveform"], out["error"], out["cached_tokens"]
         if self.error is not None:
             out["error"] = str(self.error)
         out["codec_ids"] = out.pop("codes")

@@ -19,11 +19,20 @@ _SETTINGS = {
 }  # fmt: skip
 # Fields that change nothing where they have one of these values (None: any value).
 _NEUTRAL: dict[str, tuple[Any, ...] | None] = {
-    "model": None, "user": None, "metadata": None, "store": None, "service_tier": None, "stream": (False,), "n": (1,),
+    "model": None, "user": None, "metadata": None, "store": None, "service_tier": None, "safety_identifier": None,
+    "prompt_cache_key": None, "stream": (False,), "n": (1,),
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},),
     "tool_choice": ("auto",), "parallel_tool_calls": None,
 }  # fmt: skip
 _OTHERS = ("messages", "tools", "logprobs", "top_logprobs", "modalities", "audio")
+
+
+class FieldError(JobError):
+    """A field of a body that cannot be used; `param` is its name."""
+
+    def __init__(self, param: str, message: str):
+        super().__init__(message)
+        self.param = param
 
 
 def is_request(data: Mapping[str, Any]) -> bool:
@@ -44,20 +53,34 @@ def read_request(data: Mapping[str, Any]) -> dict[str, Any]:
         raise JobError(f"it must be an object with {', '.join(KEYS)}, of which body is an object")
     if data.get("method", "POST") != "POST" or data.get("url", URL) != URL:
         raise JobError(f"it asks for {data.get('method', 'POST')} {data.get('url', URL)}; only POST {URL} is answered")
-    known = (*_SETTINGS, *_NEUTRAL, *_OTHERS)
+    return read_body(body)
+
+
+def read_body(body: Mapping[str, Any], others: Mapping[str, tuple[Any, ...] | None] = {}) -> dict[str, Any]:
+    """The body of a request for a chat completion: `messages`, `tools`, `settings`, `speaks` and `voice`.
+
+    Args:
+      others: further fields that the caller reads itself, with the values that may stand in them (None: any).
+    Raises:
+      FieldError: it asks for something that this model does not do.
+    """
+    neutral = {**_NEUTRAL, **others}
+    known = (*_SETTINGS, *neutral, *_OTHERS)
     for name, value in body.items():
         if name not in known:
-            raise JobError(unknown_name("field of body", name, known))
-        neutral = _NEUTRAL.get(name)
-        if neutral is not None and value is not None and value not in neutral:
-            raise JobError(f"its {name} is {str(value)[:80]}, which is not supported; leave it out")
+            raise FieldError(name, unknown_name("field of body", name, known))
+        allowed = neutral.get(name)
+        if allowed is not None and value is not None and value not in allowed:
+            raise FieldError(name, f"its {name} is {str(value)[:80]}, which is not supported; leave it out")
     out: dict[str, Any] = {"messages": body.get("messages"), "tools": body.get("tools")}
     out["settings"] = {_SETTINGS[n]: v for n, v in body.items() if n in _SETTINGS and v is not None}
     if body.get("logprobs"):
         out["settings"]["logprobs"] = body.get("top_logprobs") or 0
     modalities, audio = body.get("modalities") or ["text"], body.get("audio") or {}
-    if modalities not in (["text"], ["text", "audio"], ["audio", "text"]) or not isinstance(audio, Mapping):
-        raise JobError(f"its modalities are {str(modalities)[:80]}; give text, or text and audio")
+    if modalities not in (["text"], ["text", "audio"], ["audio", "text"]):
+        raise FieldError("modalities", f"its modalities are {str(modalities)[:80]}; give text, or text and audio")
+    if not isinstance(audio, Mapping):
+        raise FieldError("audio", f"its audio is {str(audio)[:80]}; give an object with voice and format")
     out["speaks"] = "audio" in modalities
     if out["speaks"] and audio.get("voice") is not None:
         out["voice"] = audio["voice"]
@@ -74,23 +97,33 @@ def response(model: str, reply: Reply, tokens: Any) -> dict[str, Any]:
     choice: dict[str, Any] = {
         "index": 0,
         "message": {"role": "assistant", "content": reply.text},
-        "finish_reason": "stop" if reply.finish_reason in ("eos", "stop") else "length",
-        "logprobs": None,
+        "finish_reason": finish_reason(reply),
+        "logprobs": logprobs(reply, tokens),
     }
-    if reply.logprobs is not None:
-        choice["logprobs"] = {
-            "content": [
-                {
-                    "token": tokens(t.id),
-                    "logprob": t.logprob,
-                    "top_logprobs": [{"token": tokens(i), "logprob": p} for i, p in t.top],
-                }
-                for t in reply.logprobs
-            ]
-        }
     made = len(reply.token_ids)
     usage = {
         "prompt_tokens": reply.prompt_tokens, "completion_tokens": made, "total_tokens": reply.prompt_tokens + made,
     }  # fmt: skip
     body = {"object": "chat.completion", "model": model, "choices": [choice], "usage": usage}
     return {"status_code": 200, "body": body}
+
+
+def finish_reason(reply: Reply) -> str:
+    """Why it ended, in OpenAI's words."""
+    return "stop" if reply.finish_reason in ("eos", "stop") else "length"
+
+
+def logprobs(reply: Reply, tokens: Any) -> dict[str, Any] | None:
+    """The log-probabilities of a choice; None where they were not asked for. `tokens`: text of an id."""
+    if reply.logprobs is None:
+        return None
+    return {
+        "content": [
+            {
+                "token": tokens(t.id),
+                "logprob": t.logprob,
+                "top_logprobs": [{"token": tokens(i), "logprob": p} for i, p in t.top],
+            }
+            for t in reply.logprobs
+        ]
+    }

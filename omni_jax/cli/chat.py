@@ -315,7 +315,7 @@ def chat(
     from rich.console import Console
 
     notes = Console(stderr=True, highlight=False, markup=False)
-    loaded = _load(model, options.output, notes.is_terminal)
+    loaded = load_speaking(model, options.output, notes.is_terminal)
     driver = loaded.driver(capacity=options.context)
     detector = _turn_detector()
 
@@ -334,7 +334,7 @@ def chat(
     Chat(loaded, begin, media, options.output, player, notes).run(_lines(typed), answer_rest=not typed)
 
 
-def _load(model: ModelSettings, output: OutputMode, progress: bool) -> Any:
+def load_speaking(model: ModelSettings, output: OutputMode, progress: bool) -> Any:
     """The model with all its parts, where it is to speak and can."""
     if output == "text":
         return load_model(model, False, progress)

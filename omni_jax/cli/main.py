@@ -18,6 +18,7 @@ from omni_jax.errors import InputError, print_warnings, unknown_name
 COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("generate", "Answer a conversation with any mix of text, images, audio and video."),
     "chat": ("chat", "Hold a conversation in the terminal."),
+    "serve": ("serve", "Serve a model over OpenAI's interfaces, with a page to try it."),
     "batch": ("batch", "Answer the conversations of a file."),
     "warmup": ("warmup", "Compile the programs of requests of a given size ahead."),
     "vocode": ("speech", "Synthesize audio from codec ids."),

@@ -16,6 +16,30 @@ Sink = Callable[[int, Event], None]
 IDLE = 0.5
 
 
+class FairLock:
+    """A re-entrant lock that a thread cannot take again before one that waits for it: the engine's thread lets go of it
+    for a moment only between two rounds."""
+
+    def __init__(self) -> None:
+        self._lock, self._next = threading.Lock(), threading.Lock()
+        self._owner: int | None = None
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        if self._owner == threading.get_ident():
+            self._depth += 1
+            return
+        with self._next:  # held by the one who is next
+            self._lock.acquire()
+        self._owner, self._depth = threading.get_ident(), 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._owner = None
+            self._lock.release()
+
+
 class EngineDriver:
     """Turns an engine and hands its events to those who submitted the requests.
 
@@ -28,7 +52,7 @@ class EngineDriver:
     """
 
     def __init__(self, engine: Engine):
-        self.engine, self.lock = engine, threading.RLock()
+        self.engine, self.lock = engine, FairLock()
         self.failure: BaseException | None = None
         self._sinks: dict[int, Sink] = {}
         self._thread: threading.Thread | None = None
@@ -104,7 +128,7 @@ class EngineDriver:
         try:
             while not self._stopping:
                 with self.lock:
-                    idle = self.engine.is_idle
+                    idle = self.engine.is_idle and not self.engine.has_events
                 if idle:
                     self._wake.wait(IDLE)
                     self._wake.clear()

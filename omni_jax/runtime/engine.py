@@ -204,6 +204,11 @@ class Engine:
         """Whether there is nothing to do."""
         return not self._turns
 
+    @property
+    def has_events(self) -> bool:
+        """Whether `step` has something to return already: what an interrupted request leaves."""
+        return bool(self._events)
+
     def step(self) -> list[EngineEvent]:
         """One round of work; returns the events since the last one."""
         self._admit()

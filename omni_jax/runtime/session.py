@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import queue
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -89,6 +89,7 @@ class Session:
       messages: the conversation so far, without the turn that is coming in.
       played_seconds: what a player has played of the reply's audio, for `interrupt` where `turns` calls it; None keeps
         all of the reply's text.
+      on_event: called, perhaps in the engine's thread, when `poll` has something new.
     """
 
     _names = itertools.count()
@@ -114,6 +115,7 @@ class Session:
         self._last: tuple[Reply, dict[str, Any]] | None = None
         self._shows_text = True
         self.played_seconds: float | None = None
+        self.on_event: Callable[[], object] = lambda: None
         self._closed = False
         speaks = driver.engine.speech is not None
         if not speaks and options.output in ("speech", "both"):
@@ -231,6 +233,36 @@ class Session:
             segment.video.push(frame, seconds, segment.audio.seconds if segment.audio is not None else None)
         segment.last_frame = int(seconds / self._processor.cfg.seconds_per_chunk)
         self._read_ahead()
+
+    def end_medium(self) -> None:
+        """Audio or video that is coming in ends here, and what follows is another medium."""
+        self._check_open()
+        self._end_segment()
+
+    def discard_medium(self) -> None:
+        """Gives up the audio or video that is coming in."""
+        self._segment = None
+
+    @property
+    def parts(self) -> tuple[dict[str, Any], ...]:
+        """What is complete of the turn that is coming in."""
+        return tuple(self._parts)
+
+    def add_message(self, role: str, text: str) -> dict[str, Any]:
+        """Adds a message of the conversation's past, behind what was sent so far; returns it."""
+        self.end_medium()
+        if self._parts:
+            self.messages.append({"role": "user", "content": self._parts})
+            self._parts = []
+        self.messages.append({"role": role, "content": text})
+        return self.messages[-1]
+
+    def remove(self, entry: dict[str, Any]) -> None:
+        """Takes a message, or a part of one, out of the conversation, where it still is."""
+        lists = [self.messages, self._parts, *(m["content"] for m in self.messages if isinstance(m["content"], list))]
+        for found in lists:
+            found[:] = [one for one in found if one is not entry]
+        self.messages[:] = [m for m in self.messages if m["content"]]
 
     def _end_segment(self) -> None:
         """The audio or video that is coming in becomes a part of the turn."""
@@ -387,6 +419,7 @@ class Session:
             self._reply = None
         if self._shows_text or not isinstance(event, TextEvent):
             self._events.put(event)
+            self.on_event()
 
     def _answered(self, reply: Reply) -> None:
         self._reply = None

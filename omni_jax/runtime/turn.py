@@ -192,6 +192,7 @@ class Turn:
         reply = Reply(
             builder.text, tuple(builder.ids), len(self.request.prompt.ids), builder.finish_reason or "error",
             timings(self), tuple(builder.logprobs) if settings.logprobs is not None else None, error=self.failed,
+            cached_tokens=self.reused,
         )  # fmt: skip
         if self.speech is None or self.failed is not None:
             return reply

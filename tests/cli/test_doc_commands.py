@@ -28,6 +28,7 @@ PARSED_ONLY = {
     "generate": "of a fine-tuned or published checkpoint; README's run",
     "init": "README's runs",
     "chat": "waits for lines; tests/cli/test_chat.py holds conversations",
+    "serve": "serves until it is ended; tests/infer/serve talk to it",
     "warmup": "tests/runtime/test_warmup.py runs it",
     "vocode": "takes codes of a file; tests/cli/test_main.py runs it",
     "voices": "tests/cli/test_main.py runs it",

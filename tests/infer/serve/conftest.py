@@ -1,0 +1,89 @@
+"""A server on loopback, over the small random checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+
+from omni_jax.infer.serve.options import ServeOptions
+from omni_jax.infer.serve.replica import Replica
+from omni_jax.infer.serve.server import make_server, port_of
+from omni_jax.runtime.turn import Request
+from omni_jax.settings import GenerationSettings, MediaSettings, SpeechSettings
+
+NAME = "nano"
+SPOKEN = SpeechSettings(temperature=0.0, max_codes=26, ode_steps=2, ode_solver="euler", watchdog=None)
+SMALL = MediaSettings(max_pixels=4000)
+
+
+@contextlib.contextmanager
+def serving(replica: Replica):
+    """The base URL of a server that runs in a thread."""
+    server = make_server(replica)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while port_of(server) is None:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port_of(server)}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+def library(replica, messages, *, speech=None, max_new_tokens=8, **asked):
+    """What the engine answers without a server."""
+    prompt = replica.model.prepare(messages, SMALL, speech=speech is not None)
+    events = queue.SimpleQueue()
+    settings = GenerationSettings(max_new_tokens=max_new_tokens, **asked)
+    replica.driver.submit(Request(prompt, settings, speech), lambda _, event: events.put(event))
+    return replica.driver.wait(events).reply
+
+
+@pytest.fixture(scope="package")
+def replica(speaker):
+    driver = speaker.driver(2, capacity=2048)
+    options = ServeOptions(port=0, max_waiting=2, max_body=2, reconnect_seconds=1)
+    made = Replica(speaker, driver, options, NAME, GenerationSettings(max_new_tokens=8), SPOKEN, SMALL)
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="package")
+def url(replica):
+    with serving(replica) as found:
+        yield found
+
+
+@pytest.fixture(scope="package")
+def client(url):
+    """The client that people use, unchanged."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300) as made:
+        yield made
+
+
+@pytest.fixture(scope="package")
+def http(url):
+    with httpx.Client(base_url=url, timeout=300) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(request):
+    """After each test the engine is idle: whatever a client did, its row is free."""
+    yield
+    if "replica" in request.fixturenames:
+        replica = request.getfixturevalue("replica")
+        until = time.monotonic() + 20
+        while time.monotonic() < until and not (replica.driver.engine.is_idle and replica.active == 0):
+            time.sleep(0.02)
+        assert replica.driver.engine.is_idle
+        assert replica.active == 0
