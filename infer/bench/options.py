@@ -1,4 +1,4 @@
-"""The options of `omni-jax bench live`, `batch` and `turns`."""
+"""The options of `omni-jax bench live`, `batch`, `turns` and `serve`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class LiveBenchOptions:
     """What the engine's benchmarks run."""
 
     model: str | None = option(None, "Checkpoint folder; by default a small one with random weights.")
-    seconds: float = option(5.0, "Of live: speech of a reply.", (0.1, 80.0))
+    seconds: float = option(5.0, "Of live and serve: speech of a reply.", (0.1, 80.0))
     timeline: pathlib.Path | None = option(None, "Of live: file to draw a timeline of the stages to, as PNG.")
     requests: int = option(64, "Of batch: replies.", (1, 10**6))
     rows: int = option(8, "Of batch: replies at a time.", (1, buckets.BATCH[-1]))

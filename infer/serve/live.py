@@ -24,8 +24,8 @@ from omni_jax.processing.media import fetch
 from omni_jax.processing.processor import Medium
 from omni_jax.processing.voice_activity import RATE, TurnDetector, TurnRules
 
-# Seconds of audio that a turn must have.
-LEAST = 0.1
+# Seconds of audio that a turn must have, and that may come in without its end.
+LEAST, MOST = 0.1, 600
 # Seconds that a response which was ended may take to say so.
 PATIENCE = 10.0
 
@@ -192,6 +192,8 @@ class Live:
                 await self._speech_ends(seconds)
 
     async def _take(self, block: np.ndarray) -> None:
+        if self._buffered > MOST * RATE:
+            raise bad(f"the input audio buffer has {MOST} s of audio; commit or clear it", "audio")
         if len(block):
             await self.thread(self.session.send_audio, block, RATE)
             self._buffered += len(block)
@@ -378,11 +380,12 @@ class Live:
         )
         self.ended.clear()
         self.response, self._previous = response, self.last_item
+        self.replica.active += 1
         self._waiting: list[Event] | None = []
         try:
             await self.thread(self.session.commit, "both" if spoken else "text")
         except BaseException:
-            self.response = None
+            self._response_ended()
             raise
         finally:
             self.session.settings = settings
@@ -427,12 +430,16 @@ class Live:
             LOG.info("%s: the context was full, %d media or turns were given up", self.id, event.dropped)
 
     def _end(self, response: Response, reply: Reply | None, error: str | None) -> None:
-        self.response = None
+        self._response_ended()
         last = self.session.messages[-1] if self.session.messages else None
         inside = last if reply is not None and last is not None and last["role"] == "assistant" else None
         self.replica.metrics.ended.labels(reply.finish_reason if reply is not None else "error").inc()
         response.end(reply, self._previous, self._usage(reply), error)
         self.entries[response.item_id] = Entry(response.item(), inside)
+
+    def _response_ended(self) -> None:
+        self.response = None
+        self.replica.active -= 1
         self.ended.set()
 
     def _usage(self, reply: Reply | None) -> dict[str, Any] | None:
@@ -468,4 +475,6 @@ class Live:
         for task in list(self._tasks):
             task.cancel()
         self.session.on_event = lambda: None
+        if self.response is not None:
+            self._response_ended()
         await self.replica.run(self.session.close)

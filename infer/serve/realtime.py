@@ -89,11 +89,6 @@ class Realtime:
             self.replica.sessions -= 1
             await live.close()
 
-    async def close(self) -> None:
-        """Ends all sessions that nobody uses."""
-        for name in list(self._parked):
-            await self._end(name)
-
 
 class Connection:
     """A client: its events are taken in their order, and what goes out waits in a queue that is bounded."""

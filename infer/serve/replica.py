@@ -25,7 +25,7 @@ from omni_jax.settings import GenerationSettings, MediaSettings, SpeechSettings,
 T = TypeVar("T")
 LOG = logging.getLogger("omni_jax.serve")
 # Threads that read media, and threads that hand requests to the engine.
-READERS, CALLERS = 2, 8
+READERS, CALLERS = 4, 8
 # Spoken replies whose words are kept, for conversations that refer to them by their id; seconds that they are kept.
 KEPT_REPLIES, KEPT_SECONDS = 4096, 3600
 # Seconds between two looks at whether the engine still turns.

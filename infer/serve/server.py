@@ -7,6 +7,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -53,6 +54,23 @@ def make_server(replica: Replica) -> Server:
     return Server(config, replica)
 
 
+@contextlib.contextmanager
+def in_thread(replica: Replica) -> Iterator[str]:
+    """The URL of a server that runs in a thread, for tests and benchmarks."""
+    server = make_server(replica)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while port_of(server) is None:
+            if not thread.is_alive():
+                raise RuntimeError("the server has not started")
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port_of(server)}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
 def serve(replica: Replica, warm_up: Any) -> None:
     """Serves until a signal ends it; `warm_up` is called in a thread before the replica is ready."""
     if not LOG.handlers:
@@ -73,7 +91,10 @@ def serve(replica: Replica, warm_up: Any) -> None:
             server.should_exit = True
             return
         replica.start()
-        LOG.info("ready on http://%s:%d", replica.options.host, port_of(server) or replica.options.port)
+        while not (server.started or server.should_exit):
+            time.sleep(LOOK)
+        if server.started:
+            LOG.info("ready on http://%s:%d", replica.options.host, port_of(server))
 
     async def run() -> None:
         warming = asyncio.get_running_loop().run_in_executor(None, begin)

@@ -54,11 +54,11 @@ async def read(replica: Replica, body: Any) -> Job:
     stream = body.get("stream_format") or "audio"
     if stream not in ("audio", "sse"):
         raise ApiError(400, "stream_format is audio or sse", param="stream_format")
-    how = body.get("instructions") or ""
-    if not isinstance(how, str):
+    how = body.get("instructions")
+    if not isinstance(how, str | None):
         raise ApiError(400, "instructions must be a string", param="instructions")
     speech = replica.check_voice(body.get("voice"), "voice")
-    asked = f"Read the following text aloud, word for word, and say nothing else. {how}\n\n{text}"
+    asked = f"Read the following text aloud, word for word, and say nothing else. {how or ''}\n\n{text}"
     prompt = await replica.prepare([{"role": "user", "content": asked}], speech=True, param="input")
     return Job(prompt, speech, form, stream == "sse")
 

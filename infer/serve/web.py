@@ -74,7 +74,7 @@ class Gate:
         if self._keys and not any(path == p or (p.endswith("/page/") and path.startswith(p)) for p in OPEN):
             if scope.get("method") == "OPTIONS" and origin in self._origins:
                 return None
-            if not self._knows(_key(headers)):
+            if not self._knows(_key(headers, scope)):
                 return ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY",
                                 code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
         length = headers.get("content-length", "0")
@@ -118,11 +118,11 @@ def too_large(replica: Replica) -> ApiError:
     return ApiError(413, f"the request has more than {most} MiB; send smaller media", code="request_too_large")
 
 
-def _key(headers: dict[str, str]) -> str:
+def _key(headers: dict[str, str], scope: Any) -> str:
     kind, _, key = headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer":
         return key.strip()
-    protocols = [p.strip() for p in headers.get("sec-websocket-protocol", "").split(",")]
+    protocols = scope.get("subprotocols", ())  # browsers can send nothing else with a WebSocket
     return next((p.removeprefix(KEY_PROTOCOL) for p in protocols if p.startswith(KEY_PROTOCOL)), "")
 
 

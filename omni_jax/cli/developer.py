@@ -21,11 +21,12 @@ BENCH_OPTIONS = {
     "live": ("model", "seconds", "pairs", "timeline"),
     "batch": ("model", "requests", "rows", "pairs"),
     "turns": ("model", "pairs"),
+    "serve": ("model", "seconds", "pairs"),
 }
 
 
 def bench(
-    what: tyro.conf.Positional[Literal["reference", "live", "batch", "turns"]] = "reference",
+    what: tyro.conf.Positional[Literal["reference", "live", "batch", "turns", "serve"]] = "reference",
     *,
     stages: tuple[Literal["decode", "prefill", "audio", "vision", "talker", "dit", "vocoder", "token2wav"], ...] = (
         "decode",
@@ -50,12 +51,13 @@ def bench(
     `live`: a streamed, spoken reply: times to the first token, code and PCM, gaps, and the error of windowed speech.
     `batch`: continuous against static batching, on replies of unequal length.
     `turns`: from the end of a turn to the first token, after 10 s and after 5 min of audio.
+    `serve`: spoken replies through the server to 1, 4 and 16 clients: first sound, gaps, replies a second.
 
     Args:
       what: Which one.
       stages: Of reference. token2wav, the whole way from codes to sound, takes minutes a pair.
       preset: Of reference: whose shapes.
-      pairs: Interleaved pairs; of live, replies.
+      pairs: Interleaved pairs; of live, replies; of serve, replies to each client.
       layers: Of reference: cut every stack to this many layers; by default none is cut.
       mesh: Of reference: chips to lay ours over (2x2, 2x4, …), or axes (data=2,tensor=4); the reference stays as it is.
     """
@@ -81,6 +83,10 @@ def bench(
         from omni_jax.infer.bench import turns
 
         return turns.main(live.model, pairs, as_json)
+    if what == "serve":
+        from omni_jax.infer.bench import serve
+
+        return serve.main(live.model, live.seconds, pairs, as_json)
     from omni_jax.infer.bench import text as benchmark
 
     benchmark.main(stages, preset, pairs, layers, as_json, mesh)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import queue
-import threading
 import time
 
 import httpx
@@ -13,29 +11,13 @@ import pytest
 
 from omni_jax.infer.serve.options import ServeOptions
 from omni_jax.infer.serve.replica import Replica
-from omni_jax.infer.serve.server import make_server, port_of
+from omni_jax.infer.serve.server import in_thread
 from omni_jax.runtime.turn import Request
 from omni_jax.settings import GenerationSettings, MediaSettings, SpeechSettings
 
 NAME = "nano"
 SPOKEN = SpeechSettings(temperature=0.0, max_codes=26, ode_steps=2, ode_solver="euler", watchdog=None)
 SMALL = MediaSettings(max_pixels=4000)
-
-
-@contextlib.contextmanager
-def serving(replica: Replica):
-    """The base URL of a server that runs in a thread."""
-    server = make_server(replica)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        while port_of(server) is None:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{port_of(server)}"
-    finally:
-        server.should_exit = True
-        thread.join(20)
 
 
 def library(replica, messages, *, speech=None, max_new_tokens=8, **asked):
@@ -59,7 +41,7 @@ def replica(speaker):
 
 @pytest.fixture(scope="package")
 def url(replica):
-    with serving(replica) as found:
+    with in_thread(replica) as found:
         yield found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import re
 import signal
 import subprocess
@@ -19,9 +20,10 @@ from omni_jax.errors import InputError
 from omni_jax.infer.serve.app import PAGE
 from omni_jax.infer.serve.options import ServeOptions
 from omni_jax.infer.serve.replica import Replica
+from omni_jax.infer.serve.server import in_thread
 from omni_jax.runtime.driver import FairLock
 from omni_jax.settings import GenerationSettings
-from tests.infer.serve.conftest import NAME, SMALL, SPOKEN, serving
+from tests.infer.serve.conftest import NAME, SMALL, SPOKEN
 
 HELLO = {"model": NAME, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
 
@@ -32,7 +34,7 @@ def guarded(replica):
     options = ServeOptions(port=0, api_key=("first", "second"), cors_origin=("https://example.org",))
     made = Replica(replica.model, replica.driver, options, NAME, GenerationSettings(), SPOKEN, SMALL)
     made.ready = True
-    with serving(made) as url:
+    with in_thread(made) as url:
         yield made, url
 
 
@@ -149,7 +151,7 @@ def test_the_command(checkpoint):
 
 def test_the_python_of_the_docs_runs(url, capsys):
     names = {"url": url}
-    page = (PAGE.parents[2] / "docs" / "serving.md").read_text("utf-8")
+    page = (pathlib.Path(__file__).parents[3] / "docs" / "serving.md").read_text("utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == 3
     for block in blocks:
