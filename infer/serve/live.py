@@ -381,6 +381,7 @@ class Live:
         self.ended.clear()
         self.response, self._previous = response, self.last_item
         self.replica.active += 1
+        self._watch = self.replica.metrics.watch()
         self._waiting: list[Event] | None = []
         try:
             await self.thread(self.session.commit, "both" if spoken else "text")
@@ -418,6 +419,7 @@ class Live:
         response = self.response
         if response is None:
             return
+        self._watch.take(event)
         if isinstance(event, TextEvent):
             response.add_text(event.text)
         elif isinstance(event, AudioEvent):
@@ -433,7 +435,6 @@ class Live:
         self._response_ended()
         last = self.session.messages[-1] if self.session.messages else None
         inside = last if reply is not None and last is not None and last["role"] == "assistant" else None
-        self.replica.metrics.ended.labels(reply.finish_reason if reply is not None else "error").inc()
         response.end(reply, self._previous, self._usage(reply), error)
         self.entries[response.item_id] = Entry(response.item(), inside)
 

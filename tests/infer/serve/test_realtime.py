@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import openai
 import pytest
 from openai.types.realtime import RealtimeServerEvent
 from pydantic import TypeAdapter
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from omni_jax.infer.serve import audio
+from omni_jax.infer.serve.realtime import WAITING, Connection
 from omni_jax.processing.voice_activity import EnergyDetector
 from tests.infer.serve.conftest import NAME
 
@@ -223,6 +227,46 @@ def test_coming_back(url, replica):
         assert done["usage"]["input_token_details"]["cached_tokens"] > 20
         with Talk(url, f"session_id={name}") as other:
             assert other.next()["error"]["code"] == "session_not_found"
+
+
+def test_all_sessions_in_use(talk, url, http):
+    """One place of two is a session's; the other stays for requests."""
+    talk.until("session.created")
+    with Talk(url) as other:
+        assert other.next()["error"]["code"] == "overloaded"
+        with pytest.raises(ConnectionClosed) as closed:
+            other.next()
+        assert closed.value.rcvd.code == 1013
+    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+    assert http.post("/v1/chat/completions", json=body).status_code == 200
+    assert "num_sessions 1.0" in http.get("/metrics").text
+
+
+def test_a_client_that_does_not_read():
+    """Its queue is full at some time: it is disconnected, and whoever sends to it never waits."""
+
+    class Socket:
+        closed = None
+
+        async def send_text(self, _):
+            await asyncio.sleep(60)
+
+        async def receive(self):
+            await asyncio.sleep(60)
+
+        async def close(self, code, _):
+            self.closed = code
+
+    async def main():
+        socket = Socket()
+        connection = Connection(socket, beta=False)
+        serving = asyncio.ensure_future(connection.run(SimpleNamespace(id="sess_x")))
+        for _ in range(WAITING + 2):
+            connection.send({"type": "rate_limits.updated", "rate_limits": []})
+        await asyncio.wait_for(serving, 5)
+        return socket.closed
+
+    assert asyncio.run(main()) == 1008
 
 
 @pytest.mark.parametrize(
