@@ -27,6 +27,7 @@ class Realtime:
     def __init__(self, replica: Replica):
         self.replica = replica
         self._parked: dict[str, tuple[Live, asyncio.TimerHandle]] = {}
+        self._connected: dict[str, Connection] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     async def serve(self, socket: WebSocket) -> None:
@@ -41,18 +42,25 @@ class Realtime:
             await socket.send_text(json.dumps(error_event(e, None)))
             await socket.close(1013 if e.status in (429, 503) else 1008, e.message[:120])
             return
+        self._connected[live.id] = connection
         try:
             await connection.run(live)
         finally:
+            del self._connected[live.id]
             self._leave(live)
+            connection.gone.set()
 
     async def _session(self, query: Mapping[str, str], send: Callable[[dict[str, Any]], None]) -> Live:
         replica, name = self.replica, query.get("model")
         replica.check_open()
         if (known := query.get("session_id")) is not None:
+            if (before := self._connected.get(known)) is not None:
+                # A client notices a broken connection before the server does: the new one takes its place.
+                before.replace()
+                await before.gone.wait()
             live, timer = self._parked.pop(known, (None, None))
             if live is None or timer is None:
-                raise bad("the session has ended or is in use; begin another one", "session_id", "session_not_found")
+                raise bad("the session has ended; begin another one", "session_id", "session_not_found")
             timer.cancel()
             live.send = send
         else:
@@ -96,7 +104,11 @@ class Connection:
     def __init__(self, socket: WebSocket, beta: bool):
         self._socket, self._beta = socket, beta
         self._out = asyncio.Queue[str](WAITING)
-        self._slow = asyncio.Event()
+        self._slow, self._replaced, self.gone = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    def replace(self) -> None:
+        """Ends the connection, since its client has another one; `gone` is set when its session is free."""
+        self._replaced.set()
 
     def send(self, event: dict[str, Any]) -> None:
         """Has an event sent."""
@@ -112,13 +124,17 @@ class Connection:
 
     async def run(self, live: Live) -> None:
         """Serves the client until it goes."""
-        works = [asyncio.ensure_future(w) for w in (self._write(), self._read(live), self._slow.wait())]
+        ends = (self._write(), self._read(live), self._slow.wait(), self._replaced.wait())
+        works = [asyncio.ensure_future(end) for end in ends]
         try:
             await asyncio.wait(works, return_when=asyncio.FIRST_COMPLETED)
             if self._slow.is_set():
                 LOG.warning("%s: the client reads too slowly and was disconnected", live.id)
                 with contextlib.suppress(Exception):
                     await asyncio.wait_for(self._socket.close(1008, "the client reads too slowly"), 1.0)
+            elif self._replaced.is_set():
+                with contextlib.suppress(Exception):
+                    await asyncio.wait_for(self._socket.close(1008, "the session has another connection"), 1.0)
         finally:
             for work in works:
                 work.cancel()

@@ -57,7 +57,7 @@ def merge(a: Parts, b: Parts) -> jax.Array:
 
 
 def parts(
-    q: Float[Array, "B K R H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Bool[Array, "B M S"]
+    q: Float[Array, "B K R H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Bool[Array, "#B M S"]
 ) -> Parts:
     """A softmax over keys, in plain jnp.
 
@@ -74,8 +74,8 @@ def parts(
 
 
 def live_parts_plain(
-    q: Float[Array, "B K R H"], k: Float[Array, "L S K C H"], v: Float[Array, "L S K C H"], layer: Int32[Array, ""],
-    lengths: Int32[Array, " S"], rows: Int32[Array, " B"] | None = None,
+    q: Float[Array, "B K R H"], k: Float[Array, "L S K C H"], v: Float[Array, "L S K C H"], layer: jax.Array,
+    lengths: Int32[Array, " B"], rows: Int32[Array, " B"] | None = None,
 ) -> Parts:  # fmt: skip
     """The reference of `live_parts`: reads the whole rows."""
     k, v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k, v))
@@ -181,8 +181,8 @@ def _live_parts(
 
 
 def live_parts(
-    q: Float[Array, "B K R H"], k: Float[Array, "L S K C H"], v: Float[Array, "L S K C H"], layer: Int32[Array, ""],
-    lengths: Int32[Array, " S"], rows: Int32[Array, " B"] | None = None, *, interpret: bool = False,
+    q: Float[Array, "B K R H"], k: Float[Array, "L S K C H"], v: Float[Array, "L S K C H"], layer: jax.Array,
+    lengths: Int32[Array, " B"], rows: Int32[Array, " B"] | None = None, *, interpret: bool = False,
 ) -> Parts:  # fmt: skip
     """The softmax of the query rows over one layer's live slots, in parts.
 
