@@ -313,7 +313,7 @@ def test_no_room_on_the_disk(nano, tmp_path, monkeypatch):
 FULL = """
 import resource, sys
 from omni_jax.cli.main import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 sys.argv[0] = "omni-jax"
 main()
 """
@@ -321,7 +321,7 @@ main()
 
 @pytest.mark.parametrize("verb", ["convert", "export"])
 def test_a_disk_that_fills_up_is_one_line(nano, converted, tmp_path, verb):
-    """No file may outgrow a megabyte: the system refuses in the middle, as it does when a disk is full."""
+    """No file may outgrow 100 kB, less than one tensor: the system refuses in the middle, as where a disk is full."""
     source = nano if verb == "convert" else converted
     command = [sys.executable, "-c", FULL, verb, str(source), str(tmp_path / "out")]
     run = subprocess.run(command, capture_output=True, text=True)
