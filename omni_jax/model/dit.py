@@ -317,7 +317,7 @@ def velocity(
 
     Args:
       x: the state.
-      modulation: one time of `modulations`.
+      modulation: one time of `modulations`, or one for each row, with an axis of length one for the frames.
       given: of `condition`; with B rows (no guidance) or 2 B.
       guidance: g in p + g (p - null).
     Returns:

@@ -229,8 +229,7 @@ def test_coming_back(url, replica):
             # The server need not have seen that the first connection is broken.
             assert other.until("session.created")["session"]["id"] == name
             with pytest.raises(ConnectionClosed) as closed:
-                while True:
-                    talk.next()
+                list(iter(talk.next, None))
             assert closed.value.rcvd.reason == "the session has another connection"
     with Talk(url, "session_id=sess_none") as other:
         assert other.next()["error"]["code"] == "session_not_found"
