@@ -108,7 +108,7 @@ def test_turns_are_timed(monkeypatch, capsys):
     ("arguments", "line"),
     [
         (["live", "--rows", "3"], "--rows goes with bench batch, not with bench live"),
-        (["--seconds", "3"], "--seconds goes with bench live, not with bench reference"),
+        (["--seconds", "3"], "--seconds goes with bench live or serve, not with bench reference"),
         (["batch", "--requests", "0"], "--requests"),
     ],
 )
