@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import types
 import typing
 from typing import Any
@@ -11,9 +12,14 @@ import jaxtyping
 import numpy as np
 from beartype import beartype
 
-# Every function of these becomes a little slower, annotated or not: of the runtime, which counts microseconds, only the
-# module whose functions take arrays.
-MODULES = ("omni_jax.model", "omni_jax.runtime.slots")
+ROOT = pathlib.Path(__file__).parents[1]
+# The modules that state shapes, and no others: the hook makes each function of a module a little slower.
+MODULES = [
+    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    for folder in ("model", "runtime")
+    for file in sorted((ROOT / "omni_jax" / folder).rglob("*.py"))
+    if "from jaxtyping import" in file.read_text("utf-8")
+]
 
 
 def install() -> None:

@@ -352,7 +352,7 @@ def test_looking_costs_next_to_nothing(model):
         began = time.perf_counter()
         guard.check_request(prompts, 64, 1536, settings, True)
         best = min(best, time.perf_counter() - began)
-    assert best < 0.005  # measured: 0.2 ms
+    assert best < 0.005  # measured: 0.9 ms
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(checkpoint, monkeypatch):
