@@ -40,8 +40,8 @@ SPEECH = SpeechSettings(temperature=0.0, repetition_penalty=1.0, watchdog=None)
 
 
 @dataclass(frozen=True)
-class Heard:
-    """A reply as somebody heard it.
+class ReplyTiming:
+    """When the parts of a streamed reply came.
 
     Attributes:
       first_token, first_code, first_pcm: seconds since the request.
@@ -87,7 +87,7 @@ def endless(model: Omni, options: EngineOptions) -> Engine:
     return Engine(dataclasses.replace(model.loaded, eos=()), options)
 
 
-def hear(engine: Engine, prompt: Prompt, settings: GenerationSettings, speech: SpeechSettings) -> Heard:
+def time_reply(engine: Engine, prompt: Prompt, settings: GenerationSettings, speech: SpeechSettings) -> ReplyTiming:
     """One streamed reply. Raises InputError where it fails, or says nothing."""
     engine.submit(Request(prompt, settings, speech, stream=True))
     pieces = []
@@ -101,7 +101,7 @@ def hear(engine: Engine, prompt: Prompt, settings: GenerationSettings, speech: S
     if len(pieces) < 2:
         raise InputError(f"the reply has {len(reply.codes or ())} codes, too few to be timed; raise --seconds")
     t = reply.timings
-    return Heard(t["to_first_token"], t["to_first_code"], t["to_first_audio"], tuple(pieces))
+    return ReplyTiming(t["to_first_token"], t["to_first_code"], t["to_first_audio"], tuple(pieces))
 
 
 def cost_of_speech(
@@ -155,11 +155,11 @@ def run(
         codes = round(seconds * m.loaded.codes_per_second)
         speech = dataclasses.replace(speech, max_codes=codes)
         for _ in range(2):  # compile: the second one goes on from the prefix that the first one has read
-            hear(engine, prompt, settings, speech)
-        heard = [hear(engine, prompt, settings, speech) for _ in range(repeats)]
+            time_reply(engine, prompt, settings, speech)
+        heard = [time_reply(engine, prompt, settings, speech) for _ in range(repeats)]
         with spans.recorded(engine) as found:
             begun = engine.clock()
-            shown = hear(engine, prompt, settings, speech)
+            shown = time_reply(engine, prompt, settings, speech)
         cost = cost_of_speech(found, shown.pieces, begun)
         if timeline is not None:
             played = [s._replace(begin=s.begin + begun, end=s.end + begun) for s in spans.playing(shown.pieces)]
@@ -172,7 +172,9 @@ def run(
     return rows(heard, cost, errors)
 
 
-def rows(heard: Sequence[Heard], cost: Mapping[str, float], errors: Mapping[str, float]) -> dict[str, dict[str, float]]:
+def rows(
+    heard: Sequence[ReplyTiming], cost: Mapping[str, float], errors: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
     """The table: name → columns."""
 
     def of(values: Sequence[float], scale: float = 1e3) -> dict[str, float]:

@@ -27,8 +27,8 @@ NAME = "bench"
 
 
 @dataclass(frozen=True)
-class Heard:
-    """A reply as a client heard it: seconds to its first sound, of its sound, of silence within it, and in all."""
+class ReplyTiming:
+    """A spoken reply as a client got it: seconds to its first sound, of its sound, of silence within it, and in all."""
 
     first: float
     audio: float
@@ -36,7 +36,7 @@ class Heard:
     whole: float
 
 
-def hear(client: httpx.Client, number: int) -> Heard:
+def time_reply(client: httpx.Client, number: int) -> ReplyTiming:
     """One streamed, spoken reply. Raises InputError where there is no sound."""
     body = {
         "model": NAME, "stream": True, "modalities": ["text", "audio"], "audio": {"format": "pcm16"}, "seed": number,
@@ -54,15 +54,15 @@ def hear(client: httpx.Client, number: int) -> Heard:
             audio += len(base64.b64decode(choice["delta"]["audio"]["data"])) / 2 / SAMPLE_RATE
     if first is None:
         raise InputError("a reply had no sound; give a checkpoint that speaks")
-    return Heard(first - began, audio, gap, time.perf_counter() - began)
+    return ReplyTiming(first - began, audio, gap, time.perf_counter() - began)
 
 
-def _at_once(url: str, clients: int, count: int) -> tuple[list[Heard], float]:
+def _at_once(url: str, clients: int, count: int) -> tuple[list[ReplyTiming], float]:
     """`count` replies to so many clients at a time, and the seconds of it all."""
     with httpx.Client(base_url=url, timeout=600, limits=httpx.Limits(max_connections=clients)) as client:
         began = time.perf_counter()
         with ThreadPoolExecutor(clients) as pool:
-            found = list(pool.map(lambda i: hear(client, i), range(count)))
+            found = list(pool.map(lambda i: time_reply(client, i), range(count)))
         return found, time.perf_counter() - began
 
 
@@ -96,7 +96,7 @@ def run(model: str | None, seconds: float, rounds: int, clients: Sequence[int] =
     return rows
 
 
-def _row(clients: int, found: Sequence[Heard], took: float) -> dict[str, float]:
+def _row(clients: int, found: Sequence[ReplyTiming], took: float) -> dict[str, float]:
     firsts = sorted(h.first for h in found)
     return {
         "clients": clients, "first sound p50, s": statistics.median(firsts),

@@ -19,7 +19,7 @@ from tests.cli.test_main import run
 
 
 def heard(*pieces):
-    return live.Heard(0.01, 0.02, pieces[0][0], pieces)
+    return live.ReplyTiming(0.01, 0.02, pieces[0][0], pieces)
 
 
 def test_gaps_and_what_a_player_has_left():

@@ -16,7 +16,7 @@ from omni_jax.events import AudioEvent
 from omni_jax.infer.analysis import live
 from omni_jax.infer.bench import batch, windowed
 from omni_jax.infer.bench import live as bench
-from omni_jax.infer.bench.live import Heard
+from omni_jax.infer.bench.live import ReplyTiming
 from omni_jax.model import bigvgan
 from omni_jax.model.token2wav import SAMPLE_RATE, CodeError
 from omni_jax.model.voice import Voice
@@ -140,7 +140,7 @@ def engine(monkeypatch):
     return make
 
 
-def hear(engine, tokens=40, codes=500, ids=live.TAIL_TOKENS, late=None):
+def time_reply(engine, tokens=40, codes=500, ids=live.TAIL_TOKENS, late=None):
     """A streamed reply; `late` is submitted when its first audio is there."""
     speech = SpeechSettings(max_codes=codes, watchdog=None)
     number = engine.submit(Request(prompt(*range(1, ids + 1)), GenerationSettings(max_new_tokens=tokens), speech, True))
@@ -151,14 +151,14 @@ def hear(engine, tokens=40, codes=500, ids=live.TAIL_TOKENS, late=None):
             if late is not None:
                 engine.submit(late)
                 late = None
-    return Heard(0, 0, pieces[0][0], tuple(pieces))
+    return ReplyTiming(0, 0, pieces[0][0], tuple(pieces))
 
 
 @pytest.mark.parametrize("target", [t.name for t in live.TARGETS])
 def test_the_plan_counts_what_the_engine_does(engine, target):
     """From the end of a turn to the first PCM: the same steps, windows and pieces, one after the other."""
     made = engine(target)
-    first = hear(made).first_pcm
+    first = time_reply(made).first_pcm
     towers = live.seconds(live.block_in(made.model.count, 1))
     assert first == pytest.approx(live.seconds(live.first_pcm(made.model.count, 1)) - towers)
 
@@ -173,7 +173,7 @@ WAIT = {"v5e": 0.105, "v5e-8": 0.018}
 @pytest.mark.parametrize("target", [t.name for t in live.TARGETS])
 def test_nobody_runs_dry(engine, target, late):
     """No gap is longer than what was delivered, also while a long prompt is admitted."""
-    heard = hear(engine(target, 2), late=late)
+    heard = time_reply(engine(target, 2), late=late)
     assert sum(s for _, s in heard.pieces) == pytest.approx(10)
     assert heard.real_time_factor < 1
     assert min(heard.in_hand) >= -WAIT.get(target, 0)

@@ -173,11 +173,11 @@ def test_the_talker_waits_for_what_it_hears(speaker):
     )
     every = np.ones(size, np.int32)
 
-    def hear(state, first, count):
+    def append(state, first, count):
         """The second row hears the second of the Thinker's rows."""
         return slots.append_reply(state, vectors, every, every * first, numbers(0, count))
 
-    state = hear(state, 0, 1)
+    state = append(state, 0, 1)
     state = by_hand.open_speech(speaker, state, heard, numbers(1))
     assert heard.positions.shape[2] > heard.count
     active = np.array([False, True])
@@ -198,7 +198,7 @@ def test_the_talker_waits_for_what_it_hears(speaker):
     jax.tree.map(np.testing.assert_array_equal, before, state)
     heard_so_far = 1
     for more in (1, 1, 3, 4, 1):
-        state = hear(state, heard_so_far, more)
+        state = append(state, heard_so_far, more)
         heard_so_far += more
         state, count = draw(state, 32)
         assert count == more
