@@ -134,13 +134,14 @@ def test_speech_goes_into_files(speaker, speaking, tmp_path, capsys):
 def test_ctrl_c_stops_the_reply_alone(speaker, speaking, capsys):
     """While audio comes: the reply ends, what was heard stays, and the next line is answered."""
     player = FakePlayer(lambda: signal.raise_signal(signal.SIGINT) if len(player.pieces) == 1 else None)
+    before = signal.getsignal(signal.SIGINT)
     chat, notes = talk(speaker, speaking, ["/output both", "hello", "/output text", "more"], player=player, tokens=60)
     assert "interrupted" in notes
     assert player.stopped == [0.1]
     assert player.closed
     roles = [m["role"] for m in chat.session.messages]
     assert roles[-2:] == ["user", "assistant"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     assert speaking.engine.is_idle
 
 
