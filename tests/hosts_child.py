@@ -107,6 +107,9 @@ def shares(checkpoint: pathlib.Path, folder: pathlib.Path) -> tuple[dict[str, An
 
 def main(checkpoint: pathlib.Path, folder: pathlib.Path, port: str, number: str) -> None:
     """Loads, generates, and runs a batch job, all with the other process."""
+    # XLA's CPU client waits for one device of a program before it starts the next: two programs whose collectives join
+    # the same devices can then run at one time on a busy machine, and gloo mixes up their messages.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.distributed.initialize(f"localhost:{port}", 2, int(number), initialization_timeout=60)
     model, loaded = loading(checkpoint)
     replies = model.generate(messages(), GREEDY, speech=SPOKEN)
