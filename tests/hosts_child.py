@@ -107,8 +107,8 @@ def shares(checkpoint: pathlib.Path, folder: pathlib.Path) -> tuple[dict[str, An
 
 def main(checkpoint: pathlib.Path, folder: pathlib.Path, port: str, number: str) -> None:
     """Loads, generates, and runs a batch job, all with the other process."""
-    # XLA's CPU client waits for one device of a program before it starts the next: two programs whose collectives join
-    # the same devices can then run at one time on a busy machine, and gloo mixes up their messages.
+    # On a busy machine gloo once got a message of one program in the collective of another ("192 vs 4"). Dispatched
+    # synchronously, a program has ended on all devices of its process before the next one starts.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.distributed.initialize(f"localhost:{port}", 2, int(number), initialization_timeout=60)
     model, loaded = loading(checkpoint)
