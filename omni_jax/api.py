@@ -38,6 +38,7 @@ from omni_jax.runtime.session import Session, SessionOptions
 from omni_jax.runtime.speech import SpeechError, Vocoder, check_speaks, check_voices
 from omni_jax.runtime.turn import Request
 from omni_jax.settings import (
+    MAX_CODES,
     GenerationSettings,
     MediaSettings,
     OutputMode,
@@ -238,7 +239,10 @@ class Omni:
             finally:
                 engine.cancel(number)
 
-    def driver(self, rows: int = 1, *, capacity: int | None = None, speech: bool | None = None) -> EngineDriver:
+    def driver(
+        self, rows: int = 1, *, capacity: int | None = None, speech: bool | None = None,
+        sizes: buckets.Sizes = buckets.FINE, max_codes: int = MAX_CODES,
+    ) -> EngineDriver:  # fmt: skip
         """An engine for sessions. Where the model lies over several processes, the first one has the sessions, and the
         others call `HostDriver.follow` of the same driver.
 
@@ -246,6 +250,7 @@ class Omni:
           rows: conversations at a time.
           capacity: tokens of a conversation; by default SESSION_TOKENS, or the model's context where that is less.
           speech: whether replies can be spoken; by default where the model was loaded with its Talker.
+          sizes, max_codes: see `EngineOptions`.
         Raises:
           ValueError: more tokens than the context has.
         """
@@ -253,7 +258,7 @@ class Omni:
         if not 0 < capacity <= self.context:
             raise PromptError(f"capacity {capacity} is not between 1 and the context of {self.context} tokens")
         speaks = "talker" in self.params if speech is None else speech
-        options = EngineOptions(rows, buckets.bucket(capacity, buckets.CACHE), speaks)
+        options = EngineOptions(rows, buckets.bucket(capacity, buckets.CACHE), speaks, sizes=sizes, max_codes=max_codes)
         meshes = () if self.placement is None else (self.placement.thinker, self.placement.speech)
         hosts = {d.process_index for mesh in meshes for d in mesh.devices.flat}
         return (HostDriver if len(hosts) > 1 else EngineDriver)(Engine(self.loaded, options))

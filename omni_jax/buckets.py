@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 
 def steps(largest: int, per_octave: int, smallest: int = 1) -> tuple[int, ...]:
@@ -50,18 +51,24 @@ VISION_PATCHES_PADDED = 1024
 AUDIO_CHUNKS = steps(32, 4)
 
 
-def frame_groups(frames: int, patches: int) -> Iterator[tuple[int, int]]:
+def frame_groups(frames: int, patches: int, fixed: bool = False) -> Iterator[tuple[int, int]]:
     """Splits frames of one size into calls of the vision tower.
 
     Args:
       frames: how many.
       patches: patches of one frame, padding included.
+      fixed: calls have one frame, or as many as go into VISION_PATCHES.
     Yields:
       (frames of the call, its bucket, a power of two within VISION_PATCHES or 1).
     """
     most = 1 << (max(1, VISION_PATCHES // patches).bit_length() - 1)
     while frames > 0:
         take = min(frames, most)
+        if fixed:
+            take, size = (take, most) if 2 * take > most else (1, 1)
+            yield take, size
+            frames -= take
+            continue
         size = 1 << (take - 1).bit_length()
         if (size - take) * patches > VISION_PATCHES_PADDED:
             take = size = size // 2
@@ -69,11 +76,18 @@ def frame_groups(frames: int, patches: int) -> Iterator[tuple[int, int]]:
         frames -= take
 
 
-def chunk_groups(chunks: int) -> Iterator[tuple[int, int]]:
-    """Splits audio chunks into calls of the audio tower; yields (chunks of the call, its bucket)."""
+def chunk_groups(chunks: int, sizes: Sequence[int] = AUDIO_CHUNKS) -> Iterator[tuple[int, int]]:
+    """Splits audio chunks into calls of the audio tower, of which at most a quarter is padding.
+
+    Yields:
+      (chunks of the call, its bucket).
+    """
     while chunks > 0:
-        take = min(chunks, AUDIO_CHUNKS[-1])
-        yield take, bucket(take, AUDIO_CHUNKS)
+        take = min(chunks, sizes[-1])
+        size = bucket(take, sizes)
+        if 4 * (size - take) > size:
+            take = size = sizes[bisect.bisect_right(sizes, take) - 1]
+        yield take, size
         chunks -= take
 
 
@@ -100,14 +114,52 @@ def upto(n: int, sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(s for s in sizes if s <= bucket(n, sizes))
 
 
-def extend_shapes(rows: int, most: int, budget: int) -> Iterator[tuple[int, int]]:
+@dataclass(frozen=True)
+class Sizes:
+    """The padded sizes that an engine uses: fine ones waste less arithmetic, coarse ones need fewer programs.
+
+    Attributes:
+      pieces: tokens of a stretch of a prompt that is read at once.
+      groups: rows of a call.
+      windows: attention windows of a frame of the vision tower.
+      chunks: audio chunks of a call of the audio tower.
+      fixed: what could follow the request follows the engine. Prompts are read in stretches of at most the largest of
+        `pieces`, with room for a media vector at each token; calls of the vision tower are one frame or full; the
+        Talker has room for the longest reply from the start.
+    """
+
+    pieces: tuple[int, ...] = PIECE
+    groups: tuple[int, ...] = BATCH
+    windows: tuple[int, ...] = WINDOWS
+    chunks: tuple[int, ...] = AUDIO_CHUNKS
+    fixed: bool = False
+
+    def rows(self, rows: int) -> tuple[int, ...]:
+        """The sizes of calls for up to `rows` rows, of which the largest is the bucket of them all.
+
+        >>> COARSE.rows(8), FINE.rows(8)
+        ((1, 4, 8), (1, 2, 4, 8))
+        """
+        most = bucket(rows, BATCH)
+        return (*(n for n in self.groups if n < most), most)
+
+
+FINE = Sizes()
+# For a server, which compiles everything before it serves.
+COARSE = Sizes(
+    pieces=(16, 64, 256, 512), groups=(1, 4, 16, 64, 256), windows=steps(4096, 1),
+    chunks=steps(32, 1), fixed=True,
+)  # fmt: skip
+
+
+def extend_shapes(rows: int, most: int, budget: int, sizes: Sizes = FINE) -> Iterator[tuple[int, int]]:
     """Shapes in which an engine reads stretches of up to `most` tokens: (rows of a call, tokens of each).
 
     Args:
       rows: that it has.
       budget: tokens of a call of several rows, padding included.
     """
-    for size in upto(rows, BATCH):
-        for width in upto(most, PIECE):
+    for size in sizes.rows(rows):
+        for width in upto(most, sizes.pieces):
             if size == 1 or size * width <= budget:
                 yield size, width

@@ -313,7 +313,9 @@ class Live:
             raise bad("image_url must be a data: URL", f"{where}.image_url")
         with fetch(url, self.replica.access) as file:
             data = file.read()
-        self.session.send_item({"type": "image", "image": data}, self.replica.media)
+        medium = self.replica.model.processor.read_item({"type": "image", "image": data}, self.replica.media)
+        self.replica.check_pixels([medium.image.grid], f"{where}.image_url")
+        self.session.send_item({"type": "image", "image": medium})
 
     def _entry(self, name: Any) -> Entry:
         found = self.entries.get(name) if isinstance(name, str) else None

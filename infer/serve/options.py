@@ -29,6 +29,10 @@ class ServeOptions:
     reconnect_seconds: int = option(60, "Seconds that a realtime session waits for its client to come back.", (0, 3600))
     drain_seconds: int = option(30, "Seconds that replies may take to end after SIGTERM.", (0, 3600))
     cors_origin: tuple[str, ...] = option((), "An origin whose pages may use the server, such as https://example.org.")
+    compilation_cache: str | None = option(
+        None, "Folder that keeps compiled programs, so that the next start is fast; '' keeps none. Default: "
+        "JAX_COMPILATION_CACHE_DIR, else omni-jax/programs in the user's cache folder.",
+    )  # fmt: skip
     no_warmup: bool = option(False, "Serve at once; the first requests of each size then wait for compilation.")
 
     def __post_init__(self) -> None:

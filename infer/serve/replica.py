@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from omni_jax.events import AudioEvent, DoneEvent, ErrorEvent, Event
 from omni_jax.infer.serve.errors import ApiError, busy, internal, of_input
 from omni_jax.infer.serve.metrics import Metrics
 from omni_jax.infer.serve.options import ServeOptions
+from omni_jax.infer.serve.pixels import MAX_PIXELS, most_windows, windows_of
 from omni_jax.processing.media import Access
 from omni_jax.processing.processor import Prompt
 from omni_jax.processing.voice_activity import Detector, EnergyDetector, SileroDetector
@@ -46,6 +47,8 @@ class Replica:
       access: what media may be opened.
       draining: no new work is taken.
       ready: everything is compiled.
+      warmed: programs that are compiled, and how many there are; (0, 0) before it begins.
+      most_windows: attention windows that a frame may have.
       make_detector: tells speech from everything else in realtime sessions and recordings.
     """
 
@@ -61,6 +64,8 @@ class Replica:
         self.access = Access(files=False, private_urls=media.private_urls, max_bytes=most, patience=60)
         self.make_detector: Callable[[], Detector] = voice_detector()
         self.draining = self.ready = False
+        self.warmed = (0, 0)
+        self.most_windows = most_windows(model.config.thinker, media.max_pixels or MAX_PIXELS)
         self.metrics = Metrics(self)
         self.active = self.sessions = 0
         self._readers = ThreadPoolExecutor(READERS, "omni-jax media")
@@ -93,7 +98,8 @@ class Replica:
         if self.draining:
             raise busy("the server is about to stop; ask another one", 503)
         if not self.ready:
-            raise busy("the server is warming up; try again when /ready says so", 503)
+            done, total = self.warmed
+            raise busy(f"the server is warming up ({done} of {total} programs); try again when /ready says so", 503)
 
     def check_model(self, name: Any) -> None:
         """Raises ApiError for a model that is not served here."""
@@ -139,12 +145,23 @@ class Replica:
         """Messages to a prompt. Raises ApiError, naming `param`, for what cannot be read."""
         limit = min(self.driver.engine.options.limit, self.model.context)
         try:
-            return await self.read(
+            prompt = await self.read(
                 self.model.processor, messages, self.media if media is None else media, speech=speech,
                 tools=tools or None, context=limit, access=self.access,
             )  # fmt: skip
         except INPUT_ERRORS as e:
             raise of_input(e if isinstance(e, ValueError) else InputError(str(e)), param) from None
+        self.check_pixels([m.grid for m in (*prompt.images, *prompt.videos)], param)
+        return prompt
+
+    def check_pixels(self, grids: Sequence[Any], param: str) -> None:
+        """Raises ApiError for a picture or clip, of (t, h, w) patches, that is larger than the server was made for."""
+        most = max((windows_of(self.model.config.thinker, grid) for grid in grids), default=0)
+        if most > self.most_windows:
+            raise ApiError(
+                400, f"a picture has {most} tiles of 112 × 112 pixels, this server takes {self.most_windows}; "
+                "send a smaller one, or lower max_pixels", param=param,
+            )  # fmt: skip
 
     async def events(self, request: Request) -> AsyncGenerator[Event, None]:
         """Submits a request and gives its events, the last one a DoneEvent. Closing the iterator ends the request.

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
-from typing import Any
 
 from omni_jax.cli.flags import Flags
 from omni_jax.errors import InputError
 from omni_jax.infer.serve.options import ServeOptions
 from omni_jax.settings import GenerationSettings, MediaSettings, ModelSettings, SpeechSettings
-
-# What programs are compiled ahead for: tokens of a prompt that are new, seconds of audio, sides of pictures in pixels.
-WARM_PROMPT, WARM_AUDIO, WARM_IMAGE = 1024, 30.0, 640
 
 
 def serve(
@@ -26,38 +21,29 @@ def serve(
 
     The flags of generation, media and speech are what holds where a request says nothing else.
     """
+    from omni_jax import buckets
     from omni_jax.cli.chat import load_speaking
+    from omni_jax.settings import change
 
     try:
+        from omni_jax.infer.serve.pixels import MAX_PIXELS
         from omni_jax.infer.serve.replica import Replica
         from omni_jax.infer.serve.server import serve as run
+        from omni_jax.infer.serve.warmup import prepare
     except ModuleNotFoundError as e:
         raise InputError(f"the server needs {e.name}; install omni-jax[serve]") from None
     if generation.logprobs is not None:
         raise InputError("--logprobs is what a request asks for; leave it out")
-    loaded = load_speaking(model, "auto", True)
+    loaded = load_speaking(model, "auto", True, options.compilation_cache)
     if "talker" in loaded.params:
         loaded.check_speech([speech])
-    driver = loaded.driver(options.max_sessions, capacity=options.context)
+    driver = loaded.driver(
+        options.max_sessions, capacity=options.context, sizes=buckets.COARSE, max_codes=speech.max_codes
+    )
     name = os.path.basename(os.path.normpath(model.model))
+    # Of whole utterances a program for each length is needed, of blocks one: so all speech is made block by block.
+    speech = change(speech, {"mode": "windowed"})
+    if media.max_pixels is None:
+        media = change(media, {"max_pixels": MAX_PIXELS})
     replica = Replica(loaded, driver, options, name, generation, speech, media)
-    run(replica, lambda: None if options.no_warmup else _warm_up(loaded, driver, generation, speech))
-
-
-def _warm_up(loaded: Any, driver: Any, generation: GenerationSettings, speech: SpeechSettings) -> None:
-    """Compiles what requests of ordinary sizes meet."""
-    from omni_jax.infer.serve.replica import LOG
-    from omni_jax.model.token2wav import Flow
-    from omni_jax.runtime.warmup import Workload, tower_shapes, warm_up
-
-    cfg, mel, patch = loaded.config.thinker, loaded.processor.mel, loaded.config.thinker.vision.patch_size
-    side = WARM_IMAGE // patch // 2 * 2
-    frames, chunks = tower_shapes(cfg, [(1, side, side)], [round(WARM_AUDIO * mel.rate / mel.hop)])
-    room = driver.engine.options.limit
-    codes = min(speech.max_codes, math.ceil(20 * loaded.loaded.codes_per_second)) if "talker" in loaded.params else 0
-    work = Workload(
-        min(WARM_PROMPT, room // 2), min(WARM_PROMPT, room // 2), frames, chunks,
-        min(generation.max_new_tokens, room // 2), codes, (Flow(speech.ode_steps, speech.ode_solver),),
-    )  # fmt: skip
-    report = warm_up(driver.engine, work)
-    LOG.info("%d programs are ready after %.1f s", report.programs, report.seconds)
+    run(replica, lambda: None if options.no_warmup else prepare(replica))

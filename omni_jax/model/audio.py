@@ -192,12 +192,15 @@ class AudioCall:
     tokens: tuple[int, ...]
 
 
-def audio_calls(cfg: AudioConfig, mels: Sequence[np.ndarray], dtype: Any = np.float32) -> Iterator[AudioCall]:
+def audio_calls(
+    cfg: AudioConfig, mels: Sequence[np.ndarray], dtype: Any = np.float32, sizes: buckets.Sizes = buckets.FINE
+) -> Iterator[AudioCall]:
     """Cuts clips into chunks and groups the chunks of all clips, in order, one bounded call at a time.
 
     Args:
       mels: [L, B] log-mel of each clip, 100 frames to the second; L may be 0.
       dtype: dtype of the computation.
+      sizes: the buckets.
     Raises:
       ValueError: a clip that is not [L, B].
     """
@@ -209,7 +212,7 @@ def audio_calls(cfg: AudioConfig, mels: Sequence[np.ndarray], dtype: Any = np.fl
         # One or two frames give no token, in this tower as in `token_count`.
         chunks += [c for c in (mel[i : i + T] for i in range(0, len(mel), T)) if cfg.token_count(len(c))]
     start = 0
-    for take, C in buckets.chunk_groups(len(chunks)):
+    for take, C in buckets.chunk_groups(len(chunks), sizes.chunks):
         group = chunks[start : start + take]
         start += take
         mel = np.zeros((C, T, cfg.num_mel_bins), dtype)
@@ -221,14 +224,15 @@ def audio_calls(cfg: AudioConfig, mels: Sequence[np.ndarray], dtype: Any = np.fl
 
 
 def audio_features(
-    run: Run, params: Params, cfg: AudioConfig, mels: Sequence[np.ndarray], dtype: Any = np.float32
-) -> np.ndarray:
+    run: Run, params: Params, cfg: AudioConfig, mels: Sequence[np.ndarray], dtype: Any = np.float32,
+    sizes: buckets.Sizes = buckets.FINE,
+) -> np.ndarray:  # fmt: skip
     """The tokens of clips, one after another: `cfg.token_count(L)` of each.
 
     Args:
       run: the compiled tower (`audio_program(cfg)`).
       params: parameters of AudioTower.
-      mels: as for `audio_calls`.
+      mels, sizes: as for `audio_calls`.
       dtype: dtype of the computation.
     Returns:
       [tokens of all clips, O] on the host, where it is cut to its odd length without compiling anything.
@@ -242,7 +246,7 @@ def audio_features(
 
     # One call is laid out while the one before it runs, and no more: so that memory stays bounded.
     pending: tuple[jax.Array, tuple[int, ...]] | None = None
-    for call in audio_calls(cfg, mels, dtype):
+    for call in audio_calls(cfg, mels, dtype, sizes):
         features = run(params, *call.inputs)
         if pending is not None:
             keep(*pending)

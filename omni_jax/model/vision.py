@@ -292,8 +292,9 @@ def _check(cfg: VisionConfig, patches: np.ndarray, grid: Sequence[int]) -> None:
 
 
 def vision_calls(
-    cfg: VisionConfig, media: Iterable[tuple[np.ndarray, Sequence[int]]], dtype: Any = np.float32
-) -> Iterator[VisionCall]:
+    cfg: VisionConfig, media: Iterable[tuple[np.ndarray, Sequence[int]]], dtype: Any = np.float32,
+    sizes: buckets.Sizes = buckets.FINE,
+) -> Iterator[VisionCall]:  # fmt: skip
     """Lays pictures and clips out for the tower, one bounded call at a time.
 
     Frames with the same bucket of windows share calls, across pictures and clips.
@@ -301,6 +302,7 @@ def vision_calls(
     Args:
       media: (patches [t × h × w, P] in the order of the reference's processor, grid (t, h, w) in patches) of each.
       dtype: dtype of the pixels, hence of the computation.
+      sizes: the buckets.
     Raises:
       ValueError: a grid that does not fit its patches, or a frame beyond the largest bucket.
     """
@@ -312,14 +314,14 @@ def vision_calls(
         t, h, w = (int(n) for n in grid)
         layout = frame_layout(h, w, window, merge)
         frames = patches.reshape(t, h * w // unit, unit * cfg.patch_dim)
-        size = buckets.bucket(len(layout.valid) // window**2, buckets.WINDOWS)
+        size = buckets.bucket(len(layout.valid) // window**2, sizes.windows)
         for frame in frames:
             by_bucket.setdefault(size, []).append((frame, layout, token))
             token += len(frame)
     for size, entries in by_bucket.items():
         n = size * window**2
         start = 0
-        for take, F in buckets.frame_groups(len(entries), n):
+        for take, F in buckets.frame_groups(len(entries), n, sizes.fixed):
             pixels = np.zeros((F, n // unit, unit * cfg.patch_dim), dtype)
             positions = np.zeros((F, n, 2), np.int32)
             valid = np.zeros((F, n), np.bool_)
@@ -341,13 +343,14 @@ def vision_features(
     cfg: VisionConfig,
     media: Sequence[tuple[np.ndarray, Sequence[int]]],
     dtype: Any = np.float32,
+    sizes: buckets.Sizes = buckets.FINE,
 ) -> np.ndarray:
     """The tokens of pictures and clips, one after another, in the order of the reference.
 
     Args:
       run: the compiled tower (`vision_program(cfg)`).
       params: parameters of VisionTower.
-      media: as for `vision_calls`.
+      media, sizes: as for `vision_calls`.
       dtype: dtype of the computation.
     Returns:
       [tokens of all media, O] on the host, where it is cut to its odd length without compiling anything.
@@ -363,7 +366,7 @@ def vision_features(
 
     # One call is laid out while the one before it runs, and no more: each holds its pixels.
     pending: tuple[jax.Array, np.ndarray] | None = None
-    for call in vision_calls(cfg, media, dtype):
+    for call in vision_calls(cfg, media, dtype, sizes):
         features = run(params, *call.inputs)
         if pending is not None:
             place(*pending)

@@ -14,13 +14,21 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from omni_jax import buckets
 from omni_jax.errors import InputError
 from omni_jax.events import AudioEvent, DoneEvent, ErrorEvent, Event, ReadEvent, TextEvent
+from omni_jax.runtime.engine_options import (
+    COPIED_PREFIX,
+    KEPT_PREFIX,
+    LISTENING_STEPS,
+    READ_TOKENS,
+    WAITING_STEPS,
+    CapacityError,
+    EngineOptions,
+)
 from omni_jax.runtime.loaded import LoadedModel
 from omni_jax.runtime.media import Towers, common_prefix, map_media, reply_keys, token_keys
 from omni_jax.runtime.reply import ReplyBuilder
@@ -29,49 +37,6 @@ from omni_jax.runtime.talker_stage import TalkerStage
 from omni_jax.runtime.thinker_stage import LOOP_STEPS, Made, Piece, ThinkerStage
 from omni_jax.runtime.turn import Clock, EngineEvent, Request, Times, Turn
 from omni_jax.runtime.vocoder_stream import Pcm
-
-# Steps of one call of a decoder while somebody listens, and while nobody does.
-LISTENING_STEPS = 4
-# The same while others wait for a row: one that ends within a call stands still until the call has ended.
-WAITING_STEPS = 8
-# Most prompt tokens that are read in one round while other requests are served.
-PIECE = 512
-# A prefix that a busy row holds is copied from this length on; a shorter one is sooner read again.
-COPIED_PREFIX = 256
-# A prefix of this length is worth an engine with more room than a request needs.
-KEPT_PREFIX = 64
-# Prompt tokens that rows without listeners are read at once.
-READ_TOKENS = 4096
-
-
-class CapacityError(InputError):
-    """The engine cannot take the request now, or ever; the message says which, and what would."""
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """Sizes of an engine. All shapes that it compiles follow from these.
-
-    Attributes:
-      rows: requests that are served at the same time; further ones wait.
-      capacity: tokens of a conversation that a row has room for, reply included; a bucket of `buckets.CACHE`.
-      most: what the room may grow to with the requests that come; None for no more than `capacity`.
-      speech: whether replies can be spoken.
-      piece: most prompt tokens read in one round while other requests are served.
-      queue: requests that may wait; None for any number.
-    """
-
-    rows: int = 1
-    capacity: int = buckets.CACHE[0]
-    speech: bool = False
-    most: int | None = None
-    piece: int = PIECE
-    queue: int | None = None
-
-    @property
-    def limit(self) -> int:
-        """Most tokens of a request."""
-        return self.most or self.capacity
 
 
 class Engine:
@@ -85,9 +50,13 @@ class Engine:
 
     def __init__(self, model: LoadedModel, options: EngineOptions = EngineOptions(), clock: Clock = time.perf_counter):
         self.model, self.options, self.clock = model, options, clock
-        self.towers = Towers(model.config.thinker, model.params["thinker"], model.layout_for, model.dtype)
+        self.towers = Towers(model.config.thinker, model.params["thinker"], model.layout_for, model.dtype, options.sizes)
         self.thinker = ThinkerStage(model, self.towers, options.rows, options.capacity, clock)
-        self.speech = TalkerStage(model, options.rows, options.capacity) if options.speech else None
+        self.speech = (
+            TalkerStage(model, options.rows, options.capacity, options.sizes, options.max_codes)
+            if options.speech
+            else None
+        )
         self._rows = Rows(options.rows)
         self._waiting: deque[Turn] = deque()
         self._turns: dict[int, Turn] = {}
@@ -122,7 +91,7 @@ class Engine:
         if request.speech is not None:
             if self.speech is None:
                 raise InputError("this engine was started without speech; start it with speech to have replies spoken")
-            turn.voice, turn.speech = self.speech.prepare(request.speech)
+            turn.voice, turn.speech = self.speech.prepare(request.speech, len(prompt.ids))
         self._count += 1
         self._turns[turn.number] = turn
         self._waiting.append(turn)
@@ -296,9 +265,10 @@ class Engine:
         reading = sorted((t for t in self._serving if t.left_to_read), key=lambda t: t.number)
         if not reading:
             return
-        others = len(reading) < len(self._serving)
-        most = self.options.piece if others or self._somebody_listens else READ_TOKENS
-        plan = self.thinker.plan_read(reading, self.options.piece if others else self.options.capacity, most)
+        options, others = self.options, len(reading) < len(self._serving)
+        cut = others or options.sizes.fixed
+        budget = options.longest_piece if cut or self._somebody_listens else READ_TOKENS
+        plan = self.thinker.plan_read(reading, options.longest_piece if cut else options.capacity, budget)
         self._read_piece(*plan)
 
     def _read_piece(self, group: Sequence[Turn], counts: Sequence[int]) -> None:

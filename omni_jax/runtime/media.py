@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, cast
 import jax
 import numpy as np
 
+from omni_jax import buckets
 from omni_jax.config import ThinkerConfig
 from omni_jax.errors import InputError
 from omni_jax.model import audio, vision
@@ -169,10 +170,13 @@ class Towers:
       cfg, params: of the Thinker.
       layout_for: see `meshes.LayoutFn`.
       dtype: of the computation.
+      sizes: the buckets of calls.
     """
 
-    def __init__(self, cfg: ThinkerConfig, params: Any, layout_for: LayoutFn, dtype: Any):
-        self.cfg, self.params, self.layout_for, self.dtype = cfg, params, layout_for, dtype
+    def __init__(
+        self, cfg: ThinkerConfig, params: Any, layout_for: LayoutFn, dtype: Any, sizes: buckets.Sizes = buckets.FINE
+    ):
+        self.cfg, self.params, self.layout_for, self.dtype, self.sizes = cfg, params, layout_for, dtype, sizes
 
     def encode(self, cells: Sequence[Cell]) -> list[np.ndarray]:
         """[tokens, D] of each cell; cells of one size share calls."""
@@ -183,12 +187,12 @@ class Towers:
         if frames:
             run = self._on_mesh("vision", vision.vision_program(cfg.vision))
             given = [(cells[i].data, cast(Any, cells[i].grid)) for i in frames]
-            vectors = vision.vision_features(run, params["visual"], cfg.vision, given, self.dtype)
+            vectors = vision.vision_features(run, params["visual"], cfg.vision, given, self.dtype, self.sizes)
             self._place(out, cells, frames, vectors)
         if chunks:
             run = self._on_mesh("audio", audio.audio_program(cfg.audio))
             vectors = audio.audio_features(
-                run, params["audio_tower"], cfg.audio, [cells[i].data for i in chunks], self.dtype
+                run, params["audio_tower"], cfg.audio, [cells[i].data for i in chunks], self.dtype, self.sizes
             )
             self._place(out, cells, chunks, vectors)
         return out

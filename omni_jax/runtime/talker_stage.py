@@ -9,6 +9,7 @@ Letters: B rows of the slots, R rows of a call, T tokens of a piece, E size of t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from omni_jax.model.token2wav import Flow
 from omni_jax.model.voice import Voice
 from omni_jax.parallel.meshes import transfer_to_mesh
 from omni_jax.runtime import slots as S
+from omni_jax.runtime.decoder_program import talker_program
 from omni_jax.runtime.loaded import LoadedModel
 from omni_jax.runtime.media import Program
 from omni_jax.runtime.speech import (
@@ -37,7 +39,7 @@ from omni_jax.runtime.thinker_stage import Made, Piece
 from omni_jax.runtime.turn import Turn
 from omni_jax.runtime.vocoder_stream import VocoderStream
 from omni_jax.runtime.watchdog import SpeechBuilder
-from omni_jax.settings import SpeechSettings
+from omni_jax.settings import MAX_CODES, SpeechSettings
 
 
 class TalkerStage:
@@ -48,20 +50,28 @@ class TalkerStage:
       vocoder: codes to samples, a stream for each row.
     """
 
-    def __init__(self, model: LoadedModel, rows: int, places: int):
-        """`places`: tokens of a prompt that the cache has room for at first, beside TALKER_CACHE_STEP codes."""
+    def __init__(
+        self, model: LoadedModel, rows: int, places: int, sizes: buckets.Sizes = buckets.FINE, max_codes: int = MAX_CODES
+    ):
+        """`places`: tokens of a prompt that the cache has room for at first, beside TALKER_CACHE_STEP codes. With fixed
+        `sizes` it has room for `max_codes`, and for replies of as many tokens as places, and does not grow."""
         cfg = model.config
         check_speaks(cfg, model.params)
         check_voices(cfg, model.voices, ())
         assert cfg.talker is not None
         assert cfg.token2wav is not None
-        self.model, self.rows, self.talker = model, rows, cfg.talker
+        self.model, self.rows, self.talker, self._sizes = model, rows, cfg.talker, sizes
         self._params = model.params["talker"]
         self._table = model.params["thinker"]["model"]["embed_tokens"]["weight"]
-        self._program = S.talker_program(cfg.talker)
-        self.vocoder = VocoderStream(cfg.token2wav, model.params["token2wav"], model.voices, rows, model.layout_for)
+        self._program = talker_program(cfg.talker)
+        self.vocoder = VocoderStream(
+            cfg.token2wav, model.params["token2wav"], model.voices, rows, model.layout_for, sizes=sizes
+        )
         self._marks = self._table_rows(np.array([cfg.talker.tts_text_end_token_id, cfg.talker.tts_text_pad_token_id]))
-        self._make_slots(cache_slots(places, TALKER_CACHE_STEP), buckets.REPLY[0])
+        if sizes.fixed:
+            self._make_slots(buckets.bucket(places + max_codes, buckets.CACHE), buckets.bucket(places, buckets.REPLY))
+        else:
+            self._make_slots(cache_slots(places, TALKER_CACHE_STEP), buckets.REPLY[0])
         # Vectors of each row's last reply that the device has, for `catch_up`.
         self._appended = np.zeros(rows, np.int64)
         self._lengths = np.zeros(rows, np.int64)
@@ -80,14 +90,17 @@ class TalkerStage:
         """Ids that end speech: pad and end."""
         return (self.talker.tts_codec_pad_token_id, self.talker.tts_codec_end_token_id)
 
-    def prepare(self, settings: SpeechSettings) -> tuple[Voice, SpeechBuilder]:
-        """What a turn needs to be spoken.
+    def prepare(self, settings: SpeechSettings, prompt: int) -> tuple[Voice, SpeechBuilder]:
+        """What a turn with a prompt of so many tokens needs to be spoken.
 
         Raises:
           VoiceError, SpeechError: no such voice, or one whose mark has no vector.
         """
         check_voices(self.model.config, self.model.voices, [settings])
         voice = pick_voice(self.model.voices, settings.voice)
+        if self._sizes.fixed:
+            room = self._capacity - prompt - talker.EXTRA - S.LOOP_STEPS
+            settings = dataclasses.replace(settings, max_codes=max(1, min(settings.max_codes, room)))
         return voice, SpeechBuilder(settings, self.stop_ids)
 
     def _transfer(self, arrays: Any) -> Any:
@@ -159,18 +172,20 @@ class TalkerStage:
         if n <= 0 or read == 0:
             return 0
         self._ensure(read + n)
-        width = buckets.bucket(n, buckets.PIECE)
-        positions = np.zeros((3, 1, width), np.int32)
-        positions[:, 0, :n] = keys[read : read + n, 1:4].T
-        self._extend_by_reply(positions, row, n)
+        most = self._sizes.pieces[-1]
+        for start in range(0, n, most):
+            count = min(most, n - start)
+            positions = np.zeros((3, 1, buckets.bucket(count, self._sizes.pieces)), np.int32)
+            positions[:, 0, :count] = keys[read + start : read + start + count, 1:4].T
+            self._extend_by_reply(positions, row, start, count)
         return n
 
-    def _extend_by_reply(self, positions: np.ndarray, row: int, n: int) -> None:
-        """Reads the first n vectors of a row's reply, at positions [3, 1, width]."""
+    def _extend_by_reply(self, positions: np.ndarray, row: int, start: int, n: int) -> None:
+        """Reads n vectors of a row's reply from `start` on, at positions [3, 1, width]."""
         width = positions.shape[2]
         assert self._slots.reply is not None
         with self.model.layout_for("talker", 1, width):
-            x = S.reply_prefix(self._slots.reply.vectors, np.int32(row), width)
+            x = S.reply_stretch(self._slots.reply.vectors, np.int32(row), np.int32(start), width)
         self._extend(S.Tokens(x, positions, np.array([n], np.int32), np.array([row], np.int32)), first=False)
 
     def truncate(self, row: int, length: int) -> None:
@@ -234,7 +249,7 @@ class TalkerStage:
 
     def begin(self, turns: Sequence[Turn]) -> dict[int, list[int]]:
         """Begins to speak: reads the voice's mark and the reply's first vector, and draws the first code."""
-        size = buckets.bucket(len(turns), buckets.BATCH)
+        size = buckets.bucket(len(turns), self._sizes.rows(self.rows))
         rows = self.rows + np.arange(size, dtype=np.int32)
         voices, counts = np.zeros(size, np.int32), np.zeros(size, np.int32)
         after = np.zeros((size, talker.EXTRA), np.int32)
@@ -345,6 +360,8 @@ class TalkerStage:
           tokens: most tokens of a conversation; new_tokens: of a reply; codes: of its speech.
         """
         caches, replies = [self._capacity], [self._reply]
+        if self._sizes.fixed:
+            return caches, replies
         while caches[-1] < tokens + talker.EXTRA + codes + S.LOOP_STEPS:
             caches.append(cache_slots(caches[-1] + 1, TALKER_CACHE_STEP))
         while replies[-1] < new_tokens:
@@ -374,11 +391,11 @@ class TalkerStage:
                     for first in (True, False):
                         read = functools.partial(self._read_kept, shape, first)
                         yield Program(f"Talker reads {shape[0]} × {shape[1]} {at}", read)
-                for width in buckets.upto(reply, buckets.PIECE):
+                for width in buckets.upto(min(reply, self._sizes.pieces[-1]), self._sizes.pieces):
                     positions = np.zeros((3, 1, width), np.int32)
                     yield Program(f"Talker reads a reply {at}", functools.partial(self._catch_up_padding, positions))
                 yield Program(f"Talker takes a reply {at}", lambda: self._take_padding(made()))
-                for size in buckets.upto(self.rows, buckets.BATCH):
+                for size in self._sizes.rows(self.rows):
                     yield Program(f"Talker begins {at}", functools.partial(self._begin_padding, size))
                 yield Program(f"Talker speaks {at}", lambda: self.step([], 1))
                 if self.rows > 1:
@@ -411,4 +428,4 @@ class TalkerStage:
         )  # fmt: skip
 
     def _catch_up_padding(self, positions: np.ndarray) -> None:
-        self._extend_by_reply(positions, 0, 0)
+        self._extend_by_reply(positions, 0, 0, 0)

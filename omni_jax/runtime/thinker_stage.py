@@ -18,6 +18,7 @@ from omni_jax import buckets
 from omni_jax.events import TokenLogprob
 from omni_jax.model.sampling import Sampling
 from omni_jax.runtime import slots as S
+from omni_jax.runtime.decoder_program import thinker_program
 from omni_jax.runtime.loaded import LoadedModel
 from omni_jax.runtime.media import Program, Towers
 from omni_jax.runtime.turn import Clock, Turn
@@ -81,16 +82,27 @@ class ThinkerStage:
     Attributes:
       rows: B.
       capacity: tokens that a row has room for.
+      sizes: the buckets of calls.
     """
 
     def __init__(self, model: LoadedModel, towers: Towers, rows: int, capacity: int, clock: Clock):
         self.model, self.towers, self.rows, self.capacity, self.clock = model, towers, rows, capacity, clock
+        self.sizes = towers.sizes
         self._params = model.params["thinker"]
-        self._program = S.thinker_program(model.config.thinker)
+        self._program = thinker_program(model.config.thinker)
         with model.layout_for("thinker", rows):
             self._slots = S.make_slots(
                 self._program, self._params, rows, capacity=capacity, cache_dtype=model.cache_dtype
             )
+
+    @property
+    def _groups(self) -> tuple[int, ...]:
+        return self.sizes.rows(self.rows)
+
+    @property
+    def _seen_width(self) -> int:
+        """Ids that `set_seen` takes: any prompt's, since a program for each length would save next to nothing."""
+        return min(self.capacity, buckets.PROMPT[-1])
 
     def plan_read(self, turns: Sequence[Turn], most: int, budget: int) -> tuple[list[Turn], list[int]]:
         """Chooses turns to read together, and how many tokens of each: those whose pieces have one bucket, and that
@@ -103,13 +115,13 @@ class ThinkerStage:
         """
 
         def shape(turn: Turn) -> tuple[int, bool]:
-            return buckets.bucket(min(turn.left_to_read, most), buckets.PIECE), turn.read == 0
+            return buckets.bucket(min(turn.left_to_read, most), self.sizes.pieces), turn.read == 0
 
         wanted = shape(turns[0])
         group = [t for t in turns if shape(t) == wanted]
-        size = buckets.bucket(len(group), buckets.BATCH)
+        size = buckets.bucket(len(group), self._groups)
         while len(group) > 1 and size * wanted[0] > budget:
-            size //= 2
+            size = max(n for n in self._groups if n < size)
             group = group[:size]
         return group, [min(t.left_to_read, most) for t in group]
 
@@ -119,8 +131,8 @@ class ThinkerStage:
         Raises:
           InputError: a medium that the towers refuse.
         """
-        size = buckets.bucket(len(turns), buckets.BATCH)
-        width = buckets.bucket(max(counts), buckets.PIECE)
+        size = buckets.bucket(len(turns), self._groups)
+        width = buckets.bucket(max(counts), self.sizes.pieces)
         tokens = self._tokens(turns, counts, size, width)
         return self._extend(tokens, first=all(t.read == 0 for t in turns))
 
@@ -149,7 +161,8 @@ class ThinkerStage:
         if not vectors:
             return S.Tokens(ids, positions, taken, rows)
         found = np.concatenate(vectors)
-        media = np.zeros((buckets.bucket(len(found), buckets.MEDIA), found.shape[1]), found.dtype)
+        places = size * width if self.sizes.fixed else buckets.bucket(len(found), buckets.MEDIA)
+        media = np.zeros((places, found.shape[1]), found.dtype)
         media[: len(found)] = found
         return S.Tokens(ids, positions, taken, rows, media, index)
 
@@ -196,7 +209,7 @@ class ThinkerStage:
             settings = turn.request.settings
             if turn.reused and settings is not None and settings.repetition_penalty != 1:
                 ids = turn.request.prompt.ids
-                padded = np.zeros(buckets.bucket(len(ids), buckets.PROMPT), np.int32)
+                padded = np.zeros(self._seen_width, np.int32)
                 padded[: len(ids)] = ids
                 with self.model.layout_for("thinker", self.rows):
                     self._slots = S.set_seen(self._slots, turn.row, padded, len(ids))
@@ -261,6 +274,8 @@ class ThinkerStage:
         """
         for size, width in shapes:
             held = buckets.upto(min(size * width, size * media), buckets.MEDIA) if media else ()
+            if self.sizes.fixed:
+                held = (size * width,)
             for first in (True, False):
                 for vectors in (0, *held):
                     read = functools.partial(self._read_padding, size, width, vectors, first)
@@ -271,8 +286,7 @@ class ThinkerStage:
         yield Program("Thinker goes back", lambda: self.truncate(0, 0))
         if self.rows > 1:
             yield Program("Thinker copies a row", lambda: self.copy_row(0, 1, 0))
-        for width in buckets.upto(min(self.capacity, buckets.PROMPT[-1]), buckets.PROMPT):
-            yield Program("Thinker knows a prompt", functools.partial(self._know_padding, width))
+        yield Program("Thinker knows a prompt", self._know_padding)
 
     def _read_padding(self, size: int, width: int, vectors: int, first: bool) -> Piece:
         tokens = S.Tokens(
@@ -287,5 +301,5 @@ class ThinkerStage:
             )  # fmt: skip
         return self._extend(tokens, first=first)
 
-    def _know_padding(self, width: int) -> None:
-        self._slots = S.set_seen(self._slots, 0, np.zeros(width, np.int32), 0)
+    def _know_padding(self) -> None:
+        self._slots = S.set_seen(self._slots, 0, np.zeros(self._seen_width, np.int32), 0)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from omni_jax.buckets import bucket
+from omni_jax.buckets import FINE, Sizes, bucket
 from omni_jax.checkpoint.speakers import pick_voice
 from omni_jax.config import Token2WavConfig
 from omni_jax.model import bigvgan, token2wav, token2wav_stream
@@ -137,6 +137,7 @@ class VocoderStream:
       rows: how many streams may be open; they are numbered from 0.
       schedule: how windowed streams are cut.
       layout_for: how the programs lie on a mesh.
+      sizes: the buckets of calls; exact mels have those of `token2wav`.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class VocoderStream:
         rows: int = 1,
         layout_for: LayoutFn = on_one_device,
         schedule: Schedule = Schedule(),
+        sizes: Sizes = FINE,
     ):
         self.config, self.params, self.voices, self.rows = config, params, voices, rows
         self.layout_for, self.schedule = layout_for, schedule
@@ -154,8 +156,9 @@ class VocoderStream:
         self._streams: dict[int, _Stream] = {}
         self._vectors: dict[Voice, tuple[np.ndarray, np.ndarray]] = {}
         self._states: dict[Flow, tuple[Any, Any]] = {}
-        most = bucket(rows, token2wav.ROW_BUCKETS)
-        self._buckets = tuple(n for n in token2wav.ROW_BUCKETS if n <= most)
+        known = token2wav.ROW_BUCKETS
+        self._exact_buckets = tuple(n for n in known if n <= bucket(rows, known))
+        self._buckets = tuple(n for n in sizes.rows(min(rows, known[-1])) if n in known)
         self._block_codes = config.dit.block_size // config.dit.repeats
         self._context = min(schedule.context, bigvgan.receptive_field(config.bigvgan))
 
@@ -280,6 +283,7 @@ class VocoderStream:
                     found.append(Program("DiT window", rows, (size + self.schedule.look_ahead) * frames, run))
                 run = self._runner(self._speak, {}, size, rows)
                 found.append(Program("BigVGAN piece", rows, self._piece_frames(size), run))
+        for rows in self._exact_buckets:
             counts = [n * self._block_codes for n in token2wav.BLOCK_BUCKETS]
             for codes in counts[: sum(n < exact_codes for n in counts) + 1] if exact_codes else ():
                 for flow in flows:

@@ -66,6 +66,25 @@ class Report:
     seconds: float
 
 
+def every_tower_shape(
+    cfg: ThinkerConfig, windows: int, chunks: int, sizes: buckets.Sizes
+) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
+    """Calls that the towers may make of any media, where the sizes are fixed.
+
+    Args:
+      windows: most attention windows of a frame.
+      chunks: most audio chunks of a call.
+    Returns:
+      `frames` and `chunks` of a Workload.
+    """
+    frames: dict[tuple[int, int], None] = {}
+    for size in buckets.upto(windows, sizes.windows):
+        patches = size * cfg.vision.window_patches**2
+        for count in (1, buckets.VISION_PATCHES):
+            frames |= {(group, size): None for _, group in buckets.frame_groups(count, patches, fixed=True)}
+    return tuple(frames), buckets.upto(min(chunks, sizes.chunks[-1]), sizes.chunks)
+
+
 def tower_shapes(
     cfg: ThinkerConfig, grids: Sequence[Sequence[int]], mel_frames: Sequence[int]
 ) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
@@ -103,7 +122,11 @@ def programs(engine: Engine, work: Workload) -> list[Program]:
     options, thinker, speech = engine.options, engine.thinker, engine.speech
     if work.prompt >= options.limit:
         raise InputError(f"prompts of {work.prompt} tokens do not fit rows of {options.limit}; ask for less")
-    shapes = tuple(buckets.extend_shapes(options.rows, work.prompt, max(READ_TOKENS, options.piece)))
+    longest = options.longest_piece
+    if options.sizes.fixed:
+        shapes = tuple(buckets.extend_shapes(options.rows, longest, longest, options.sizes))
+    else:
+        shapes = tuple(buckets.extend_shapes(options.rows, work.prompt, max(READ_TOKENS, options.piece)))
     out = list(engine.towers.programs(work.frames, work.chunks))
     if speech is None:
         return [*out, *thinker.programs(shapes, work.media)]

@@ -9,11 +9,14 @@ import httpx
 import openai
 import pytest
 
+from omni_jax import buckets
 from omni_jax.infer.serve.options import ServeOptions
 from omni_jax.infer.serve.replica import Replica
 from omni_jax.infer.serve.server import in_thread
+from omni_jax.infer.serve.warmup import prepare
 from omni_jax.runtime.turn import Request
 from omni_jax.settings import GenerationSettings, MediaSettings, SpeechSettings
+from tests.compile_counter import count_compiles
 
 NAME = "nano"
 SPOKEN = SpeechSettings(temperature=0.0, max_codes=26, ode_steps=2, ode_solver="euler", watchdog=None)
@@ -31,9 +34,11 @@ def library(replica, messages, *, speech=None, max_new_tokens=8, **asked):
 
 @pytest.fixture(scope="package")
 def replica(speaker):
-    driver = speaker.driver(2, capacity=2048)
+    """A replica as the command makes it, warmed up."""
+    driver = speaker.driver(2, capacity=2048, sizes=buckets.COARSE, max_codes=SPOKEN.max_codes)
     options = ServeOptions(port=0, max_waiting=2, max_body=2, reconnect_seconds=1)
     made = Replica(speaker, driver, options, NAME, GenerationSettings(max_new_tokens=8), SPOKEN, SMALL)
+    prepare(made)
     made.start()
     yield made
     made.stop()
@@ -60,10 +65,14 @@ def http(url):
 
 @pytest.fixture(autouse=True)
 def _nothing_left(request):
-    """After each test the engine is idle: whatever a client did, its row is free."""
-    yield
-    if "replica" in request.fixturenames:
+    """After each test the engine is idle, whatever a client did, and nothing has been compiled for it."""
+    if "replica" not in request.fixturenames:
+        yield
+    else:
         replica = request.getfixturevalue("replica")
+        with count_compiles() as compiled:
+            yield
+        assert compiled.value == 0
         until = time.monotonic() + 20
         while time.monotonic() < until and not (replica.driver.engine.is_idle and replica.active == 0):
             time.sleep(0.02)

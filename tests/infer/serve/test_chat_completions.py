@@ -31,8 +31,8 @@ def test_models_and_probes(client, http):
     assert http.get("/health", headers={"x-request-id": "mine"}).headers["x-request-id"] == "mine"
 
 
-def test_text_equals_the_library(client, speaker):
-    want = speaker.generate(HELLO, max_new_tokens=8)
+def test_text_equals_the_library(client, replica):
+    want = library(replica, HELLO)
     got = client.chat.completions.create(
         model=NAME, messages=HELLO, max_completion_tokens=8, logprobs=True, top_logprobs=2
     )

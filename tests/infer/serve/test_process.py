@@ -76,7 +76,9 @@ def test_before_it_is_ready_and_when_it_drains(guarded):
         setattr(made, name, name == "draining")
         assert httpx.get(f"{url}/health").status_code == 200
         assert httpx.get(f"{url}/ready").status_code == 503
+        made.warmed = (3, 7)
         answer = httpx.post(f"{url}/v1/chat/completions", json=HELLO, headers=key)
+        assert ("3 of 7" in answer.text) == (name == "ready")
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "1"
         made.ready, made.draining = True, False
@@ -128,10 +130,12 @@ def test_a_lock_that_nobody_is_kept_from():
     assert max(waited) < 0.2
 
 
-def test_the_command(checkpoint):
-    """It answers probes, serves, lets a reply end after SIGTERM, and leaves with 0."""
+def test_the_command(checkpoint, tmp_path):
+    """It answers probes, serves, lets a reply end after SIGTERM, leaves with 0, and has kept what it compiled."""
+    programs = tmp_path / "programs"
     command = [sys.executable, "-m", "omni_jax.cli", "serve", "--model", str(checkpoint), "--port", "0", "--dtype",
-               "float32", "--no-warmup", "--context", "1024", "--max-sessions", "1"]  # fmt: skip
+               "float32", "--no-warmup", "--context", "1024", "--max-sessions", "1",
+               "--compilation-cache", str(programs)]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         lines = iter(process.stderr.readline, "")
@@ -147,6 +151,7 @@ def test_the_command(checkpoint):
     finally:
         process.kill()
         process.stderr.close()
+    assert any(programs.iterdir())
 
 
 def test_the_python_of_the_docs_runs(url, capsys):
