@@ -15,16 +15,19 @@ import numpy as np
 
 from omni_jax.events import AudioEvent, DoneEvent, Reply, TextEvent
 from omni_jax.infer.batch import openai
-from omni_jax.infer.serve import audio
+from omni_jax.infer.serve import audio, tools
 from omni_jax.infer.serve.errors import ApiError, internal, of_input
 from omni_jax.infer.serve.replica import LOG, Replica
+from omni_jax.processing.chat import has_place_for
 from omni_jax.processing.processor import Prompt
+from omni_jax.processing.tool_calls import END, ToolCall, ToolCallParser
 from omni_jax.runtime.turn import Request
 from omni_jax.settings import GenerationSettings, SpeechSettings, change
 
 # Fields that are read here, beside those of batch files.
 _OTHERS: dict[str, tuple[Any, ...] | None] = {
     "stream": (True, False), "stream_options": None, "response_format": ({"type": "text"},), "media": None,
+    "tool_choice": None,
 }  # fmt: skip
 # Most pixels of a picture whose `detail` is low.
 _LOW_PIXELS = 512 * 512
@@ -39,6 +42,7 @@ class Ask:
     Attributes:
       audio_format: of the speech; "" for text alone.
       usage: a stream ends with the counts of tokens.
+      tools: that the reply may call.
     """
 
     messages: Any
@@ -47,7 +51,7 @@ class Ask:
     audio_format: str
     stream: bool
     usage: bool
-    tools: Any
+    tools: list[dict[str, Any]]
     media: Any
 
 
@@ -79,13 +83,15 @@ def read(replica: Replica, body: Any) -> Ask:
     if found["speaks"]:
         speech = replica.check_voice(found.get("voice"), "audio.voice" if "voice" in found else "modalities")
         speech = change(speech, {"seed": settings.seed})
+    offered = tools.read(found["tools"], body.get("tool_choice"))
+    if offered and body.get("parallel_tool_calls") is False:
+        settings = change(settings, {"stop": (*settings.stop, END)})
     messages = read_messages(replica, found["messages"])
+    messages = tools.written(messages, offered, replica.model.processor.template, speech is not None)
     media = None
     if body.get("media") is not None:
         media = _media(replica, body["media"])
-    return Ask(
-        messages, settings, speech, audio_format, stream, bool(options.get("include_usage")), found["tools"], media
-    )
+    return Ask(messages, settings, speech, audio_format, stream, bool(options.get("include_usage")), offered, media)
 
 
 def _renamed(error: ApiError, body: Mapping[str, Any]) -> ApiError:
@@ -190,10 +196,12 @@ class Completion:
             "id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": replica.names[0],
         }  # fmt: skip
         self.audio_id = f"audio_{secrets.token_hex(12)}"
+        self._parser, self._said, self._called = ToolCallParser(), "", 0
 
     def request(self) -> Request:
         """As the engine takes it."""
-        return Request(self.prompt, self.ask.settings, self.ask.speech, stream=self.ask.stream)
+        unspoken = tools.unspoken(self.replica.model.processor.tokenizer) if self.ask.tools else ()
+        return Request(self.prompt, self.ask.settings, self.ask.speech, self.ask.stream, unspoken=unspoken)
 
     def _token(self, id: int) -> str:
         return self.replica.model.processor.tokenizer.decode([id], skip_controls=False)
@@ -201,17 +209,22 @@ class Completion:
     async def whole(self) -> dict[str, Any]:
         """The answer at once."""
         reply = await self.replica.answer(self.request())
-        message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
-        if self.ask.speech is not None:
+        found = [*self._parse(reply.text), *self._parse(None)]
+        text = "".join(piece for piece in found if isinstance(piece, str))
+        calls = [tools.as_delta(piece, tools.call_id()) for piece in found if isinstance(piece, ToolCall)]
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
+        if self.ask.speech is not None and (text or not calls):
             name = self.ask.audio_format.replace("pcm16", "pcm")
             data = await self.replica.read(audio.encode, reply.waveform, name)
             message["content"] = None
             message["audio"] = {
-                "id": self.audio_id, "data": base64.b64encode(data).decode(), "transcript": reply.text,
-                "expires_at": self.replica.keep_reply(self.audio_id, reply.text),
+                "id": self.audio_id, "data": base64.b64encode(data).decode(), "transcript": text,
+                "expires_at": self.replica.keep_reply(self.audio_id, text),
             }  # fmt: skip
         choice = {
-            "index": 0, "message": message, "finish_reason": openai.finish_reason(reply),
+            "index": 0, "message": message, "finish_reason": self._finish_reason(reply),
             "logprobs": openai.logprobs(reply, self._token),
         }  # fmt: skip
         return self.head | {
@@ -219,6 +232,15 @@ class Completion:
             "choices": [choice],
             "usage": usage(self.replica, self.prompt, reply),
         }
+
+    def _parse(self, text: str | None) -> list[str | ToolCall]:
+        """The next text of the reply, or with None its end, as text and calls."""
+        if not self.ask.tools:
+            return [text] if text else []
+        return self._parser.finish() if text is None else self._parser.push(text)
+
+    def _finish_reason(self, reply: Reply) -> str:
+        return "tool_calls" if self._parser.calls else openai.finish_reason(reply)
 
     def chunk(self, delta: Mapping[str, Any], finish: str | None = None, logprobs: Any = None) -> str:
         """One event of the stream."""
@@ -235,9 +257,9 @@ class Completion:
                     if first:
                         yield self.chunk({"role": "assistant", "content": None if speaks else ""})
                         first = False
-                    if isinstance(event, TextEvent) and event.text:
-                        text = {"audio": {"id": self.audio_id, "transcript": event.text}}
-                        yield self.chunk(text if speaks else {"content": event.text})
+                    if isinstance(event, TextEvent):
+                        for piece in self._parse(event.text):
+                            yield self._text_chunk(piece)
                     elif isinstance(event, AudioEvent) and len(event.samples):
                         data = base64.b64encode(audio.pcm16(event.samples)).decode()
                         yield self.chunk({"audio": {"id": self.audio_id, "data": data}})
@@ -254,12 +276,21 @@ class Completion:
                 LOG.exception("a stream has failed")
                 yield sse(internal().body)
 
+    def _text_chunk(self, piece: str | ToolCall) -> str:
+        if isinstance(piece, ToolCall):
+            self._called += 1
+            return self.chunk({"tool_calls": [tools.as_delta(piece, tools.call_id(), self._called - 1)]})
+        self._said += piece
+        if self.ask.speech is None:
+            return self.chunk({"content": piece})
+        return self.chunk({"audio": {"id": self.audio_id, "transcript": piece}})
+
     def _end(self, reply: Reply) -> list[str]:
-        out = []
-        if self.ask.speech is not None:
-            expires = self.replica.keep_reply(self.audio_id, reply.text)
+        out = [self._text_chunk(piece) for piece in self._parse(None)]
+        if self.ask.speech is not None and (self._said or not self._parser.calls):
+            expires = self.replica.keep_reply(self.audio_id, self._said)
             out.append(self.chunk({"audio": {"id": self.audio_id, "expires_at": expires}}))
-        out.append(self.chunk({}, openai.finish_reason(reply), openai.logprobs(reply, self._token)))
+        out.append(self.chunk({}, self._finish_reason(reply), openai.logprobs(reply, self._token)))
         if self.ask.usage:
             counted = usage(self.replica, self.prompt, reply)
             out.append(sse(self.head | {"object": "chat.completion.chunk", "choices": [], "usage": counted}))
@@ -274,5 +305,6 @@ def sse(data: Any) -> str:
 async def complete(replica: Replica, body: Any) -> Completion:
     """Reads a request and its media. Raises ApiError."""
     ask = read(replica, body)
-    prompt = await replica.prepare(ask.messages, speech=ask.speech is not None, tools=ask.tools, media=ask.media)
+    given = ask.tools if has_place_for(replica.model.processor.template, "tools") else None
+    prompt = await replica.prepare(ask.messages, speech=ask.speech is not None, tools=given, media=ask.media)
     return Completion(replica, ask, prompt)

@@ -11,17 +11,24 @@ from typing import Any
 import numpy as np
 
 from omni_jax.events import AudioEvent, DoneEvent, ErrorEvent, Event, Reply, TextEvent, TrimEvent
-from omni_jax.infer.serve import audio, items
-from omni_jax.infer.serve.config import bad, decode, merged, turn_detection
+from omni_jax.infer.serve import audio, items, tools
+from omni_jax.infer.serve.config import bad, check, decode, merged
 from omni_jax.infer.serve.errors import ApiError, of_input
 from omni_jax.infer.serve.replica import INPUT_ERRORS, LOG, Replica
 from omni_jax.infer.serve.response import Response
 from omni_jax.infer.serve.transcribe import transcribe
-from omni_jax.processing import positions as P
+from omni_jax.infer.serve.usage import usage
 from omni_jax.processing.chat import SPEECH_SYSTEM_MESSAGE
 from omni_jax.processing.live import Resampler
 from omni_jax.processing.media import fetch
-from omni_jax.processing.processor import Medium
+from omni_jax.processing.tool_calls import (
+    DEFAULT_SYSTEM,
+    ToolError,
+    call_text,
+    read_arguments,
+    result_text,
+    system_text,
+)
 from omni_jax.processing.voice_activity import RATE, TurnDetector, TurnRules
 
 # Seconds of audio that a turn must have, and that may come in without its end.
@@ -55,6 +62,7 @@ class Live:
         if not replica.can_speak:
             self.config["output_modalities"] = ["text"]
         self.id, self.conversation = self.config["id"], items.new_id("conv")
+        self._tools: list[dict[str, Any]] = []
         self.session = replica.model.session(
             replica.settings, speech=replica.speech, driver=replica.driver,
             output="both" if replica.can_speak else "text", system=self._system(),
@@ -73,9 +81,11 @@ class Live:
     def _system(self) -> str | None:
         """The published sentence, without which speech degrades, and the client's instructions behind it."""
         instructions = self.config["instructions"]
-        if not self.replica.can_speak:
-            return instructions or None
-        return "\n".join(filter(None, [SPEECH_SYSTEM_MESSAGE, instructions]))
+        if self.replica.can_speak:
+            instructions = "\n".join(filter(None, [SPEECH_SYSTEM_MESSAGE, instructions]))
+        if self._tools:
+            instructions = system_text(self._tools, instructions or DEFAULT_SYSTEM)
+        return instructions or None
 
     @property
     def last_item(self) -> str | None:
@@ -100,34 +110,26 @@ class Live:
     async def update(self, session: Mapping[str, Any]) -> None:
         """Changes the session. Raises ApiError for a value that cannot be."""
         config = merged(self.config, session)
-        heard, spoken = config["audio"]["input"], config["audio"]["output"]
-        for where, form in (("input", heard["format"]), ("output", spoken["format"])):
-            kind = form.get("type") if isinstance(form, Mapping) else None
-            if kind not in items.RATES or form.get("rate") not in (None, items.RATES[kind]):
-                known = "audio/pcm at 24000 Hz, audio/pcmu or audio/pcma at 8000 Hz"
-                raise bad(f"the format {str(form)[:60]} is unknown; known are {known}", f"session.audio.{where}.format")
-            config["audio"][where]["format"] = {"type": kind, "rate": items.RATES[kind]}
-        heard["turn_detection"] = turn_detection(heard["turn_detection"])
-        if config["output_modalities"] not in (["audio"], ["text"]):
-            raise bad('output_modalities must be ["audio"] or ["text"]', "session.output_modalities")
-        if config["tools"]:
-            raise bad("this model calls no tools; leave tools out", "session.tools", "unsupported_tools")
-        if spoken["speed"] not in (1, None):
-            raise bad("speech has one speed here; leave speed out", "session.audio.output.speed")
-        if not isinstance(config["instructions"], str):
-            raise bad("instructions must be a string", "session.instructions")
+        heard, spoken = check(config)
+        offered = tools.read(config["tools"], config["tool_choice"], "session.tools", "session.tool_choice")
         speech, settings = self.session.speech, self._settings(config["max_output_tokens"])
         if config["output_modalities"] == ["audio"]:
             speech = self.replica.check_voice(spoken["voice"] or None, "session.audio.output.voice")
         reformed = heard["format"] != self.config["audio"]["input"]["format"]
         detection = heard["turn_detection"] != self.config["audio"]["input"]["turn_detection"]
         self.config, self.session.settings, self.session.speech = config, settings, speech
+        self._offer(offered)
         self._set_system()
         if reformed:
             self.reset_audio()
         if detection:
             self.make_detector()
         self.send({"type": "session.updated", "session": self.config})
+
+    def _offer(self, offered: list[dict[str, Any]]) -> None:
+        self._tools = offered
+        unspoken = tools.unspoken(self.replica.model.processor.tokenizer) if offered else ()
+        self.session.options = dataclasses.replace(self.session.options, unspoken=unspoken)
 
     def _settings(self, most: Any) -> Any:
         if most in ("inf", None):
@@ -267,14 +269,16 @@ class Live:
 
     async def create_item(self, given: Any) -> None:
         """An item of the client. Raises ApiError."""
-        if not isinstance(given, Mapping) or given.get("type") != "message":
-            raise bad("items are messages here; this model calls no tools", "item.type")
+        kind = given.get("type") if isinstance(given, Mapping) else None
+        if kind in ("function_call", "function_call_output"):
+            await self._create_call(given, kind)
+            return
+        if kind != "message":
+            raise bad("an item is a message, a function_call or a function_call_output", "item.type")
         role, content = given.get("role"), given.get("content")
         if role not in ("user", "system", "assistant") or not isinstance(content, list) or not content:
             raise bad("an item needs a role (user, system, assistant) and a list as its content", "item.role")
-        name = given.get("id") or items.new_id("item")
-        if not isinstance(name, str) or name in self.entries or len(name) > 64:
-            raise bad("item.id must be a string that no other item has", "item.id")
+        name = self._new_name(given)
         shown = []
         for i, part in enumerate(content):
             if not isinstance(part, Mapping):
@@ -291,6 +295,33 @@ class Live:
                 raise bad(f"messages of the {role} have text", "item.content")
             inside = await self.thread(self.session.add_message, role, "".join(words))
         self.add(items.message(role, shown, name=name), inside)
+
+    def _new_name(self, given: Mapping[str, Any]) -> str:
+        name = given.get("id") or items.new_id("item")
+        if not isinstance(name, str) or name in self.entries or len(name) > 64:
+            raise bad("item.id must be a string that no other item has", "item.id")
+        return name
+
+    async def _create_call(self, given: Mapping[str, Any], kind: str) -> None:
+        """A call of a tool that the client tells of, or what a tool has answered: text to the model."""
+        name, call = self._new_name(given), given.get("call_id")
+        if not isinstance(call, str) or not call:
+            raise bad("item.call_id must be the id of a call", "item.call_id")
+        shown = {"id": name, "object": "realtime.item", "type": kind, "status": "completed", "call_id": call}
+        if kind == "function_call_output":
+            if not isinstance(given.get("output"), str):
+                raise bad("item.output must be a string", "item.output")
+            await self.thread(self.session.send_text, result_text(given["output"]))
+            self.add({**shown, "output": given["output"]}, self.session.parts[-1])
+            return
+        if not isinstance(given.get("name"), str) or not given["name"]:
+            raise bad("item.name must be that of a function", "item.name")
+        try:
+            arguments = read_arguments(given.get("arguments"), "item.arguments")
+        except ToolError as e:
+            raise bad(str(e), e.param) from None
+        inside = await self.thread(self.session.add_message, "assistant", call_text(given["name"], arguments))
+        self.add({**shown, "name": given["name"], "arguments": given.get("arguments") or "{}"}, inside)
 
     async def _add_part(self, part: Mapping[str, Any], where: str) -> None:
         kind = part.get("type")
@@ -344,7 +375,7 @@ class Live:
             await self.cancel("client_cancelled", milliseconds / 1000)
         else:
             entry = self._entry(name)
-            if entry.item["role"] != "assistant":
+            if entry.item.get("role") != "assistant":
                 raise bad("only what the model says can be truncated", "item_id")
             if name not in self._cut and name == self._last_spoken():
                 await self.thread(self.session.interrupt, milliseconds / 1000)
@@ -353,7 +384,7 @@ class Live:
                    "audio_end_ms": milliseconds})  # fmt: skip
 
     def _last_spoken(self) -> str | None:
-        return next((n for n, e in reversed(self.entries.items()) if e.item["role"] == "assistant"), None)
+        return next((n for n, e in reversed(self.entries.items()) if e.item.get("role") == "assistant"), None)
 
     # Responses
 
@@ -368,8 +399,8 @@ class Live:
                       "response.conversation")  # fmt: skip
         wanted = given.get("output_modalities", given.get("modalities", self.config["output_modalities"]))
         spoken = self.replica.can_speak and isinstance(wanted, list) and "audio" in wanted
-        if given.get("tools"):
-            raise bad("this model calls no tools; leave tools out", "response.tools", "unsupported_tools")
+        if given.get("tools") or given.get("tool_choice") not in (None, self.config["tool_choice"]):
+            raise bad("tools and tool_choice are the session's; leave them out", "response.tools", "unsupported_tools")
         limit = given.get("max_output_tokens", given.get("max_response_output_tokens"))
         settings = self.session.settings
         if limit is not None:
@@ -378,8 +409,9 @@ class Live:
             await self.thread(self.session.send_text, given["instructions"])
         output = self.config["audio"]["output"]
         response = Response(
-            self.send, spoken, output["format"], output["voice"], self.conversation, given.get("metadata")
-        )
+            self.send, spoken, output["format"], output["voice"], self.conversation, given.get("metadata"),
+            tools=bool(self._tools),
+        )  # fmt: skip
         self.ended.clear()
         self.response, self._previous = response, self.last_item
         self.replica.active += 1
@@ -437,34 +469,16 @@ class Live:
         self._response_ended()
         last = self.session.messages[-1] if self.session.messages else None
         inside = last if reply is not None and last is not None and last["role"] == "assistant" else None
-        response.end(reply, self._previous, self._usage(reply), error)
-        self.entries[response.item_id] = Entry(response.item(), inside)
+        response.end(reply, usage(reply, self.session.messages, self.replica.model.config.thinker), error)
+        if response.has_message:
+            self.entries[response.item_id] = Entry(response.item(), inside)
+        for call in response.calls:
+            self.entries[call["id"]] = Entry(call, None if response.has_message else inside)
 
     def _response_ended(self) -> None:
         self.response = None
         self.replica.active -= 1
         self.ended.set()
-
-    def _usage(self, reply: Reply | None) -> dict[str, Any] | None:
-        if reply is None:
-            return None
-        counts = {"audio": 0, "image": 0}
-        for m in self.session.messages:
-            for part in m["content"] if isinstance(m["content"], list) else ():
-                medium = part.get(part["type"])
-                if isinstance(medium, Medium):
-                    kind = "audio" if part["type"] == "audio" else "image"
-                    counts[kind] += len(P.media_ids(medium.segment, self.replica.model.config.thinker))
-        made, codes = len(reply.token_ids), len(reply.codes or ())
-        read = reply.prompt_tokens
-        return {
-            "total_tokens": read + made + codes, "input_tokens": read, "output_tokens": made + codes,
-            "input_token_details": {
-                "audio_tokens": counts["audio"], "image_tokens": counts["image"], "cached_tokens": reply.cached_tokens,
-                "text_tokens": max(0, read - sum(counts.values())),
-            },
-            "output_token_details": {"text_tokens": made, "audio_tokens": codes},
-        }  # fmt: skip
 
     # Its end
 

@@ -14,6 +14,7 @@ from omni_jax.events import Reply
 from omni_jax.infer.serve import audio
 from omni_jax.infer.serve.items import RATES, message, new_id
 from omni_jax.model.token2wav import SAMPLE_RATE
+from omni_jax.processing.tool_calls import BEGIN, ToolCall, ToolCallParser
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -40,21 +41,28 @@ class Speaker:
 class Response:
     """A response on its way.
 
+    Its message is begun when there is something in it; calls of tools are items of their own behind it.
+
     Attributes:
-      id, item_id: its names.
+      id, item_id: its names; the latter is its message's.
       spoken: it has audio, with a transcript; else text.
       stopped: why nothing more is sent: "turn_detected" or "client_cancelled"; "" while it goes on.
+      calls: items of the calls that it has ended with.
     """
 
     def __init__(
         self, send: Send, spoken: bool, audio_format: Mapping[str, Any], voice: str, conversation: str,
-        metadata: Any = None,
+        metadata: Any = None, tools: bool = False,
     ):  # fmt: skip
         self.id, self.item_id = new_id("resp"), new_id("item")
         self.spoken, self.stopped, self.text = spoken, "", ""
         self.first_audio: float | None = None
         self.sent_seconds = 0.0
         self._send, self._speaker = send, Speaker(audio_format["type"])
+        self._parser = ToolCallParser() if tools else None
+        self._open = False
+        self._previous: str | None = None
+        self.calls: list[dict[str, Any]] = []
         self._shared = {
             "id": self.id, "object": "realtime.response", "conversation_id": conversation, "metadata": metadata,
             "output_modalities": ["audio" if spoken else "text"], "max_output_tokens": "inf",
@@ -83,17 +91,36 @@ class Response:
 
     def begin(self, previous: str | None) -> None:
         """It is on its way; `previous` is the item before it."""
-        item = self.item("in_progress")
+        self._previous = previous
         self._send({"type": "response.created", "response": self._state("in_progress", [])})
+        if self._parser is None:
+            self._begin_message()
+
+    def _begin_message(self) -> None:
+        if self._open:
+            return
+        self._open, previous, item = True, self._previous, self.item("in_progress")
         self._send({"type": "response.output_item.added", "response_id": self.id, "output_index": 0, "item": item})
         self._send({"type": "conversation.item.added", "previous_item_id": previous, "item": item})
         self._send({"type": "response.content_part.added", **self._ids(part=self._part())})
 
     def add_text(self, text: str) -> None:
         """The next text."""
-        if text and not self.stopped:
-            self.text += text
-            self._send({"type": f"{self.kind}.delta", **self._ids(delta=text)})
+        if self.stopped:
+            return
+        for piece in [text] if self._parser is None else self._parser.push(text):
+            self._add(piece)
+
+    def _add(self, piece: str | ToolCall) -> None:
+        if isinstance(piece, ToolCall):
+            self.calls.append({
+                "id": new_id("item"), "object": "realtime.item", "type": "function_call", "status": "completed",
+                "call_id": new_id("call"), "name": piece.name, "arguments": piece.arguments,
+            })  # fmt: skip
+        elif piece:
+            self._begin_message()
+            self.text += piece
+            self._send({"type": f"{self.kind}.delta", **self._ids(delta=piece)})
 
     def add_audio(self, samples: np.ndarray) -> None:
         """The next samples, float32 at 24 kHz."""
@@ -111,11 +138,23 @@ class Response:
             return 0.0 if self.spoken else None
         return min(self.sent_seconds, time.monotonic() - self.first_audio)
 
-    def end(self, reply: Reply | None, previous: str | None, usage: Any, error: str | None) -> None:
+    def end(self, reply: Reply | None, usage: Any, error: str | None) -> None:
         """Its end: a reply, or what went wrong."""
         status, details = self._outcome(reply, error)
         if reply is not None and self.stopped:
-            self.text = reply.text
+            self.text = reply.text.partition(BEGIN)[0] if self._parser is not None else reply.text
+        elif self._parser is not None:
+            for piece in self._parser.finish():
+                self._add(piece)
+        output = self._end_message(status) if self._open or not self.calls else []
+        for call in self.calls:
+            self._send_call(call, len(output), output[-1]["id"] if output else self._previous)
+            output.append(call)
+        self._send({"type": "response.done", "response": self._state(status, output, usage, details)})
+        self._send({"type": "rate_limits.updated", "rate_limits": []})
+
+    def _end_message(self, status: str) -> list[dict[str, Any]]:
+        self._begin_message()
         if self.spoken:
             if not self.stopped and (delta := self._speaker.push(np.zeros(0, np.float32), last=True)):
                 self._send({"type": "response.output_audio.delta", **self._ids(delta=delta)})
@@ -125,9 +164,25 @@ class Response:
         self._send({"type": "response.content_part.done", **self._ids(part=self._part())})
         item = self.item("completed" if status == "completed" else "incomplete")
         self._send({"type": "response.output_item.done", "response_id": self.id, "output_index": 0, "item": item})
-        self._send({"type": "conversation.item.done", "previous_item_id": previous, "item": item})
-        self._send({"type": "response.done", "response": self._state(status, [item], usage, details)})
-        self._send({"type": "rate_limits.updated", "rate_limits": []})
+        self._send({"type": "conversation.item.done", "previous_item_id": self._previous, "item": item})
+        return [item]
+
+    def _send_call(self, call: dict[str, Any], index: int, previous: str | None) -> None:
+        begun = {**call, "status": "in_progress", "arguments": ""}
+        at = {"response_id": self.id, "output_index": index}
+        ids = {**at, "item_id": call["id"], "call_id": call["call_id"]}
+        self._send({"type": "response.output_item.added", **at, "item": begun})
+        self._send({"type": "conversation.item.added", "previous_item_id": previous, "item": begun})
+        kind, arguments = "response.function_call_arguments", call["arguments"]
+        self._send({"type": f"{kind}.delta", **ids, "delta": arguments})
+        self._send({"type": f"{kind}.done", **ids, "name": call["name"], "arguments": arguments})
+        self._send({"type": "response.output_item.done", **at, "item": call})
+        self._send({"type": "conversation.item.done", "previous_item_id": previous, "item": call})
+
+    @property
+    def has_message(self) -> bool:
+        """Whether its message is an item of the conversation."""
+        return self._open
 
     def _outcome(self, reply: Reply | None, error: str | None) -> tuple[str, dict[str, Any] | None]:
         if self.stopped:

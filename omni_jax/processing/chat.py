@@ -290,13 +290,18 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
+def has_place_for(template: str, name: str) -> bool:
+    """Whether a chat template writes `tools`, or `tool_calls`."""
+    return re.search(rf"\b{name}\b", template) is not None
+
+
 def _check_tools(messages: Sequence[Message], tools: Any, template: str) -> None:
     """Raises ConversationError where the template would leave out what the conversation says of tools."""
     if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(t, Mapping) for t in tools)):
         raise ConversationError("tools must be a list of objects, as chat completion requests have them")
     called = any("tool_calls" in m.calls for m in messages)
     for name, wanted in (("tools", bool(tools)), ("tool_calls", called)):
-        if wanted and not re.search(rf"\b{name}\b", template):
+        if wanted and not has_place_for(template, name):
             raise ConversationError(
                 f"the chat template of this checkpoint has no place for {name}; write them into the messages' text"
             )

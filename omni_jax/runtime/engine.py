@@ -50,7 +50,9 @@ class Engine:
 
     def __init__(self, model: LoadedModel, options: EngineOptions = EngineOptions(), clock: Clock = time.perf_counter):
         self.model, self.options, self.clock = model, options, clock
-        self.towers = Towers(model.config.thinker, model.params["thinker"], model.layout_for, model.dtype, options.sizes)
+        self.towers = Towers(
+            model.config.thinker, model.params["thinker"], model.layout_for, model.dtype, options.sizes
+        )
         self.thinker = ThinkerStage(model, self.towers, options.rows, options.capacity, clock)
         self.speech = (
             TalkerStage(model, options.rows, options.capacity, options.sizes, options.max_codes)
@@ -86,7 +88,7 @@ class Engine:
         if request.settings is not None:
             room = min(self.model.context, self.options.limit) - len(prompt.ids)
             self._check_memory(request, room)
-            builder = ReplyBuilder(self.model.tokenizer, request.settings, self.model.eos, room)
+            builder = ReplyBuilder(self.model.tokenizer, request.settings, self.model.eos, room, request.unspoken)
         turn = Turn(self._count, request, token_keys(prompt, media), media, builder, Times(self.clock()))
         if request.speech is not None:
             if self.speech is None:
@@ -369,8 +371,8 @@ class Engine:
         if not going:
             return None
         steps = self._steps(max(t.speech.left for t in going if t.speech is not None))
-        # The device knows which tokens have been written, but not which may turn out to be a stop string.
-        held = [t.steps_allowed for t in going if t.request.settings is not None and t.request.settings.stop]
+        # The device knows which tokens have been written, but not which may turn out not to be spoken.
+        held = [t.steps_allowed for t in going if t.request.holds_speech]
         return going, self.speech.step(going, min([steps, *[n for n in held if n is not None]]))
 
     def _finish_talking(self, turns: list[Turn], made: Made) -> None:

@@ -16,13 +16,17 @@ class ReplyBuilder:
       ids: all ids so far.
       logprobs: parallel to `ids`.
       text: the text so far that is certain, stop string cut off.
-      certain: ids from the first on whose text is certain; what may still turn out to be a stop string is not, and
-        what has turned out to be one never is.
+      certain: ids from the first on that are to be spoken; what may still turn out to be a stop string is not among
+        them, and what has turned out to be one, or follows an id of `unspoken`, never is.
       finish_reason: None while the reply goes on.
     """
 
-    def __init__(self, tokenizer: Tokenizer, settings: GenerationSettings, eos: Sequence[int], room: int):
-        """`room`: ids that the context still holds."""
+    def __init__(
+        self, tokenizer: Tokenizer, settings: GenerationSettings, eos: Sequence[int], room: int,
+        unspoken: Sequence[int] = (),
+    ):  # fmt: skip
+        """`room`: ids that the context still holds; `unspoken`: see `Request`."""
+        self._unspoken = frozenset(unspoken)
         self._tokenizer, self._stream = tokenizer, Detokenizer(tokenizer)
         self._settings, self._eos = settings, frozenset(eos)
         self._limit = min(settings.max_new_tokens, room)
@@ -70,6 +74,8 @@ class ReplyBuilder:
             shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         self.text += shown
         while self.certain < len(self._ends) and self._ends[self.certain] <= len(self.text):
+            if self.ids[self.certain] in self._unspoken:
+                break
             self.certain += 1
         return shown
 

@@ -51,6 +51,7 @@ class SessionOptions:
       max_pixels: most pixels of a frame; None for the published limit.
       when_full: what happens when the context is full: "drop" gives up the oldest media and then the oldest turns,
         "refuse" raises SessionError.
+      unspoken: see `Request`.
     """
 
     output: OutputMode = "auto"
@@ -58,6 +59,7 @@ class SessionOptions:
     fps: float = FPS
     max_pixels: int | None = None
     when_full: Literal["drop", "refuse"] = "drop"
+    unspoken: tuple[int, ...] = ()
 
 
 DEFAULT = SessionOptions()
@@ -381,7 +383,7 @@ class Session:
         self._last = None
         self.messages.append({"role": "user", "content": parts})
         speech, self.played_seconds = self.speech if speaks else None, None
-        request = Request(prompt, self.settings, speech, True, self._name, talker_reads=self._speaks)
+        request = Request(prompt, self.settings, speech, True, self._name, self._speaks, self.options.unspoken)
         self._reply = self._driver.submit(request, self._take_event)
 
     @property

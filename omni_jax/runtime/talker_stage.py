@@ -51,7 +51,12 @@ class TalkerStage:
     """
 
     def __init__(
-        self, model: LoadedModel, rows: int, places: int, sizes: buckets.Sizes = buckets.FINE, max_codes: int = MAX_CODES
+        self,
+        model: LoadedModel,
+        rows: int,
+        places: int,
+        sizes: buckets.Sizes = buckets.FINE,
+        max_codes: int = MAX_CODES,
     ):
         """`places`: tokens of a prompt that the cache has room for at first, beside TALKER_CACHE_STEP codes. With fixed
         `sizes` it has room for `max_codes`, and for replies of as many tokens as places, and does not grow."""

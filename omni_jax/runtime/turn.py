@@ -37,6 +37,7 @@ class Request:
       conversation: requests of one conversation follow each other on one row, which is kept for them until
         `Engine.close`; None for a request on its own.
       talker_reads: the Talker reads the prompt although this reply is not spoken, so that a later one can be.
+      unspoken: ids with the first of which speech ends, while the text goes on: calls of tools are not read aloud.
     """
 
     prompt: Prompt
@@ -45,6 +46,12 @@ class Request:
     stream: bool = False
     conversation: Hashable | None = None
     talker_reads: bool = False
+    unspoken: tuple[int, ...] = ()
+
+    @property
+    def holds_speech(self) -> bool:
+        """Whether a part of what is written may turn out not to be spoken."""
+        return bool(self.unspoken) or (self.settings is not None and bool(self.settings.stop))
 
 
 class EngineEvent(NamedTuple):

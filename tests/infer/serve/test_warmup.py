@@ -30,7 +30,13 @@ def test_how_many_programs_there_are(speaker):
     for rows, context in ((4, 8192), (8, 16384)):
         driver = speaker.driver(rows, capacity=context, sizes=buckets.COARSE)
         made = Replica(
-            speaker, driver, ServeOptions(), NAME, GenerationSettings(), SpeechSettings(mode="windowed"), MediaSettings()
+            speaker,
+            driver,
+            ServeOptions(),
+            NAME,
+            GenerationSettings(),
+            SpeechSettings(mode="windowed"),
+            MediaSettings(),
         )
         counts.append(len(programs(driver.engine, workload(made))))
         made.stop()
