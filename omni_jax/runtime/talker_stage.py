@@ -51,13 +51,9 @@ class TalkerStage:
     """
 
     def __init__(
-        self,
-        model: LoadedModel,
-        rows: int,
-        places: int,
-        sizes: buckets.Sizes = buckets.FINE,
+        self, model: LoadedModel, rows: int, places: int, sizes: buckets.Sizes = buckets.FINE,
         max_codes: int = MAX_CODES,
-    ):
+    ):  # fmt: skip
         """`places`: tokens of a prompt that the cache has room for at first, beside TALKER_CACHE_STEP codes. With fixed
         `sizes` it has room for `max_codes`, and for replies of as many tokens as places, and does not grow."""
         cfg = model.config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import queue
 import time
 
@@ -10,6 +12,7 @@ import openai
 import pytest
 
 from omni_jax import buckets
+from omni_jax.events import TokenLogprob
 from omni_jax.infer.serve.options import ServeOptions
 from omni_jax.infer.serve.replica import Replica
 from omni_jax.infer.serve.server import in_thread
@@ -61,6 +64,26 @@ def client(url):
 def http(url):
     with httpx.Client(base_url=url, timeout=300) as made:
         yield made
+
+
+@pytest.fixture
+def writes(replica, monkeypatch):
+    """`with writes("text"):` the Thinker writes the text, whatever it has drawn."""
+    stage, tokenizer = replica.driver.engine.thinker, replica.model.processor.tokenizer
+
+    @contextlib.contextmanager
+    def script(text):
+        ends = itertools.repeat(replica.model.loaded.eos[0])
+        ids = itertools.chain(tokenizer.encode(text, controls=True), ends)
+
+        def tokens(made, row, _):
+            return [TokenLogprob(next(ids), 0.0, ()) for valid in made.output.valid[: made.count, row] if valid]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(stage, "tokens", tokens)
+            yield
+
+    return script
 
 
 @pytest.fixture(autouse=True)

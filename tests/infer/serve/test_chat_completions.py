@@ -168,7 +168,7 @@ def test_streamed_speech(client, replica):
         ({"modalities": ["text", "audio"], "audio": {"voice": "Nobody"}}, 400, "audio.voice", "Nobody"),
         ({"modalities": ["text", "audio"], "audio": {"format": "midi"}}, 400, "audio.format", "known are"),
         ({"modalities": ["text", "audio"], "audio": {"format": "wav"}, "stream": True}, 400, "audio.format", "pcm16"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "messages", "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, 400, "tools[0].function.name", "letters"),
         ({"stream": "yes"}, 400, "stream", "not supported"),
         ({"stream_options": 3}, 400, "stream_options", "object"),
         ({"media": {"private_urls": True}}, 400, "media", "object"),

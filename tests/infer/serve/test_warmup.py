@@ -29,15 +29,8 @@ def test_how_many_programs_there_are(speaker):
     counts = []
     for rows, context in ((4, 8192), (8, 16384)):
         driver = speaker.driver(rows, capacity=context, sizes=buckets.COARSE)
-        made = Replica(
-            speaker,
-            driver,
-            ServeOptions(),
-            NAME,
-            GenerationSettings(),
-            SpeechSettings(mode="windowed"),
-            MediaSettings(),
-        )
+        spoken = SpeechSettings(mode="windowed")
+        made = Replica(speaker, driver, ServeOptions(), NAME, GenerationSettings(), spoken, MediaSettings())
         counts.append(len(programs(driver.engine, workload(made))))
         made.stop()
     assert counts[0] < 100
