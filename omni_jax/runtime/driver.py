@@ -83,10 +83,10 @@ class EngineDriver:
             self.engine.close(conversation)
         self._wake.set()
 
-    def turn(self) -> None:
-        """One round of the engine."""
+    def turn(self, now: float | None = None) -> None:
+        """One round of the engine; `now`: see `Engine.step`."""
         with self.lock:
-            events = self.engine.step()
+            events = self.engine.step(now)
             found = [(self._sinks.get(number), number, event) for number, _, event in events]
             for _, number, event in found:
                 if isinstance(event, DoneEvent | ErrorEvent | ReadEvent):

@@ -5,8 +5,9 @@ does one round of work and returns what has become of the requests since. There 
 clock but the one that is given: a driver (a plain loop, a thread beside an event loop, a test) calls `step`.
 
 A round serves the stages in the order in which a listener would miss them: the vocoder, the Talker, the Thinker, and
-then one piece of a prompt that is being read, so that no gap grows with another's prompt. A request's ids, codes and
-samples depend on itself alone: not on its neighbours, on when it joined, or on how its prompt was cut.
+then one piece of a prompt that is being read, so that no gap grows with another's prompt; `runtime.schedule` says who
+goes first. A request's ids, codes and samples depend on itself alone: not on its neighbours, on when it joined, or on
+how its prompt was cut.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from omni_jax.runtime.loaded import LoadedModel
 from omni_jax.runtime.media import Towers, common_prefix, map_media, reply_keys, token_keys
 from omni_jax.runtime.reply import ReplyBuilder
 from omni_jax.runtime.rows import Rows
+from omni_jax.runtime.schedule import first_to_vocode, must_defer_reading, reading_order
 from omni_jax.runtime.talker_stage import TalkerStage
 from omni_jax.runtime.thinker_stage import LOOP_STEPS, Made, Piece, ThinkerStage
 from omni_jax.runtime.turn import Clock, EngineEvent, Request, Times, Turn
@@ -64,6 +66,8 @@ class Engine:
         self._turns: dict[int, Turn] = {}
         self._events: list[EngineEvent] = []
         self._count = 0
+        self._now = clock()  # the round's time, by which it is decided who goes first
+        self._tokens_read = self._deferred = 0
 
     # Requests
 
@@ -180,8 +184,14 @@ class Engine:
         """Whether `step` has something to return already: what an interrupted request leaves."""
         return bool(self._events)
 
-    def step(self) -> list[EngineEvent]:
-        """One round of work; returns the events since the last one."""
+    def step(self, now: float | None = None) -> list[EngineEvent]:
+        """One round of work; returns the events since the last one.
+
+        Args:
+          now: the time by which it is decided who goes first, in seconds; by default the clock's. Engines that make
+            their rounds together need the same.
+        """
+        self._now = self.clock() if now is None else now
         self._admit()
         # Stages on chips of their own work at the same time: all are asked before any is waited for. On the same chips
         # the vocoder comes first, since it is what a listener waits for.
@@ -219,7 +229,7 @@ class Engine:
     def _place(self, turn: Turn, index: int) -> None:
         row = self._rows[index]
         row.turn, row.owner, row.used = turn, turn.request.conversation, turn.number
-        turn.row, turn.times.admitted = index, self.clock()
+        turn.row, turn.times.admitted, turn.placed = index, self.clock(), self._now
         if turn.builder is not None:
             self.thinker.ensure(len(turn.keys) + turn.builder.left)
         if self.speech is not None and turn.talker_reads:
@@ -236,6 +246,7 @@ class Engine:
             row.keys, shared = self._rows[other].keys[:there], there
         self._cut(index, shared)
         turn.read = turn.reused = shared
+        turn.reading_tag = self._tokens_read + turn.left_to_read
 
     def _cut(self, index: int, length: int) -> None:
         """Forgets what a row holds beyond `length` tokens."""
@@ -264,10 +275,15 @@ class Engine:
 
     def _read(self) -> None:
         """One piece of the prompts that are being read; whole prompts where nobody else is served."""
-        reading = sorted((t for t in self._serving if t.left_to_read), key=lambda t: t.number)
+        serving = self._serving
+        reading = reading_order(serving)
         if not reading:
             return
-        options, others = self.options, len(reading) < len(self._serving)
+        if must_defer_reading(serving, self._now, self._deferred):
+            self._deferred += 1
+            return
+        self._deferred = 0
+        options, others = self.options, len(reading) < len(serving)
         cut = others or options.sizes.fixed
         budget = options.longest_piece if cut or self._somebody_listens else READ_TOKENS
         plan = self.thinker.plan_read(reading, options.longest_piece if cut else options.capacity, budget)
@@ -293,6 +309,7 @@ class Engine:
             row = self._rows[turn.row]
             row.keys = turn.keys[: turn.read + count]
             turn.read += count
+            self._tokens_read += count
             if turn.talker_reads:
                 row.talker = turn.read
         ready = [t for t in group if not t.left_to_read]
@@ -412,9 +429,11 @@ class Engine:
                 turn.times.spoken = turn.times.spoken or self.clock()
                 self._give_codes(turn)
         busy = any(t.left_to_read or t.is_writing or t.speech_goes_on for t in self._serving)
-        if busy and not self._somebody_listens and 2 * len(self.speech.vocoder.ready()) < self.options.rows:
+        ready = self.speech.vocoder.ready()
+        if busy and not self._somebody_listens and 2 * len(ready) < self.options.rows:
             return  # whole utterances are made together, when many of them have been spoken
-        for row, piece in self.speech.vocoder.step().items():
+        rows = first_to_vocode([t for t in self._serving if t.row in ready], self._now)
+        for row, piece in self.speech.vocoder.step(rows).items():
             spoken = self._rows[row].turn
             assert spoken is not None  # a stream ends with its turn
             if isinstance(piece, InputError):
@@ -426,6 +445,8 @@ class Engine:
         now, times = self.clock(), turn.times
         if len(piece.samples):
             turn.samples.append(piece.samples)
+            turn.samples_given += len(piece.samples)
+            turn.playing_from = self._now if turn.playing_from is None else turn.playing_from
             times.first_audio = times.first_audio or now
             if turn.request.stream:
                 self._emit(turn, AudioEvent(piece.samples, piece.codes, turn.drawn, now - times.submitted))

@@ -1,8 +1,8 @@
 """One engine over the hosts of a mesh: the first host decides, the others do the same.
 
 Every process of a mesh must run the same programs in the same order. So the calls that the first host's engine gets are
-sent to the others before each round, and all engines make the round together. An engine has no clock and no random
-numbers of its own that its decisions depend on: the same calls lead to the same programs.
+sent to the others before each round, and all engines make the round together, by the first one's time. An engine has no
+other clock and no random numbers that its decisions depend on: the same calls lead to the same programs.
 """
 
 from __future__ import annotations
@@ -50,28 +50,29 @@ class HostDriver(EngineDriver):
         with self.lock:
             self._calls.append(("close", conversation))
 
-    def turn(self) -> None:
+    def turn(self, now: float | None = None) -> None:
         """One round of all engines."""
         with self.lock:
             calls, self._calls = self._calls, []
-            _broadcast(encode_calls(calls))
+            _, shared = _broadcast(encode_calls(calls), self.engine.clock() if now is None else now)
             self._apply([c for c in calls if c[0] != "submit"])
-            super().turn()
+            super().turn(shared)
 
     def stop(self) -> None:
         """Ends the thread, if there is one, and the other processes' `follow`."""
         super().stop()
         with self.lock:
-            _broadcast(encode_calls([("stop", None)]))
+            _broadcast(encode_calls([("stop", None)]), 0.0)
 
     def follow(self) -> None:
         """Does what the first process does, until it stops."""
         while True:
-            calls = decode_calls(_broadcast(b""))
+            data, now = _broadcast(b"", 0.0)
+            calls = decode_calls(data)
             if any(name == "stop" for name, _ in calls):
                 return
             self._apply(calls)
-            super().turn()
+            super().turn(now)
 
     def _apply(self, calls: list[tuple[str, Any]]) -> None:
         for name, value in calls:
@@ -83,17 +84,18 @@ class HostDriver(EngineDriver):
                 self.engine.close(value)
 
 
-def _broadcast(data: bytes) -> bytes:
-    """The first process's bytes."""
+def _broadcast(data: bytes, now: float) -> tuple[bytes, float]:
+    """The first process's bytes and time, the latter in whole milliseconds; it begins anew after 24 days."""
     from jax.experimental import multihost_utils
 
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    head = np.array([len(data), round(1000 * now) & 0x7FFFFFFF], np.int32)
+    size, milliseconds = np.asarray(multihost_utils.broadcast_one_to_all(head)).tolist()
     if not size:
-        return b""
+        return b"", milliseconds / 1000
     held = np.zeros(size, np.uint8)
     if jax.process_index() == 0:
         held[:] = np.frombuffer(data, np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(held)).tobytes()
+    return np.asarray(multihost_utils.broadcast_one_to_all(held)).tobytes(), milliseconds / 1000
 
 
 def encode_calls(calls: list[tuple[str, Any]]) -> bytes:
@@ -120,6 +122,7 @@ def encode_calls(calls: list[tuple[str, Any]]) -> bytes:
             "settings": None if value.settings is None else dataclasses.asdict(value.settings),
             "speech": None if value.speech is None else dataclasses.asdict(value.speech),
             "stream": value.stream, "conversation": value.conversation, "talker_reads": value.talker_reads,
+            "unspoken": value.unspoken,
         }  # fmt: skip
 
     text = json.dumps([[name, of(name, value)] for name, value in calls])
@@ -158,7 +161,7 @@ def decode_calls(data: bytes) -> list[tuple[str, Any]]:
         return Request(
             prompt, None if settings is None else GenerationSettings(**settings),
             None if speech is None else SpeechSettings(**speech), value["stream"], _hashable(value["conversation"]),
-            value["talker_reads"],
+            value["talker_reads"], tuple(value["unspoken"]),
         )  # fmt: skip
 
     return [(name, of(name, value)) for name, value in calls]

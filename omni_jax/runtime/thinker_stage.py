@@ -96,10 +96,6 @@ class ThinkerStage:
             )
 
     @property
-    def _groups(self) -> tuple[int, ...]:
-        return self.sizes.rows(self.rows)
-
-    @property
     def _seen_width(self) -> int:
         """Ids that `set_seen` takes: any prompt's, since a program for each length would save next to nothing."""
         return min(self.capacity, buckets.PROMPT[-1])
@@ -119,9 +115,10 @@ class ThinkerStage:
 
         wanted = shape(turns[0])
         group = [t for t in turns if shape(t) == wanted]
-        size = buckets.bucket(len(group), self._groups)
+        groups = self.sizes.rows(self.rows)
+        size = buckets.bucket(len(group), groups)
         while len(group) > 1 and size * wanted[0] > budget:
-            size = max(n for n in self._groups if n < size)
+            size = max(n for n in groups if n < size)
             group = group[:size]
         return group, [min(t.left_to_read, most) for t in group]
 
@@ -131,7 +128,7 @@ class ThinkerStage:
         Raises:
           InputError: a medium that the towers refuse.
         """
-        size = buckets.bucket(len(turns), self._groups)
+        size = buckets.bucket(len(turns), self.sizes.rows(self.rows))
         width = buckets.bucket(max(counts), self.sizes.pieces)
         tokens = self._tokens(turns, counts, size, width)
         return self._extend(tokens, first=all(t.read == 0 for t in turns))

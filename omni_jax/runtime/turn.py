@@ -101,6 +101,9 @@ class Turn:
       samples: what the vocoder has given, in pieces.
       audio_done: the vocoder has given all that it will.
       failed: why the request ended early.
+      placed: the round's time when it got its row; playing_from: that of its first audio, where there is some.
+      samples_given: of its audio so far.
+      reading_tag: see `schedule.reading_order`.
     """
 
     number: int
@@ -123,6 +126,10 @@ class Turn:
     failed: InputError | None = None
     interrupted: bool = False
     events: int = 0
+    placed: float = 0.0
+    playing_from: float | None = None
+    samples_given: int = 0
+    reading_tag: int = 0
     vectors_of_cells: dict[int, np.ndarray] = field(default_factory=dict)
 
     @property

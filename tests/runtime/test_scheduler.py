@@ -12,14 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_jax.events import DoneEvent, ErrorEvent, ReadEvent, TextEvent, TokenLogprob
+from omni_jax import buckets
+from omni_jax.events import AudioEvent, DoneEvent, ErrorEvent, ReadEvent, TextEvent, TokenLogprob
 from omni_jax.processing.positions import Text
 from omni_jax.processing.processor import Prompt
 from omni_jax.runtime import engine as E
-from omni_jax.runtime.engine import CapacityError
+from omni_jax.runtime.engine_options import LISTENING_STEPS, PIECE, CapacityError
+from omni_jax.runtime.schedule import MOST_DEFERRED, URGENT, slack
 from omni_jax.runtime.thinker_stage import ThinkerStage
 from omni_jax.runtime.turn import Request
-from omni_jax.settings import GenerationSettings
+from omni_jax.runtime.vocoder_stream import Pcm
+from omni_jax.runtime.watchdog import SpeechBuilder
+from omni_jax.settings import GenerationSettings, SpeechSettings
 
 EOS, CAPACITY = 0, 2048
 
@@ -37,7 +41,7 @@ class Counted:
     plan_read = ThinkerStage.plan_read
 
     def __init__(self, model, towers, rows, capacity, clock):
-        self.held, self.clock, self.capacity = [0] * rows, clock, capacity
+        self.held, self.clock, self.capacity, self.rows, self.sizes = [0] * rows, clock, capacity, rows, buckets.FINE
 
     def ensure(self, places):
         assert places <= self.capacity
@@ -218,7 +222,7 @@ def test_a_long_prompt_lengthens_no_gap():
         if number == listener and isinstance(event, TextEvent):
             times.append(event.seconds)
     assert len(times) > 9
-    assert max(np.diff(times)) <= E.PIECE + 2 * E.LISTENING_STEPS
+    assert max(np.diff(times)) <= PIECE + 2 * LISTENING_STEPS
 
 
 def test_reading_is_fair():
@@ -230,3 +234,132 @@ def test_reading_is_fair():
     ended = [number for number, _, event in engine.run() if isinstance(event, ReadEvent)]
     assert ended == order
     assert dataclasses.asdict(engine.options)["rows"] == 3
+
+
+PIECES = dataclasses.replace(buckets.FINE, fixed=True)
+
+
+def rounds_until(engine, number, most, each_round=lambda: None):
+    """Rounds until a request has ended."""
+    for n in range(1, most + 1):
+        each_round()
+        if any(e.request == number and not isinstance(e.event, TextEvent | AudioEvent) for e in engine.step()):
+            return n
+    raise AssertionError(f"request {number} has not ended after {most} rounds")
+
+
+def test_a_short_prompt_waits_for_no_long_one():
+    engine = E.Engine(model(), E.EngineOptions(3, CAPACITY, piece=16, sizes=PIECES), Clock())
+    engine.submit(Request(prompt(*range(1, 1601)), None))
+    engine.step()
+    short = engine.submit(Request(prompt(*range(2, 22)), None))
+    assert rounds_until(engine, short, 10) == 2
+
+
+def test_a_long_prompt_is_not_starved_by_short_ones():
+    """However many come: it waits for no more of their tokens than it has itself."""
+    engine = E.Engine(model(), E.EngineOptions(3, CAPACITY, piece=16, sizes=PIECES), Clock())
+    long = engine.submit(Request(prompt(*range(1, 321)), None))
+    shorts = iter(range(10_000))
+
+    def come():
+        engine.submit(Request(prompt(50 + next(shorts), *range(2, 11)), None))
+
+    assert 20 <= rounds_until(engine, long, 200, come) <= 320 / 16 + 320 / 10 + 2
+
+
+class CountedVocoder:
+    """Gives a second of audio for each 50 codes, and notes for whom it worked in each round."""
+
+    def __init__(self, clock):
+        self.clock, self.codes, self.closed, self.served = clock, {}, set(), []
+
+    def ready(self):
+        return [row for row, n in self.codes.items() if n >= 50 or row in self.closed]
+
+    def step(self, rows):
+        self.served.append(list(rows))
+        out = {}
+        for row in rows:
+            self.clock.now += 0.2
+            n = min(50, self.codes[row])
+            self.codes[row] -= n
+            last = row in self.closed and not self.codes[row]
+            out[row] = Pcm(np.zeros(n * 480, np.float32), (7,) * n, range(n), last)
+            if last:
+                self.interrupt(row)
+        return out
+
+    def interrupt(self, row):
+        self.codes.pop(row, None)
+        self.closed.discard(row)
+
+
+class CountedTalker:
+    """A Talker that says one code again and again."""
+
+    def __init__(self, model, rows, *_):
+        self.vocoder = CountedVocoder(model.clock)
+        self.read = self.end_replies = self.truncate = self.copy_row = self.start_reply = lambda *_: None
+        self.catch_up = lambda *_: 0
+
+    def prepare(self, settings, prompt):
+        return None, SpeechBuilder(settings, (EOS,))
+
+    def append(self, turns, made, accepted):
+        for turn in turns:
+            turn.vectors += len(accepted[turn.row])
+
+    def begin(self, turns):
+        return self.fetch(turns, self.step(turns, 1))
+
+    def step(self, turns, steps):
+        return {t.row: [7] * steps for t in turns}
+
+    def fetch(self, turns, made):
+        for turn in turns:
+            turn.drawn += len(made[turn.row])
+        return made
+
+    def vocode(self, turn):
+        codes, ended = self.vocoder.codes, turn.speech.finish_reason is not None
+        codes[turn.row] = codes.get(turn.row, 0) + len(turn.speech.codes) - turn.pushed
+        turn.pushed = len(turn.speech.codes)
+        if ended:
+            self.vocoder.closed.add(turn.row)
+
+
+def test_listeners_who_run_dry_go_first(monkeypatch):
+    """Then the vocoder works for them alone, prompts wait for some rounds and not for ever, and all get everything."""
+    monkeypatch.setattr(E, "TalkerStage", CountedTalker)
+    clock, fake = Clock(), model()
+    fake.clock = clock
+    engine = E.Engine(fake, E.EngineOptions(4, CAPACITY, speech=True, piece=16, sizes=PIECES), clock)
+    spoken = SpeechSettings(max_codes=400, watchdog=None)
+    listeners = [
+        engine.submit(Request(prompt(36, n), GenerationSettings(max_new_tokens=30), spoken, True)) for n in range(3)
+    ]
+    engine.thinker.clock = Clock()  # of which text costs nothing here
+    heard, deferred, most_deferred, alone = dict.fromkeys(listeners, 0), 0, 0, 0
+    for n in range(2000):
+        if n == 40:
+            engine.submit(Request(prompt(*range(1, 1601)), None))
+        read, served = engine._tokens_read, len(engine.speech.vocoder.served)
+        playing = [t for t in engine._serving if t.playing_from is not None and not t.audio_done]
+        ahead = {t.row: slack(t, clock.now) for t in playing}
+        urgent, reading = {r for r in ahead if ahead[r] < URGENT}, any(t.left_to_read for t in engine._serving)
+        for number, _, event in engine.step():
+            if isinstance(event, AudioEvent):
+                heard[number] += len(event.samples)
+        for rows in map(set, engine.speech.vocoder.served[served:]):
+            assert not (rows & urgent and rows & set(ahead) - urgent)
+            alone += rows <= urgent and len(rows) < len(playing)
+        deferred = deferred + 1 if reading and engine._tokens_read == read else 0
+        most_deferred = max(deferred, most_deferred)
+        clock.now += 0.05
+        if engine.is_idle:
+            break
+    assert engine.is_idle
+    assert [heard[n] for n in listeners] == [400 * 480] * 3
+    assert 0 < most_deferred <= MOST_DEFERRED
+    assert alone
