@@ -159,6 +159,7 @@ class VocoderStream:
         known = token2wav.ROW_BUCKETS
         self._exact_buckets = tuple(n for n in known if n <= bucket(rows, known))
         self._buckets = tuple(n for n in sizes.rows(min(rows, known[-1])) if n in known)
+        self._fixed = sizes.fixed
         self._block_codes = config.dit.block_size // config.dit.repeats
         self._context = min(schedule.context, bigvgan.receptive_field(config.bigvgan))
 
@@ -251,13 +252,17 @@ class VocoderStream:
             else:
                 work[row] = self._streams[row]
         drawing = {row: s for row, s in work.items() if self._can_draw(s) and not self._can_speak(s)}
-        for (mode, flow, size), group in self._grouped(drawing, lambda s: (s.mode, s.flow, self._draw_size(s))):
+        drawn_alike = self._grouped(
+            drawing, lambda s: (s.mode, s.flow, self._draw_size(s)),
+            alone=lambda k: k[0] == "windowed" and self._is_small(k[2]),
+        )  # fmt: skip
+        for (mode, flow, size), group in drawn_alike:
             if mode == "windowed":
                 self._draw_windows(group, flow, size)
             else:
                 self._draw_exact(group, flow)
         speaking = {row: s for row, s in work.items() if self._can_speak(s)}
-        for size, group in self._grouped(speaking, self._piece_blocks):
+        for size, group in self._grouped(speaking, self._piece_blocks, alone=self._is_small):
             events |= self._speak(group, size)
         for row, stream in work.items():
             if row not in events and self._has_ended(stream):
@@ -277,12 +282,13 @@ class VocoderStream:
         frames, found = self.config.dit.block_size, []
         sizes = sorted(set(self.schedule.blocks))
         for rows in self._buckets:
-            for size in sizes:
+            for size in sizes if rows == 1 or not self._fixed else sizes[-1:]:
                 for flow in flows:
                     run = self._runner(self._draw_windows, {}, flow, size, rows)
                     found.append(Program("DiT window", rows, (size + self.schedule.look_ahead) * frames, run))
-                run = self._runner(self._speak, {}, size, rows)
-                found.append(Program("BigVGAN piece", rows, self._piece_frames(size), run))
+                if self._padded_blocks(size) == size:
+                    run = self._runner(self._speak, {}, size, rows)
+                    found.append(Program("BigVGAN piece", rows, self._piece_frames(size), run))
         for rows in self._exact_buckets:
             counts = [n * self._block_codes for n in token2wav.BLOCK_BUCKETS]
             for codes in counts[: sum(n < exact_codes for n in counts) + 1] if exact_codes else ():
@@ -352,15 +358,36 @@ class VocoderStream:
     def _can_speak(self, s: _Stream) -> bool:
         return self._piece(s)[2] > s.spoken
 
-    def _grouped(self, streams: Mapping[int, _Stream], key: Callable) -> Iterator[tuple[Any, dict[int, _Stream]]]:
-        """Streams that a program runs together, by `key`, at most a bucket of rows at a time."""
+    def _grouped(
+        self, streams: Mapping[int, _Stream], key: Callable, alone: Callable
+    ) -> Iterator[tuple[Any, dict[int, _Stream]]]:
+        """Streams that a program runs together, by `key`, at most a bucket of rows at a time; `alone` says of a key if
+        each of its streams has a call of its own."""
         groups: dict[Any, list[int]] = {}
         for row, stream in streams.items():
             groups.setdefault(key(stream), []).append(row)
-        most = self._buckets[-1]
         for name, rows in groups.items():
-            for at in range(0, len(rows), most):
-                yield name, {row: streams[row] for row in rows[at : at + most]}
+            while rows:
+                take = 1 if alone(name) else self._rows_of_call(len(rows))
+                yield name, {row: streams[row] for row in rows[:take]}
+                rows = rows[take:]
+
+    def _rows_of_call(self, waiting: int) -> int:
+        """How many of the rows that wait a call takes. With fixed sizes no more than half of it is padding."""
+        take = min(waiting, self._buckets[-1])
+        if self._fixed and 2 * take <= bucket(take, self._buckets):
+            take = max(n for n in self._buckets if n <= take)
+        return take
+
+    def _is_small(self, blocks: int) -> bool:
+        """Whether rounds of so many blocks are too rare for a program of each number of rows: all but the last."""
+        return self._fixed and blocks != max(self.schedule.blocks)
+
+    def _padded_blocks(self, size: int) -> int:
+        """Blocks of the program that a piece of BigVGAN runs on. With fixed sizes there are two: the first piece, which
+        somebody waits for, and the largest."""
+        sizes = self.schedule.blocks
+        return size if not self._fixed or size == min(sizes) else max(sizes)
 
     @staticmethod
     def _runner(call: Callable, *args: Any) -> Callable[[], object]:
@@ -445,7 +472,7 @@ class VocoderStream:
     def _speak(self, streams: Mapping[int, _Stream], size: int, rows: int | None = None) -> dict[int, Pcm | CodeError]:
         """One piece of BigVGAN of each stream."""
         rows = rows or bucket(len(streams), self._buckets)
-        mel = np.zeros((rows, self._piece_frames(size), self.config.dit.mel_dim), np.float32)
+        mel = np.zeros((rows, self._piece_frames(self._padded_blocks(size)), self.config.dit.mel_dim), np.float32)
         lengths = np.ones(rows, np.int32)
         pieces = {row: self._piece(s) for row, s in streams.items()}
         for i, (row, s) in enumerate(streams.items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import queue
 import time
@@ -22,7 +23,11 @@ from omni_jax.settings import GenerationSettings, MediaSettings, SpeechSettings
 from tests.compile_counter import count_compiles
 
 NAME = "nano"
-SPOKEN = SpeechSettings(temperature=0.0, max_codes=26, ode_steps=2, ode_solver="euler", watchdog=None)
+SPOKEN = SpeechSettings(
+    temperature=0.0, max_codes=26, ode_steps=2, ode_solver="euler", watchdog=None, mode="windowed"
+)  # fmt: skip
+# A server's, with fewer of each: compiling is most of the tests' time.
+SIZES = dataclasses.replace(buckets.COARSE, pieces=(16, 256), chunks=(1, 8))
 SMALL = MediaSettings(max_pixels=4000)
 
 
@@ -38,7 +43,7 @@ def library(replica, messages, *, speech=None, max_new_tokens=8, **asked):
 @pytest.fixture(scope="package")
 def replica(speaker):
     """A replica as the command makes it, warmed up."""
-    driver = speaker.driver(2, capacity=2048, sizes=buckets.COARSE, max_codes=SPOKEN.max_codes)
+    driver = speaker.driver(2, capacity=2048, sizes=SIZES, max_codes=SPOKEN.max_codes)
     options = ServeOptions(port=0, max_waiting=2, max_body=2, reconnect_seconds=1)
     made = Replica(speaker, driver, options, NAME, GenerationSettings(max_new_tokens=8), SPOKEN, SMALL)
     prepare(made)

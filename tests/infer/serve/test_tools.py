@@ -18,9 +18,8 @@ CALL = call_text("weather", {"city": "Ulm"})
 
 
 def completion(client, **given):
-    return client.chat.completions.create(
-        model=NAME, messages=ASK, **{"tools": [WEATHER], "max_tokens": 200, **given}
-    )  # fmt: skip
+    asked = {"model": NAME, "messages": ASK, "tools": [WEATHER], "max_tokens": 200, **given}
+    return client.chat.completions.create(**asked)
 
 
 def test_calls(client, writes):
