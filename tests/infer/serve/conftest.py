@@ -73,16 +73,21 @@ def http(url):
 
 @pytest.fixture
 def writes(replica, monkeypatch):
-    """`with writes("text"):` the Thinker writes the text, whatever it has drawn."""
+    """`with writes("one", "two"):` the Thinker writes these replies, one after another, whatever it has drawn."""
     stage, tokenizer = replica.driver.engine.thinker, replica.model.processor.tokenizer
 
     @contextlib.contextmanager
-    def script(text):
-        ends = itertools.repeat(replica.model.loaded.eos[0])
-        ids = itertools.chain(tokenizer.encode(text, controls=True), ends)
+    def script(*texts):
+        end = replica.model.loaded.eos[0]
+        replies = [[*tokenizer.encode(text, controls=True), end] for text in texts]
+        ids = itertools.chain(*replies, itertools.repeat(end))
 
         def tokens(made, row, _):
-            return [TokenLogprob(next(ids), 0.0, ()) for valid in made.output.valid[: made.count, row] if valid]
+            for valid in made.output.valid[: made.count, row]:
+                if valid:
+                    yield TokenLogprob(token := next(ids), 0.0, ())
+                    if token == end:
+                        return  # what is drawn behind it belongs to no reply
 
         with monkeypatch.context() as patch:
             patch.setattr(stage, "tokens", tokens)
