@@ -74,9 +74,12 @@ def read_body(body: Mapping[str, Any], others: Mapping[str, tuple[Any, ...] | No
             raise FieldError(name, f"its {name} is {str(value)[:80]}, which is not supported; leave it out")
     out: dict[str, Any] = {"messages": body.get("messages"), "tools": body.get("tools")}
     out["settings"] = {_SETTINGS[n]: v for n, v in body.items() if n in _SETTINGS and v is not None}
+    if not isinstance(body.get("logprobs"), bool | None):
+        raise FieldError("logprobs", f"its logprobs is {str(body['logprobs'])[:80]}; give true or false")
     if body.get("logprobs"):
-        out["settings"]["logprobs"] = body.get("top_logprobs") or 0
-    modalities, audio = body.get("modalities") or ["text"], body.get("audio") or {}
+        out["settings"]["logprobs"] = 0 if body.get("top_logprobs") is None else body["top_logprobs"]
+    modalities = ["text"] if body.get("modalities") is None else body["modalities"]
+    audio = {} if body.get("audio") is None else body["audio"]
     if modalities not in (["text"], ["text", "audio"], ["audio", "text"]):
         raise FieldError("modalities", f"its modalities are {str(modalities)[:80]}; give text, or text and audio")
     if not isinstance(audio, Mapping):

@@ -22,7 +22,7 @@ from omni_jax.processing.chat import has_place_for
 from omni_jax.processing.processor import Prompt
 from omni_jax.processing.tool_calls import END, ToolCall, ToolCallParser
 from omni_jax.runtime.turn import Request
-from omni_jax.settings import GenerationSettings, SpeechSettings, change
+from omni_jax.settings import GenerationSettings, MediaSettings, SpeechSettings, change
 
 # Fields that are read here, beside those of batch files.
 _OTHERS: dict[str, tuple[Any, ...] | None] = {
@@ -67,13 +67,16 @@ def read(replica: Replica, body: Any) -> Ask:
         raise of_input(e, e.param) from None
     except ValueError as e:
         raise _renamed(of_input(e), body) from None
-    stream, options = bool(body.get("stream")), body.get("stream_options") or {}
+    stream = bool(body.get("stream"))
+    options = {} if body.get("stream_options") is None else body["stream_options"]
     if not isinstance(options, Mapping):
         raise ApiError(400, "stream_options must be an object", param="stream_options")
     wanted = body.get("audio") or {}
-    audio_format = "" if not found["speaks"] else wanted.get("format") or ("pcm16" if stream else "wav")
+    audio_format = wanted.get("format") if found["speaks"] else ""
+    if audio_format is None:
+        audio_format = "pcm16" if stream else "wav"
     formats = [f if f != "pcm" else "pcm16" for f in audio.FORMATS]
-    if audio_format and (audio_format not in formats or (stream and audio_format != "pcm16")):
+    if found["speaks"] and (audio_format not in formats or (stream and audio_format != "pcm16")):
         known = "pcm16" if stream else ", ".join(formats)
         raise ApiError(
             400, f"audio.format is {str(audio_format)[:40]!r}; {'streams carry' if stream else 'known are'} {known}",
@@ -96,6 +99,8 @@ def read(replica: Replica, body: Any) -> Ask:
 
 def _renamed(error: ApiError, body: Mapping[str, Any]) -> ApiError:
     """The error with the request's name of the field, in place of the setting's."""
+    if "stop string" in error.message:
+        error.param = "stop"
     names = {"max_new_tokens": ("max_completion_tokens", "max_tokens"), "stop_ids": ("stop_token_ids",),
              "logprobs": ("top_logprobs",)}  # fmt: skip
     for name in names.get(error.param or "", ()):
@@ -108,6 +113,11 @@ def _renamed(error: ApiError, body: Mapping[str, Any]) -> ApiError:
 def _media(replica: Replica, given: Any) -> Mapping[str, Any]:
     if not isinstance(given, Mapping) or "private_urls" in given:
         raise ApiError(400, 'media must be an object such as {"max_pixels": 200000}', param="media")
+    try:
+        change(MediaSettings(), given)
+    except ValueError as e:
+        error = of_input(e)
+        raise ApiError(400, error.message, param=".".join(filter(None, ["media", error.param]))) from None
     return {**replica.media.given(), **given}
 
 

@@ -113,7 +113,7 @@ class Replica:
         """The settings of speech in a voice, None for the server's own. Raises ApiError for one that there is not, or a
         model that does not speak."""
         if isinstance(voice, Mapping):
-            voice = voice.get("id")
+            voice = voice.get("id", "")
         if not self.can_speak:
             raise ApiError(400, "this model answers in text only; leave audio out", param=param)
         try:

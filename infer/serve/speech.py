@@ -43,7 +43,7 @@ async def read(replica: Replica, body: Any) -> Job:
         if name not in FIELDS:
             raise ApiError(400, f"the field {name[:40]!r} is not supported; leave it out", param=name[:40])
     replica.check_model(body.get("model"))
-    text, form = body.get("input"), body.get("response_format") or "mp3"
+    text, form = body.get("input"), "mp3" if body.get("response_format") is None else body["response_format"]
     if not isinstance(text, str) or not text.strip() or len(text) > LONGEST:
         raise ApiError(400, f"input must be text of 1 to {LONGEST} characters", param="input")
     if form not in audio.FORMATS:
@@ -51,7 +51,7 @@ async def read(replica: Replica, body: Any) -> Job:
         raise ApiError(400, f"response_format is {str(form)[:40]!r}; known are {known}", param="response_format")
     if body.get("speed") not in (None, 1, 1.0):
         raise ApiError(400, "speech has one speed here; leave speed out", param="speed")
-    stream = body.get("stream_format") or "audio"
+    stream = "audio" if body.get("stream_format") is None else body["stream_format"]
     if stream not in ("audio", "sse"):
         raise ApiError(400, "stream_format is audio or sse", param="stream_format")
     how = body.get("instructions")

@@ -12,6 +12,7 @@ from agents.realtime import RealtimeAgent, RealtimeRunner
 from omni_jax.infer.serve import audio
 from omni_jax.processing.tool_calls import call_text
 from omni_jax.processing.voice_activity import EnergyDetector
+from omni_jax.settings import GenerationSettings
 from tests.infer.serve.conftest import NAME
 from tests.infer.serve.test_realtime import noise
 
@@ -52,6 +53,7 @@ def heard(events) -> bytes:
 @pytest.fixture(autouse=True)
 def detector(replica, monkeypatch):
     monkeypatch.setattr(replica, "make_detector", EnergyDetector)
+    monkeypatch.setattr(replica, "settings", GenerationSettings(max_new_tokens=60))
 
 
 def test_a_message_is_answered_by_speech(url):

@@ -162,7 +162,7 @@ def test_streamed_speech(client, replica):
         ({"n": 2}, 400, "n", "not supported"),
         ({"frequency_penalty": 1}, 400, "frequency_penalty", "not supported"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
-        ({"stop": [""]}, 400, None, "stop string is empty"),
+        ({"stop": [""]}, 400, "stop", "stop string is empty"),
         ({"temprature": 1}, 400, "temprature", "did you mean temperature"),
         ({"modalities": ["audio"]}, 400, "modalities", "text and audio"),
         ({"modalities": ["text", "audio"], "audio": {"voice": "Nobody"}}, 400, "audio.voice", "Nobody"),
