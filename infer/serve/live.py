@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from omni_jax.events import AudioEvent, DoneEvent, ErrorEvent, Event, Reply, TextEvent, TrimEvent
 from omni_jax.infer.serve import audio, items, tools
 from omni_jax.infer.serve.config import bad, check, decode, merged
+from omni_jax.infer.serve.entry import Entry
 from omni_jax.infer.serve.errors import ApiError, of_input
 from omni_jax.infer.serve.replica import INPUT_ERRORS, LOG, Replica
 from omni_jax.infer.serve.response import Response
@@ -35,14 +35,6 @@ from omni_jax.processing.voice_activity import RATE, TurnDetector, TurnRules
 LEAST, MOST = 0.1, 600
 # Seconds that a response which was ended may take to say so.
 PATIENCE = 10.0
-
-
-@dataclass
-class Entry:
-    """An item, and what stands for it in the conversation of the model: a message or a part of one."""
-
-    item: dict[str, Any]
-    inside: dict[str, Any] | None
 
 
 class Live:
@@ -71,7 +63,6 @@ class Live:
         self.entries: dict[str, Entry] = {}
         self.response: Response | None = None
         self.ended = asyncio.Event()
-        self._cut: set[str] = set()  # responses of which the conversation holds what was played already
         self._tasks: set[asyncio.Task[None]] = set()
         self._audio_item = items.new_id("item")
         self._heard = 0  # samples at 16 kHz since the session began
@@ -371,20 +362,21 @@ class Live:
         if type(milliseconds) is not int or milliseconds < 0:
             raise bad("audio_end_ms must be a whole number, 0 or more", "audio_end_ms")
         active = self.response
-        if active is not None and active.item_id == name:
+        if active is not None and active.item_id == name and not active.stopped:
             await self.cancel("client_cancelled", milliseconds / 1000)
         else:
+            if active is not None and active.item_id == name:
+                await asyncio.wait_for(self.ended.wait(), PATIENCE)
             entry = self._entry(name)
             if entry.item.get("role") != "assistant":
                 raise bad("only what the model says can be truncated", "item_id")
-            if name not in self._cut and name == self._last_spoken():
-                await self.thread(self.session.interrupt, milliseconds / 1000)
-                self._cut.add(name)
+            await self.thread(self._cut, entry, milliseconds / 1000)
         self.send({"type": "conversation.item.truncated", "item_id": name, "content_index": index or 0,
                    "audio_end_ms": milliseconds})  # fmt: skip
 
-    def _last_spoken(self) -> str | None:
-        return next((n for n, e in reversed(self.entries.items()) if e.item.get("role") == "assistant"), None)
+    def _cut(self, entry: Entry, seconds: float) -> None:
+        if entry.cut(seconds, self.replica.model.processor.tokenizer) and entry.inside is not None:
+            self.session.remove(entry.inside)
 
     # Responses
 
@@ -437,8 +429,7 @@ class Live:
         response.stopped = reason
         if reason == "turn_detected":
             played = response.played_seconds
-        if played is not None:
-            self._cut.add(response.item_id)
+        response.played = played
         await self.thread(self.session.interrupt, played)
 
     def drain(self) -> None:
@@ -471,7 +462,8 @@ class Live:
         inside = last if reply is not None and last is not None and last["role"] == "assistant" else None
         response.end(reply, usage(reply, self.session.messages, self.replica.model.config.thinker), error)
         if response.has_message:
-            self.entries[response.item_id] = Entry(response.item(), inside)
+            said = (reply.token_ids, response.seconds_of(reply)) if reply is not None and response.spoken else ((), 0.0)
+            self.entries[response.item_id] = Entry(response.item(), inside, *said)
         for call in response.calls:
             self.entries[call["id"]] = Entry(call, None if response.has_message else inside)
 

@@ -15,7 +15,10 @@ from omni_jax.infer.serve import audio
 from omni_jax.infer.serve.items import RATES, message, new_id
 from omni_jax.model.token2wav import SAMPLE_RATE
 from omni_jax.processing.tool_calls import BEGIN, ToolCall, ToolCallParser
+from omni_jax.runtime.turn import CODES_PER_TOKEN
 
+# Of the Talker: 2 mel frames of 240 samples each.
+CODES_PER_SECOND = SAMPLE_RATE / 480
 Send = Callable[[dict[str, Any]], None]
 
 
@@ -47,6 +50,7 @@ class Response:
       id, item_id: its names; the latter is its message's.
       spoken: it has audio, with a transcript; else text.
       stopped: why nothing more is sent: "turn_detected" or "client_cancelled"; "" while it goes on.
+      played: seconds of its audio that were played when it was stopped, as far as that is known.
       calls: items of the calls that it has ended with.
     """
 
@@ -57,6 +61,7 @@ class Response:
         self.id, self.item_id = new_id("resp"), new_id("item")
         self.spoken, self.stopped, self.text = spoken, "", ""
         self.first_audio: float | None = None
+        self.played: float | None = None
         self.sent_seconds = 0.0
         self._send, self._speaker = send, Speaker(audio_format["type"])
         self._parser = ToolCallParser() if tools else None
@@ -137,6 +142,14 @@ class Response:
         if self.first_audio is None:
             return 0.0 if self.spoken else None
         return min(self.sent_seconds, time.monotonic() - self.first_audio)
+
+    def seconds_of(self, reply: Reply) -> float:
+        """Seconds that a listener would have heard of what the conversation keeps of it."""
+        if self.played is not None:
+            return self.played
+        if not self.stopped:
+            return reply.seconds
+        return max(reply.seconds, len(reply.token_ids) * CODES_PER_TOKEN / CODES_PER_SECOND)
 
     def end(self, reply: Reply | None, usage: Any, error: str | None) -> None:
         """Its end: a reply, or what went wrong."""

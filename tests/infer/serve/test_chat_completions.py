@@ -87,6 +87,26 @@ def test_media(client, replica):
     assert again.choices[0].message.content == want.text
 
 
+def test_video_and_audio_urls(client, replica):
+    """Extensions of other servers, with data: URLs; a clip with its sound."""
+    clip = {"type": "video_url", "video_url": {"url": data_url("clip.mp4", "video/mp4")}, "use_audio_in_video": True}
+    sound = {"type": "audio_url", "audio_url": {"url": data_url("speech.flac", "audio/flac")}}
+    text = {"type": "text", "text": "What happens?"}
+    got = client.chat.completions.create(
+        model=NAME, messages=[{"role": "user", "content": [clip, sound, text]}], max_tokens=4
+    )
+    want = library(
+        replica,
+        [{"role": "user", "content": [
+            {"type": "video", "video": MEDIA / "clip.mp4", "use_audio_in_video": True},
+            {"type": "audio", "audio": MEDIA / "speech.flac"}, text,
+        ]}], max_new_tokens=4,
+    )  # fmt: skip
+    assert got.choices[0].message.content == want.text
+    assert got.usage.prompt_tokens == want.prompt_tokens
+    assert got.usage.prompt_tokens_details.audio_tokens > 50
+
+
 @pytest.mark.parametrize("form", ["wav", "mp3", "opus", "flac", "aac", "pcm16"])
 def test_speech_equals_the_library(client, replica, form):
     want = library(replica, HELLO, speech=SPOKEN)

@@ -183,6 +183,69 @@ def test_push_to_talk_transcription_and_images(talk):
     assert done["usage"]["input_token_details"]["audio_tokens"] == 0
 
 
+@pytest.mark.parametrize(("eagerness", "silence"), [("high", 0.5), ("low", 2.0)])
+def test_semantic_turn_detection_waits_as_told(talk, eagerness, silence):
+    """A turn ends after so much silence, and not before."""
+    talk.update(
+        output_modalities=["text"],
+        audio={"input": {"turn_detection": {"type": "semantic_vad", "eagerness": eagerness, "create_response": False}}},
+    )
+    talk.append(np.concatenate([noise(0.5, 1e-3), noise(0.8), noise(silence - 0.2, 1e-3)]))
+    talk.send("conversation.item.retrieve", item_id="none")
+    while talk.next()["type"] != "error":
+        pass
+    assert "input_audio_buffer.speech_stopped" not in kinds(talk)
+    talk.append(noise(0.5, 1e-3))
+    assert talk.until("input_audio_buffer.speech_stopped")["audio_end_ms"] == pytest.approx(
+        1300, abs=150 + 1000 * silence
+    )
+    talk.until("conversation.item.done")
+    assert "response.created" not in kinds(talk)
+
+
+@pytest.mark.parametrize("law", ["pcmu", "pcma"])
+def test_telephone_audio(talk, law):
+    """G.711 at 8 kHz both ways: a turn is found and answered in it."""
+    form = {"type": f"audio/{law}"}
+    told = talk.update(audio={"input": {"format": form}, "output": {"format": form}})
+    assert told["audio"]["output"]["format"] == {"type": f"audio/{law}", "rate": 8000}
+    samples = np.concatenate([noise(0.5, 1e-3), noise(1.0), noise(1.0, 1e-3)])[::3]
+    for at in range(0, len(samples), 800):
+        data = audio.g711_encode(samples[at : at + 800], law)
+        talk.send("input_audio_buffer.append", audio=base64.b64encode(data).decode())
+    done = talk.until("response.done")["response"]
+    heard = sum(len(base64.b64decode(e["delta"])) for e in talk.events if e["type"] == "response.output_audio.delta")
+    codes = done["usage"]["output_token_details"]["audio_tokens"]
+    assert heard == pytest.approx(160 * codes, abs=2)
+    assert done["usage"]["input_token_details"]["audio_tokens"] > 20
+
+
+def test_truncation_to_earlier_points(talk):
+    """Again and again, and of an answer before the last; the conversation shrinks with it, and never grows again."""
+    talk.update(max_output_tokens=8)
+
+    def words(name):
+        talk.send("conversation.item.retrieve", item_id=name)
+        return talk.until("conversation.item.retrieved")["item"]["content"][0]["transcript"]
+
+    first, second = (talk.typed(text)["output"][0]["id"] for text in ("Hello", "And you?"))
+    talk.typed("Go on", output_modalities=["text"])
+    said = [words(first)]
+    for name, milliseconds in ((first, 400), (first, 100), (first, 5000), (second, 0)):
+        talk.send("conversation.item.truncate", item_id=name, content_index=0, audio_end_ms=milliseconds)
+        assert talk.until("conversation.item.truncated")["audio_end_ms"] == milliseconds
+        said.append(words(name))
+    whole, some, less, same, none = said
+    assert whole.startswith(some)
+    assert some.startswith(less)
+    assert len(whole) > len(some) > len(less)
+    assert (same, none) == (less, "")
+    before = talk.typed("More", output_modalities=["text"])["usage"]["input_tokens"]
+    talk.send("conversation.item.truncate", item_id=first, content_index=0, audio_end_ms=0)
+    assert talk.typed("M", output_modalities=["text"])["status"] in ("completed", "incomplete")
+    assert before > 0
+
+
 def test_cancel_is_silence(talk):
     talk.send("session.update", session={"type": "realtime", "max_output_tokens": 8})
     content = [{"type": "input_text", "text": "Go on"}]
