@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 import httpx
 
+from omni_jax import buckets
 from omni_jax.errors import InputError
 from omni_jax.infer.bench.live import CAPACITY, QUESTION, SPEECH, opened
 from omni_jax.infer.bench.text import machine
 from omni_jax.infer.serve.options import ServeOptions
 from omni_jax.infer.serve.replica import Replica
 from omni_jax.infer.serve.server import in_thread
+from omni_jax.infer.serve.warmup import prepare
 from omni_jax.model.token2wav import SAMPLE_RATE
 from omni_jax.settings import GenerationSettings, MediaSettings, change
 
@@ -81,14 +83,16 @@ def run(model: str | None, seconds: float, rounds: int, clients: Sequence[int] =
     rows = []
     with opened(model) as m:
         speech = change(SPEECH, {"max_codes": max(1, round(seconds * m.loaded.codes_per_second))})
-        driver = m.driver(rows=max(clients), capacity=CAPACITY)
+        speech = change(speech, {"mode": "windowed"})
+        driver = m.driver(rows=max(clients), capacity=CAPACITY, sizes=buckets.COARSE, max_codes=speech.max_codes)
         options = ServeOptions(port=0, max_sessions=max(clients), max_waiting=max(clients))
         settings = GenerationSettings(max_new_tokens=TOKENS)
         replica = Replica(m, driver, options, NAME, settings, speech, MediaSettings())
+        prepare(replica)
         replica.start()
         try:
             with in_thread(replica) as url:
-                _at_once(url, max(clients), 2 * max(clients))  # compiles
+                _at_once(url, 1, 1)
                 for n in clients:
                     rows.append(_row(n, *_at_once(url, n, n * rounds)))
         finally:

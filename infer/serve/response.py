@@ -147,9 +147,8 @@ class Response:
         """Seconds that a listener would have heard of what the conversation keeps of it."""
         if self.played is not None:
             return self.played
-        if not self.stopped:
-            return reply.seconds
-        return max(reply.seconds, len(reply.token_ids) * CODES_PER_TOKEN / CODES_PER_SECOND)
+        heard = reply.seconds or 0.0
+        return heard if not self.stopped else max(heard, len(reply.token_ids) * CODES_PER_TOKEN / CODES_PER_SECOND)
 
     def end(self, reply: Reply | None, usage: Any, error: str | None) -> None:
         """Its end: a reply, or what went wrong."""

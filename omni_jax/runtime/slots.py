@@ -36,6 +36,8 @@ from omni_jax.model.sampling import MAX_LOGPROBS, Sampling, log_probs, sample
 from omni_jax.model.types import AnyArray, RowInts, RowMask, traced
 from omni_jax.parallel.sharding import constrain, replicate
 from omni_jax.runtime.decoder_program import DecoderProgram as DecoderProgram
+from omni_jax.runtime.decoder_program import talker_program as talker_program
+from omni_jax.runtime.decoder_program import thinker_program as thinker_program
 
 # Most steps of one call of `step`: of the Talker, 0.64 s of speech.
 LOOP_STEPS = 32
@@ -433,11 +435,9 @@ def end_reply(slots: Slots, mask: RowMask, lengths: RowInts) -> Slots:
 
 
 @partial(jax.jit, static_argnames="width")
-def reply_stretch(
-    vectors: Float[Array, "B N E"], row: Int32[Array, ""], start: Int32[Array, ""], width: int
-) -> Float[Array, "1 {width} E"]:
-    """Vectors of the reply of one row from `start` on, as a prompt has them; what lies beyond N repeats the last."""
-    return replicate(vectors[row, jnp.minimum(start + jnp.arange(width), vectors.shape[1] - 1)][None])
+def reply_stretch(vectors: Float[Array, "B N E"], at: Int32[Array, "2"], width: int) -> Float[Array, "1 {width} E"]:
+    """Vectors of a reply as a prompt has them; `at`: a row, and the first one. Beyond N the last one is repeated."""
+    return replicate(vectors[at[0], jnp.minimum(at[1] + jnp.arange(width), vectors.shape[1] - 1)][None])
 
 
 @partial(jax.jit, donate_argnames="slots")

@@ -24,7 +24,6 @@ from omni_jax.model.token2wav import Flow
 from omni_jax.model.voice import Voice
 from omni_jax.parallel.meshes import transfer_to_mesh
 from omni_jax.runtime import slots as S
-from omni_jax.runtime.decoder_program import talker_program
 from omni_jax.runtime.loaded import LoadedModel
 from omni_jax.runtime.media import Program
 from omni_jax.runtime.speech import (
@@ -64,7 +63,7 @@ class TalkerStage:
         self.model, self.rows, self.talker, self._sizes = model, rows, cfg.talker, sizes
         self._params = model.params["talker"]
         self._table = model.params["thinker"]["model"]["embed_tokens"]["weight"]
-        self._program = talker_program(cfg.talker)
+        self._program = S.talker_program(cfg.talker)
         self.vocoder = VocoderStream(
             cfg.token2wav, model.params["token2wav"], model.voices, rows, model.layout_for, sizes=sizes
         )
@@ -186,7 +185,7 @@ class TalkerStage:
         width = positions.shape[2]
         assert self._slots.reply is not None
         with self.model.layout_for("talker", 1, width):
-            x = S.reply_stretch(self._slots.reply.vectors, np.int32(row), np.int32(start), width)
+            x = S.reply_stretch(self._slots.reply.vectors, np.array([row, start], np.int32), width)
         self._extend(S.Tokens(x, positions, np.array([n], np.int32), np.array([row], np.int32)), first=False)
 
     def truncate(self, row: int, length: int) -> None:

@@ -18,7 +18,6 @@ from omni_jax import buckets
 from omni_jax.events import TokenLogprob
 from omni_jax.model.sampling import Sampling
 from omni_jax.runtime import slots as S
-from omni_jax.runtime.decoder_program import thinker_program
 from omni_jax.runtime.loaded import LoadedModel
 from omni_jax.runtime.media import Program, Towers
 from omni_jax.runtime.turn import Clock, Turn
@@ -89,7 +88,7 @@ class ThinkerStage:
         self.model, self.towers, self.rows, self.capacity, self.clock = model, towers, rows, capacity, clock
         self.sizes = towers.sizes
         self._params = model.params["thinker"]
-        self._program = thinker_program(model.config.thinker)
+        self._program = S.thinker_program(model.config.thinker)
         with model.layout_for("thinker", rows):
             self._slots = S.make_slots(
                 self._program, self._params, rows, capacity=capacity, cache_dtype=model.cache_dtype

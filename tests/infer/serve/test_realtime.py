@@ -196,9 +196,8 @@ def test_semantic_turn_detection_waits_as_told(talk, eagerness, silence):
         pass
     assert "input_audio_buffer.speech_stopped" not in kinds(talk)
     talk.append(noise(0.5, 1e-3))
-    assert talk.until("input_audio_buffer.speech_stopped")["audio_end_ms"] == pytest.approx(
-        1300, abs=150 + 1000 * silence
-    )
+    stopped = talk.until("input_audio_buffer.speech_stopped")
+    assert stopped["audio_end_ms"] == pytest.approx(1300 + 1000 * silence, abs=150)
     talk.until("conversation.item.done")
     assert "response.created" not in kinds(talk)
 
@@ -240,10 +239,7 @@ def test_truncation_to_earlier_points(talk):
     assert some.startswith(less)
     assert len(whole) > len(some) > len(less)
     assert (same, none) == (less, "")
-    before = talk.typed("More", output_modalities=["text"])["usage"]["input_tokens"]
-    talk.send("conversation.item.truncate", item_id=first, content_index=0, audio_end_ms=0)
-    assert talk.typed("M", output_modalities=["text"])["status"] in ("completed", "incomplete")
-    assert before > 0
+    assert talk.typed("More", output_modalities=["text"])["status"] in ("completed", "incomplete")
 
 
 def test_cancel_is_silence(talk):
