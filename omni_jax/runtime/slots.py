@@ -435,7 +435,7 @@ def end_reply(slots: Slots, mask: RowMask, lengths: RowInts) -> Slots:
 
 
 @partial(jax.jit, static_argnames="width")
-def reply_stretch(vectors: Float[Array, "B N E"], at: Int32[Array, "2"], width: int) -> Float[Array, "1 {width} E"]:
+def reply_stretch(vectors: Float[Array, "B N E"], at: Int32[Array, " 2"], width: int) -> Float[Array, "1 {width} E"]:
     """Vectors of a reply as a prompt has them; `at`: a row, and the first one. Beyond N the last one is repeated."""
     return replicate(vectors[at[0], jnp.minimum(at[1] + jnp.arange(width), vectors.shape[1] - 1)][None])
 
