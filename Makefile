@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Options for pytest: files are shared out over workers. One test: make test PYTEST="tests/checkpoint/test_keys.py -x"
 PYTEST ?= -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: reference demo test lint docs bench footprint full-size solvers bench-training aot plans plan-fit plan-check clean
+.PHONY: reference demo test soak clients lint docs bench footprint full-size solvers bench-training aot plans plan-fit plan-check clean
 .DELETE_ON_ERROR:
 
 # Stamps: installation is skipped until pyproject.toml changes.
@@ -48,6 +48,10 @@ docs: $(VENV)/.installed-test
 
 test: lint docs
 	$(BIN)/python -m pytest $(PYTEST)
+
+# The server for an hour, under clients that come, cancel, stall and go.
+soak: $(VENV)/.installed-test
+	OMNI_JAX_SOAK=3600 $(BIN)/python -m pytest tests/infer/serve/test_soak.py -s
 
 reference: $(VENV)/.installed
 	$(BIN)/python -m omni_jax.cli.reference docs/reference.md
