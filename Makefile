@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Options for pytest: files are shared out over workers. One test: make test PYTEST="tests/checkpoint/test_keys.py -x"
 PYTEST ?= -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: reference demo test soak clients lint docs bench footprint full-size solvers bench-training aot plans plan-fit plan-check clean
+.PHONY: reference demo test soak lint docs bench footprint full-size solvers bench-training aot plans plan-fit plan-check clean
 .DELETE_ON_ERROR:
 
 # Stamps: installation is skipped until pyproject.toml changes.

@@ -258,8 +258,11 @@ class Live:
         for what in ("added", "done"):
             self.send({"type": f"conversation.item.{what}", "previous_item_id": previous, "item": item})
 
-    async def create_item(self, given: Any) -> None:
-        """An item of the client. Raises ApiError."""
+    async def create_item(self, given: Any, previous: Any = None) -> None:
+        """An item of the client, behind the last one. Raises ApiError."""
+        last = self.last_item if self.response is None else self.response.item_id
+        if previous not in (None, last or "root", self.last_item):
+            raise bad("items are added at the end; leave previous_item_id out", "previous_item_id")
         kind = given.get("type") if isinstance(given, Mapping) else None
         if kind in ("function_call", "function_call_output"):
             await self._create_call(given, kind)
@@ -289,8 +292,10 @@ class Live:
 
     def _new_name(self, given: Mapping[str, Any]) -> str:
         name = given.get("id") or items.new_id("item")
-        if not isinstance(name, str) or name in self.entries or len(name) > 64:
-            raise bad("item.id must be a string that no other item has", "item.id")
+        if not isinstance(name, str) or len(name) > 64:
+            raise bad("item.id must be a string of at most 64 characters", "item.id")
+        if name in self.entries:
+            raise bad(f"there is an item {name!r} already", "item.id", "item_create_duplicate_item_id")
         return name
 
     async def _create_call(self, given: Mapping[str, Any], kind: str) -> None:
@@ -339,19 +344,20 @@ class Live:
         self.replica.check_pixels([medium.image.grid], f"{where}.image_url")
         self.session.send_item({"type": "image", "image": medium})
 
-    def _entry(self, name: Any) -> Entry:
+    def _entry(self, name: Any, purpose: str) -> Entry:
+        """Raises ApiError with the code that clients know: pipecat takes others for the end of the session."""
         found = self.entries.get(name) if isinstance(name, str) else None
         if found is None:
-            raise bad(f"there is no item {str(name)[:64]!r}", "item_id", "item_not_found")
+            raise bad(f"there is no item {str(name)[:64]!r}", "item_id", f"item_{purpose}_invalid_item_id")
         return found
 
     def retrieve(self, name: Any) -> None:
         """Sends an item again. Raises ApiError."""
-        self.send({"type": "conversation.item.retrieved", "item": self._entry(name).item})
+        self.send({"type": "conversation.item.retrieved", "item": self._entry(name, "retrieve").item})
 
     async def delete(self, name: Any) -> None:
         """Takes an item out of the conversation. Raises ApiError."""
-        inside = self._entry(name).inside
+        inside = self._entry(name, "delete").inside
         if inside is not None:
             await self.thread(self.session.remove, inside)
         del self.entries[name]
@@ -367,7 +373,7 @@ class Live:
         else:
             if active is not None and active.item_id == name:
                 await asyncio.wait_for(self.ended.wait(), PATIENCE)
-            entry = self._entry(name)
+            entry = self._entry(name, "truncate")
             if entry.item.get("role") != "assistant":
                 raise bad("only what the model says can be truncated", "item_id")
             await self.thread(self._cut, entry, milliseconds / 1000)

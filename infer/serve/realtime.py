@@ -208,7 +208,7 @@ async def _clear(live: Live, *_: Any) -> None:
 
 
 async def _create(live: Live, event: dict[str, Any], _: bool) -> None:
-    await live.create_item(event.get("item"))
+    await live.create_item(event.get("item"), event.get("previous_item_id"))
 
 
 async def _retrieve(live: Live, event: dict[str, Any], _: bool) -> None:

@@ -366,6 +366,8 @@ def test_a_client_that_does_not_read():
             {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}]}},
         {"type": "conversation.item.create", "item": {"type": "message", "role": "user", "content": [
             {"type": "input_text", "text": 5}]}},
+        {"type": "conversation.item.create", "previous_item_id": "no", "item": {
+            "type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hello"}]}},
         {"type": "conversation.item.retrieve", "item_id": "no"}, {"type": "conversation.item.delete"},
         {"type": "conversation.item.truncate", "item_id": "no", "content_index": 0, "audio_end_ms": 5},
         {"type": "conversation.item.truncate", "item_id": [], "audio_end_ms": "x"},
