@@ -10,16 +10,18 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
 
 from omni_jax import buckets
 from omni_jax.checkpoint.load import load_params
+from omni_jax.checkpoint.orbax_io import quantization_of
 from omni_jax.checkpoint.sources import local_files
 from omni_jax.checkpoint.speakers import load_voices
 from omni_jax.config import OmniConfig, load_config
+from omni_jax.errors import InputError, unknown_name
 from omni_jax.events import DoneEvent, ErrorEvent, Event, Reply, TextEvent
 from omni_jax.model.stages import PARTS, stage_formats, use_unrolled_layers
 from omni_jax.model.voice import Voice
@@ -42,6 +44,7 @@ from omni_jax.settings import (
     GenerationSettings,
     MediaSettings,
     OutputMode,
+    Quantize,
     SpeechSettings,
     generation_settings,
     output_of,
@@ -74,13 +77,16 @@ class Omni:
     def __init__(
         self, config: OmniConfig, params: Any, processor: Processor, eos: Sequence[int], dtype: Any,
         voices: Mapping[str, Voice] | None = None, placement: Placement | None = None,
+        quantize: Quantize | None = None,
     ):  # fmt: skip
         self.config, self.params, self.processor, self.eos = config, params, processor, tuple(eos)
         self.voices = dict(voices or {})
         self.placement, self.layout_for = placement, layout_fn(placement)
         self.dtype = jnp.dtype(dtype)
         self.cache_dtype = jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else self.dtype
-        self.guard = AdmissionControl(config, params, placement, self.dtype.itemsize, self.cache_dtype.itemsize)
+        self.guard = AdmissionControl(
+            config, params, placement, self.dtype.itemsize, self.cache_dtype.itemsize, quantize
+        )
         self._idle: Engine | None = None
 
     @property
@@ -353,6 +359,7 @@ def load(
     speech_mesh: str | jax.sharding.Mesh | None = None,
     unroll: bool | None = None,
     adapter: str | pathlib.Path | None = None,
+    quantize: Quantize | None = None,
     progress: bool = False,
 ) -> Omni:
     """Loads a checkpoint: a folder in the published layout or one that `omni-jax convert` made.
@@ -367,18 +374,22 @@ def load(
       speech_mesh: chips of their own for Talker and Token2Wav, beside those of `mesh`; see `meshes.place`.
       unroll: loop over the layers instead of scanning them; by default on one CPU or GPU, where scanning is slow.
       adapter: folder of a PEFT adapter (LoRA) to merge into the weights.
+      quantize: hold weights as int8, quantized leaf by leaf as they are read: "int8", the projections of Thinker and
+        Talker; "int8-head", also their output heads; "int8-all", also the towers. By default as the folder has them.
       progress: show a bar on stderr.
     Raises:
       ValueError: files that are missing, broken or of another model; one line that names them.
     """
+    if quantize is not None and quantize not in get_args(Quantize):
+        raise InputError(unknown_name("quantize", str(quantize), get_args(Quantize)))
     with local_files(path) as (files, arrays):
-        return _load(files, arrays, parts, dtype, mesh, speech_mesh, unroll, adapter, progress)
+        return _load(files, arrays, parts, dtype, mesh, speech_mesh, unroll, adapter, quantize, progress)
 
 
 def _load(
     path: pathlib.Path, arrays: str | None, parts: Sequence[str], dtype: Any, mesh: str | jax.sharding.Mesh | None,
     speech_mesh: str | jax.sharding.Mesh | None, unroll: bool | None, adapter: str | pathlib.Path | None,
-    progress: bool,
+    quantize: Quantize | None, progress: bool,
 ) -> Omni:  # fmt: skip
     cfg = load_config(path)
     if set(parts) not in ({"thinker"}, set(PARTS)):
@@ -396,9 +407,11 @@ def _load(
         placement = place(cfg, mesh, speech_mesh)
     elif speech_mesh is not None:
         raise MeshError("speech has a mesh of its own, but the Thinker has none; give it one as well, such as 1")
-    check_weights(cfg, placement, parts, jnp.dtype(dtype).itemsize, str(path))
+    quantize = quantization_of(path, quantize)
+    check_weights(cfg, placement, parts, jnp.dtype(dtype).itemsize, str(path), quantize)
     params = load_params(
         path, cfg, parts=parts, dtype=jnp.dtype(dtype), unroll=unroll, progress=progress, adapter=adapter,
-        shardings=stage_formats(cfg, placement, parts), arrays=arrays,
+        shardings=stage_formats(cfg, placement, parts, quantize), arrays=arrays, quantize=quantize,
     )  # fmt: skip
-    return Omni(cfg, params, processor, stop_token_ids(path, cfg, processor.tokenizer), dtype, voices, placement)
+    eos = stop_token_ids(path, cfg, processor.tokenizer)
+    return Omni(cfg, params, processor, eos, dtype, voices, placement, quantize)

@@ -21,6 +21,8 @@ import numpy as np
 from omni_jax.errors import InputError, unknown_name
 
 Dtype = Literal["bfloat16", "float32"]
+# What of the weights is int8: the projections of Thinker and Talker; also the output heads; also the towers.
+Quantize = Literal["int8", "int8-head", "int8-all"]
 # Names of `ode.SOLVERS`; that module imports jax, and this one must not.
 VocoderMode = Literal["exact", "windowed"]
 OutputMode = Literal["auto", "text", "speech", "both"]
@@ -177,6 +179,10 @@ class ModelSettings(ModelSource):
     )
     dtype: Dtype = option("bfloat16", "Dtype of weights and computation.")
     adapter: str | None = option(None, "Folder of a PEFT adapter (LoRA) to merge into the weights.")
+    quantize: Quantize | None = option(
+        None, "Weights as int8, with a scale for each output row: int8, the projections of Thinker and Talker; "
+        "int8-head, also their output heads; int8-all, also the vision and audio towers. Default: as stored.",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

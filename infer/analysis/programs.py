@@ -20,10 +20,12 @@ from omni_jax.infer.analysis.targets import topology as topology  # of the devic
 from omni_jax.model import audio, token2wav, token2wav_stream, vision
 from omni_jax.model.kv_cache import CACHE_AXES, KVCache
 from omni_jax.model.parameters import param_specs, stack_of
+from omni_jax.model.quantize import quantized_specs
 from omni_jax.model.stages import inner_part, use_unrolled_layers
 from omni_jax.parallel.meshes import Placement
 from omni_jax.parallel.sharding import Layout, param_formats
 from omni_jax.runtime import slots
+from omni_jax.settings import Quantize
 
 FLOW = token2wav.Flow()
 
@@ -67,14 +69,19 @@ def whole(layout: Layout, tree: Any) -> Any:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)
 
 
-def weights(cfg: OmniConfig, placement: Placement, part: str, dtype: Any, names: tuple[str, ...] | None = None) -> Any:
+def weights(
+    cfg: OmniConfig, placement: Placement, part: str, dtype: Any, names: tuple[str, ...] | None = None,
+    quantize: Quantize | None = None,
+) -> Any:  # fmt: skip
     """The parameters of a loaded part (or its subtrees `names`) as shapes with shardings."""
-    specs = param_specs(cfg, (part,))[part]
+    specs = quantized_specs(param_specs(cfg, (part,)), quantize)[part]
     out = {}
     for name in names or tuple(specs):
         layout = placement.layout(inner_part(part, name))
         shardings = param_formats(specs[name], layout)
-        tree = jax.tree.map(lambda s, h: jax.ShapeDtypeStruct(s.shape, dtype, sharding=h), specs[name], shardings)
+        tree = jax.tree.map(
+            lambda s, h: jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype or dtype), sharding=h), specs[name], shardings
+        )
         out[name] = _per_layer(tree, (part, name)) if _looped(layout) else tree
     return out
 
@@ -112,10 +119,10 @@ def cache_shapes(d: DecoderConfig, layout: Layout, batch: int, capacity: int, dt
     return KVCache(rows, rows, lengths)
 
 
-def text_weights(cfg: OmniConfig, placement: Placement, dtype: Any) -> Any:
+def text_weights(cfg: OmniConfig, placement: Placement, dtype: Any, quantize: Quantize | None = None) -> Any:
     """The Thinker's decoder and head, without its towers."""
     names = ("model",) if cfg.thinker.text.tie_word_embeddings else ("model", "lm_head")
-    return weights(cfg, placement, "thinker", dtype, names)
+    return weights(cfg, placement, "thinker", dtype, names, quantize)
 
 
 def slots_shapes(
@@ -149,23 +156,24 @@ def _decode(
 
 
 def thinker_decode(
-    cfg: OmniConfig, placement: Placement, batch: int, capacity: int, *, loop: bool = False, dtype: Any = jnp.bfloat16
-) -> Program:
+    cfg: OmniConfig, placement: Placement, batch: int, capacity: int, *, loop: bool = False, dtype: Any = jnp.bfloat16,
+    quantize: Quantize | None = None,
+) -> Program:  # fmt: skip
     """One decode step of the Thinker, or the loop of up to 32."""
     layout, program = placement.layout("thinker", batch), slots.thinker_program(cfg.thinker)
-    params = text_weights(cfg, placement, dtype)
+    params = text_weights(cfg, placement, dtype, quantize)
     state = slots_shapes(program, params, layout, batch, capacity, dtype)
     return _decode("thinker decode", program, params, layout, state, loop=loop)
 
 
 def talker_decode(
     cfg: OmniConfig, placement: Placement, batch: int, capacity: int, *, loop: bool = False, reply: int = 512,
-    dtype: Any = jnp.bfloat16,
+    dtype: Any = jnp.bfloat16, quantize: Quantize | None = None,
 ) -> Program:  # fmt: skip
     """One decode step of the Talker, or the loop of up to 32, with room for a reply of `reply` vectors."""
     assert cfg.talker is not None
     layout, program = placement.layout("talker", batch), slots.talker_program(cfg.talker)
-    params = weights(cfg, placement, "talker", dtype)
+    params = weights(cfg, placement, "talker", dtype, quantize=quantize)
     state = slots_shapes(program, params, layout, batch, capacity, dtype, reply)
     return _decode("talker decode", program, params, layout, state, loop=loop)
 
@@ -182,26 +190,29 @@ def _extend(
 
 
 def thinker_prefill(
-    cfg: OmniConfig, placement: Placement, batch: int, length: int, capacity: int, dtype: Any = jnp.bfloat16
-) -> Program:
+    cfg: OmniConfig, placement: Placement, batch: int, length: int, capacity: int, dtype: Any = jnp.bfloat16,
+    quantize: Quantize | None = None,
+) -> Program:  # fmt: skip
     """Reading prompts of text, into slots of as many rows."""
-    return _thinker_extend("thinker prefill", cfg, placement, batch, length, batch, capacity, dtype)
+    return _thinker_extend("thinker prefill", cfg, placement, batch, length, batch, capacity, dtype, quantize)
 
 
 def thinker_extend(
     cfg: OmniConfig, placement: Placement, batch: int, length: int, rows: int, capacity: int,
-    dtype: Any = jnp.bfloat16,
+    dtype: Any = jnp.bfloat16, quantize: Quantize | None = None,
 ) -> Program:  # fmt: skip
     """Reading `length` further tokens of text in `batch` of `rows` rows."""
-    return _thinker_extend("thinker extend", cfg, placement, batch, length, rows, capacity, dtype)
+    return _thinker_extend("thinker extend", cfg, placement, batch, length, rows, capacity, dtype, quantize)
 
 
 def _thinker_extend(
-    name: str, cfg: OmniConfig, placement: Placement, batch: int, length: int, rows: int, capacity: int, dtype: Any
-) -> Program:
+    name: str, cfg: OmniConfig, placement: Placement, batch: int, length: int, rows: int, capacity: int, dtype: Any,
+    quantize: Quantize | None,
+) -> Program:  # fmt: skip
     first = name == "thinker prefill"
     layout = placement.layout("thinker", batch, length, rows)
-    program, params = slots.thinker_program(cfg.thinker), weights(cfg, placement, "thinker", dtype, ("model",))
+    program = slots.thinker_program(cfg.thinker)
+    params = weights(cfg, placement, "thinker", dtype, ("model",), quantize)
     state = slots_shapes(program, params, placement.layout("thinker", rows), rows, capacity, dtype)
     which: Any = None if first else _struct(layout, (batch,), jnp.int32)
     tokens = slots.Tokens(
@@ -211,18 +222,23 @@ def _thinker_extend(
     return _extend(name, program, params, layout, state, tokens, first=first)
 
 
-def vision_call(cfg: OmniConfig, placement: Placement, frames: int, windows: int, dtype: Any = jnp.bfloat16) -> Program:
+def vision_call(
+    cfg: OmniConfig, placement: Placement, frames: int, windows: int, dtype: Any = jnp.bfloat16,
+    quantize: Quantize | None = None,
+) -> Program:  # fmt: skip
     """One call of the vision tower."""
     layout, v = placement.layout("vision", frames), cfg.thinker.vision
-    params = weights(cfg, placement, "thinker", dtype, ("visual",))["visual"]
+    params = weights(cfg, placement, "thinker", dtype, ("visual",), quantize)["visual"]
     inputs = whole(layout, vision.vision_shapes(v, frames, windows, dtype))
     return Program("vision", layout, vision.vision_program(v), (params, *inputs), {}, params)
 
 
-def audio_call(cfg: OmniConfig, placement: Placement, chunks: int, dtype: Any = jnp.bfloat16) -> Program:
+def audio_call(
+    cfg: OmniConfig, placement: Placement, chunks: int, dtype: Any = jnp.bfloat16, quantize: Quantize | None = None
+) -> Program:
     """One call of the audio tower."""
     layout, a = placement.layout("audio", chunks), cfg.thinker.audio
-    params = weights(cfg, placement, "thinker", dtype, ("audio_tower",))["audio_tower"]
+    params = weights(cfg, placement, "thinker", dtype, ("audio_tower",), quantize)["audio_tower"]
     inputs = whole(layout, audio.audio_shapes(a, chunks, dtype))
     return Program("audio", layout, audio.audio_program(a), (params, *inputs), {}, params)
 

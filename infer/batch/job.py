@@ -27,7 +27,7 @@ from omni_jax.errors import InputError
 from omni_jax.infer.batch import answers, hosts, records
 from omni_jax.infer.batch.records import JobError, Line
 from omni_jax.progress import progress_bar
-from omni_jax.settings import GenerationSettings, SpeechSettings
+from omni_jax.settings import GenerationSettings, Quantize, SpeechSettings
 
 # Seconds between lines of progress where there is no terminal, and between looks at the other processes' parts.
 REPORT, POLL = 30.0, 0.2
@@ -49,6 +49,7 @@ class Job:
       dtype: of weights and computation.
       batch_size: conversations that are answered at the same time.
       adapter: folder of a PEFT adapter to merge into the weights.
+      quantize: which weights are int8; see `omni_jax.load`.
       folder: that relative paths of media begin in; by default the input's own.
       progress: show how far it is on stderr; `bar`: there is a terminal for a bar.
     """
@@ -65,6 +66,7 @@ class Job:
     dtype: str = "bfloat16"
     batch_size: int = 8
     adapter: str | None = None
+    quantize: Quantize | None = None
     folder: pathlib.Path | None = None
     progress: bool = False
     bar: bool = False
@@ -74,6 +76,7 @@ class Job:
         data = dataclasses.asdict(self)
         what = {name: data[name] for name in ("settings", "speech", "speech_format", "media", "dtype")}
         what |= {"model": str(fingerprint(self.model)), "adapter": self.adapter and adapter_digest(self.adapter)}
+        what |= {} if self.quantize is None else {"quantize": self.quantize}
         return records.read_lines(self.source, what)
 
 
@@ -153,7 +156,14 @@ def _load(job: Job) -> tuple[Any, bool]:
     parts = ("thinker",) if job.speech is None else api.PARTS
     show = job.progress and job.bar and jax.process_index() == 0
     loaded = api.load(
-        job.model, parts=parts, dtype=job.dtype, mesh=mesh, speech_mesh=speech_mesh, adapter=job.adapter, progress=show
+        job.model,
+        parts=parts,
+        dtype=job.dtype,
+        mesh=mesh,
+        speech_mesh=speech_mesh,
+        adapter=job.adapter,
+        quantize=job.quantize,
+        progress=show,
     )
     return loaded, together
 

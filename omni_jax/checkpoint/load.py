@@ -18,9 +18,14 @@ from jax.experimental.layout import Format
 from omni_jax.checkpoint import keys, orbax_io
 from omni_jax.checkpoint.adapter import apply_adapter
 from omni_jax.checkpoint.folder import Stored, nbytes, open_checkpoint, row_blocks
+from omni_jax.checkpoint.quantized import SCALE, VALUES, int8_arrays, is_int8
 from omni_jax.checkpoint.safetensors_io import CheckpointError, aligned_empty
 from omni_jax.config import OmniConfig
+from omni_jax.model.declare import walk
+from omni_jax.model.parameters import is_quantized, param_specs
+from omni_jax.model.quantize import QuantizedArray
 from omni_jax.progress import progress_bar
+from omni_jax.settings import Quantize
 
 Params = Any  # a nested dict of arrays
 
@@ -30,6 +35,8 @@ def _lookup(tree: Any, path: Sequence[Any]) -> Any:
     for key in path:
         if tree is None or isinstance(tree, jax.sharding.Sharding | Format):
             return tree
+        if isinstance(tree, QuantizedArray):
+            return getattr(tree, key)
         tree = tree.get(key) if isinstance(tree, Mapping) else tree[key]
     return tree
 
@@ -98,6 +105,13 @@ def _make_leaf(tensors: Sequence[Stored], stacked: bool, dtype: Any, sharding: A
     return jax.block_until_ready(leaf)
 
 
+def _make_quantized(tensors: Sequence[Stored], stacked: bool, shardings: Any) -> QuantizedArray:
+    """The int8 form of a leaf; never is more of its tensors in memory than a block of rows."""
+    arrays = int8_arrays(tensors)
+    values = _make_leaf(arrays[VALUES], stacked, np.int8, _lookup(shardings, (VALUES,)))
+    return QuantizedArray(values, _make_leaf(arrays[SCALE], stacked, np.float32, _lookup(shardings, (SCALE,))))
+
+
 def _insert(tree: dict[Any, Any], path: Sequence[Any], leaf: Any) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
@@ -123,6 +137,7 @@ def load_params(
     progress: bool = False,
     adapter: str | pathlib.Path | None = None,
     arrays: str | None = None,
+    quantize: Quantize | None = None,
 ) -> Params:
     """Loads a checkpoint folder: converted, or published (sharded or single safetensors; either key layout; also a
     Thinker alone).
@@ -139,8 +154,11 @@ def load_params(
       progress: show a bar on stderr.
       adapter: folder of a PEFT adapter (LoRA) to merge into the weights as they are read.
       arrays: where the arrays of a converted folder lie if not in it: a URL.
+      quantize: which matrices are quantized as they are read (`parameters.QUANTIZED`); those that the folder holds as
+        int8 stay so.
     Returns:
-      `{part: nested dict}` with the published names as keys (`keys.tree_path`). A head that is tied to the embedding
+      `{part: nested dict}` with the published names as keys (`keys.tree_path`), and a `QuantizedArray` in the place of
+      each matrix that is int8. A head that is tied to the embedding
       (`tie_word_embeddings`) and an `inv_freq` that is not stored are absent.
     Raises:
       CheckpointError: a file is missing or unsound, the keys do not fit the configuration, or it lacks a part.
@@ -163,12 +181,18 @@ def load_params(
             place, layer = (*where[:depth], layer, *where[depth:]), None
         leaves.setdefault(place, {})[layer] = tensor
     params: dict[str, Any] = {}
+    specs = dict(walk(param_specs(cfg, tuple(parts))))
     total = sum(nbytes(t) for layers in leaves.values() for t in layers.values())
     with progress_bar("loading", total, progress, in_bytes=True) as advance:
         for place, layers in leaves.items():
             stacked = None not in layers
             tensors = [layers[i] for i in range(len(layers))] if stacked else [layers[None]]
             wanted = jnp.float32 if place[0] == "token2wav" else dtype
-            _insert(params, place, _make_leaf(tensors, stacked, wanted, _lookup(shardings, place)))
+            sharding, path = _lookup(shardings, place), tuple(key for key in place if isinstance(key, str))
+            if any(map(is_int8, tensors)) or is_quantized(path, specs[path], quantize):
+                leaf: Any = _make_quantized(tensors, stacked, sharding)
+            else:
+                leaf = _make_leaf(tensors, stacked, wanted, sharding)
+            _insert(params, place, leaf)
             advance(sum(map(nbytes, tensors)))
     return _tuples(params)

@@ -16,13 +16,14 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
 import numpy as np
 
 from omni_jax.checkpoint import keys
 from omni_jax.checkpoint.safetensors_io import BLOCK, CheckpointError, parse_json
+from omni_jax.settings import Quantize
 
 if TYPE_CHECKING:
     import tensorstore as ts
@@ -216,6 +217,26 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     except ValueError as e:
         raise CheckpointError(f"{file} is not sound: {e}; convert the checkpoint again") from None
     return raw
+
+
+def quantization_of(folder: str | os.PathLike[str], asked: Quantize | None) -> Quantize | None:
+    """Which matrices of a folder are loaded as int8: those that it holds so, else those that are asked for.
+
+    Raises:
+      CheckpointError: it holds others than are asked for.
+    """
+    if not (pathlib.Path(folder) / MANIFEST).is_file():
+        return asked
+    stored = read_manifest(folder).get("quantize")
+    if stored is None or asked == stored:
+        return asked
+    if stored not in get_args(Quantize):
+        raise CheckpointError(f"{folder} is quantized as {str(stored)[:40]!r}, which is unknown; convert again")
+    if asked is not None:
+        raise CheckpointError(
+            f"{folder} was converted with --quantize {stored}, not {asked}; leave quantize out, or convert the original"
+        )
+    return stored
 
 
 @dataclass(frozen=True)

@@ -51,12 +51,14 @@ class ParamSpec:
       init: the initialiser.
       matmul: a matrix [out, in] that `layers.dense` multiplies by; what LoRA adapts and int8 may quantize. Tables,
         convolutions and vectors are not.
+      dtype: where it is not that of the model's other parameters.
     """
 
     shape: Shape
     axes: Axes
     init: Initializer = normal
     matmul: bool = False
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for another number of axes than the shape has."""

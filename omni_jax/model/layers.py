@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from omni_jax.model import declare
 from omni_jax.model.declare import Declared, ParamSpec
+from omni_jax.model.quantize import QuantizedArray
 from omni_jax.parallel.sharding import constrain
 
 Params = Any  # a nested dict of arrays
@@ -89,6 +90,18 @@ def _one_row(row: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.sum(weight.astype(jnp.float32) * row, axis=-1)[None]
 
 
+def _quantized_dot(x: jax.Array, values: jax.Array) -> jax.Array:
+    return _dot(x, values.astype(x.dtype))
+
+
+def _quantized_dot_cpu(x: jax.Array, values: jax.Array) -> jax.Array:
+    """XLA:CPU would write a converted copy of the weight for a dot of one row; a fused multiply and sum reads the int8
+    values once."""
+    if x.size == x.shape[-1]:
+        return _one_row(x.reshape(1, -1), values).reshape(*x.shape[:-1], len(values))
+    return _dot_cpu(x, values.astype(x.dtype))
+
+
 def linear(
     x: Float[Array, "*N in"], weight: Params, bias: Float[Array, " out"] | None = None, out_dtype: Any = None
 ) -> Float[Array, "*N out"]:
@@ -96,11 +109,15 @@ def linear(
 
     Args:
       x: rows of features.
-      weight: [out, in]; cast to the dtype of `x`.
+      weight: [out, in], cast to the dtype of `x`; or a `QuantizedArray` of this shape, whose values are cast inside
+        the product and whose scales are applied to the float32 sums.
       bias: added in float32, before the cast.
       out_dtype: dtype of the result; that of `x` by default.
     """
-    y = lax.platform_dependent(x, weight.astype(x.dtype), cpu=_dot_cpu, default=_dot)
+    if isinstance(weight, QuantizedArray):
+        y = lax.platform_dependent(x, weight.values, cpu=_quantized_dot_cpu, default=_quantized_dot) * weight.scale
+    else:
+        y = lax.platform_dependent(x, weight.astype(x.dtype), cpu=_dot_cpu, default=_dot)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(out_dtype or x.dtype)
@@ -200,6 +217,8 @@ def declared(module: nn.Module, specs: Declared) -> Params:
 
     def one(name: str, spec: ParamSpec | Declared) -> Any:
         if isinstance(spec, ParamSpec):
+            if module.has_variable("params", name) and isinstance(module.get_variable("params", name), QuantizedArray):
+                return module.get_variable("params", name)
             return module.param(name, spec.init, spec.shape)
         if module.has_variable("params", name):
             return module.get_variable("params", name)

@@ -11,6 +11,7 @@ Nothing here imports jax. Source: the state dicts of `Qwen2_5OmniForConditionalG
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ from omni_jax.config import (
     Token2WavConfig,
     VisionConfig,
 )
-from omni_jax.model.declare import Declared, conv, dense, norm, stacked, table, vector, weight
+from omni_jax.model.declare import Declared, ParamSpec, Path, conv, dense, norm, stacked, table, vector, weight
+from omni_jax.settings import Quantize
 
 PARTS = ("thinker", "talker", "token2wav")
 # The containers whose equal layers are stacked: in published names a layer number follows them.
@@ -37,6 +39,14 @@ STACKS = (
     "talker.model.layers",
     "token2wav.code2wav_dit_model.transformer_blocks",
 )
+# Where the matrices lie that each mode of `quantize` stores as int8.
+_LAYERS = ("thinker.model.layers", "talker.model.layers")
+_HEADS = ("thinker.lm_head", "talker.codec_head")
+QUANTIZED: Mapping[Quantize, tuple[str, ...]] = {
+    "int8": _LAYERS,
+    "int8-head": _LAYERS + _HEADS,
+    "int8-all": ("thinker", "talker"),
+}
 # Shifts, scales and gates of one layer of the DiT: for attention, then for the feed-forward part.
 DIT_MODULATIONS = 6
 
@@ -245,6 +255,12 @@ def param_specs(cfg: OmniConfig, parts: tuple[str, ...] = PARTS) -> dict[str, An
     """`{part: tree of ParamSpec}` of those parts that the configuration has. Equal calls share the trees: only read."""
     declare = {"thinker": thinker, "talker": talker, "token2wav": token2wav}
     return {p: declare[p](getattr(cfg, p)) for p in parts if getattr(cfg, p) is not None}  # type: ignore[operator]
+
+
+def is_quantized(path: Path, spec: ParamSpec, mode: Quantize | None) -> bool:
+    """Whether a mode of `quantize` stores the parameter at a path as int8: only what `layers.dense` multiplies by."""
+    name = ".".join(path)
+    return mode is not None and spec.matmul and any(name.startswith(f"{place}.") for place in QUANTIZED[mode])
 
 
 def stack_of(path: tuple[str, ...]) -> int | None:

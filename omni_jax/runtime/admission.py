@@ -15,16 +15,17 @@ from typing import Any
 import jax
 
 from omni_jax import buckets
-from omni_jax.checkpoint import keys
 from omni_jax.config import OmniConfig
 from omni_jax.model import talker
+from omni_jax.model.declare import walk
+from omni_jax.model.parameters import param_specs
 from omni_jax.parallel.meshes import Placement
 from omni_jax.processing.processor import Prompt
 from omni_jax.runtime import memory_model
 from omni_jax.runtime.media import mel_frames
 from omni_jax.runtime.memory_model import MemoryNeedError
 from omni_jax.runtime.speech import TALKER_CACHE_STEP, cache_slots
-from omni_jax.settings import GenerationSettings
+from omni_jax.settings import GenerationSettings, Quantize
 
 LOAD_REMEDY = "choose a larger --mesh or chip, or leave speech out if text will do"
 RUN_REMEDY = (
@@ -58,11 +59,15 @@ def meshes_of(placement: Placement | None) -> memory_model.Meshes:
     )
 
 
-def check_weights(cfg: OmniConfig, placement: Placement | None, parts: Sequence[str], itemsize: int, what: str) -> None:
+def check_weights(
+    cfg: OmniConfig, placement: Placement | None, parts: Sequence[str], itemsize: int, what: str,
+    quantize: Quantize | None = None,
+) -> None:  # fmt: skip
     """Refuses a model whose weights do not fit, before any is read.
 
     Args:
       what: names the checkpoint in the message.
+      quantize: which matrices are int8.
     Raises:
       MemoryNeedError: with the bytes of each part.
     """
@@ -70,14 +75,13 @@ def check_weights(cfg: OmniConfig, placement: Placement | None, parts: Sequence[
     if limit is None:
         return
     if placement is None:
-        # The names give the sizes; tracing the model would take seconds.
+        # The declarations give the sizes; tracing the model would take seconds.
         by_part = dict.fromkeys(parts, 0)
-        for name, shape in keys.tensor_shapes(cfg).items():
-            if (part := keys.part_of(name)) in by_part:
-                by_part[part] += math.prod(shape) * (memory_model.FLOAT if part == "token2wav" else itemsize)
+        for path, spec in walk(param_specs(cfg, tuple(parts))):
+            by_part[path[0]] += memory_model.spec_bytes(path, spec, itemsize, quantize)
         stages = [by_part]
     else:
-        stages = list(memory_model.resident(cfg, meshes_of(placement), itemsize, parts).values())
+        stages = list(memory_model.resident(cfg, meshes_of(placement), itemsize, parts, quantize).values())
     for sizes in stages:
         if sum(sizes.values()) > limit:
             each = ", ".join(f"{name} {memory_model.gib(size)}" for name, size in sizes.items())
@@ -99,8 +103,11 @@ class AdmissionControl:
       limit: bytes of a device; None refuses nothing.
     """
 
-    def __init__(self, cfg: OmniConfig, params: Any, placement: Placement | None, itemsize: int, cache_itemsize: int):
-        self.cfg, self.at = cfg, meshes_of(placement)
+    def __init__(
+        self, cfg: OmniConfig, params: Any, placement: Placement | None, itemsize: int, cache_itemsize: int,
+        quantize: Quantize | None = None,
+    ):  # fmt: skip
+        self.cfg, self.at, self.quantize = cfg, meshes_of(placement), quantize
         self.itemsize, self.cache_itemsize = itemsize, cache_itemsize
         self.limit = placement_limit(placement)
         self._params = params
@@ -143,7 +150,8 @@ class AdmissionControl:
                     reply=buckets.bucket(min(reply, slots) + talker.EXTRA, buckets.REPLY),
                     speech_slots=cache_slots(width + talker.EXTRA, TALKER_CACHE_STEP),
                 )  # fmt: skip
-            return list(memory_model.phases(self.cfg, self.at, request, self.itemsize, self.cache_itemsize))
+            sizes = self.itemsize, self.cache_itemsize
+            return list(memory_model.phases(self.cfg, self.at, request, *sizes, self.quantize))
 
         self._check(needed, RUN_REMEDY)
 

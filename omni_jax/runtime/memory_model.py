@@ -19,19 +19,22 @@ from omni_jax import buckets
 from omni_jax.config import DecoderConfig, OmniConfig, ThinkerConfig
 from omni_jax.errors import InputError
 from omni_jax.model import bigvgan, ecapa, parameters, talker, token2wav
-from omni_jax.model.declare import ParamSpec, walk
-from omni_jax.model.kv_cache import CACHE_AXES
 from omni_jax.model.parameters import PARTS, param_specs
-from omni_jax.model.stages import inner_part
 from omni_jax.model.vision import frame_layout
 from omni_jax.parallel import meshes
-from omni_jax.parallel.meshes import Part, Sizes
+from omni_jax.parallel.meshes import Sizes
 from omni_jax.parallel.sharding import Rules
+from omni_jax.runtime.memory_arrays import FLOAT as FLOAT
+from omni_jax.runtime.memory_arrays import cache_bytes as cache_bytes
+from omni_jax.runtime.memory_arrays import decoder as decoder
+from omni_jax.runtime.memory_arrays import has_part
+from omni_jax.runtime.memory_arrays import spec_bytes as spec_bytes
+from omni_jax.runtime.memory_arrays import ways as ways
+from omni_jax.runtime.memory_arrays import weight_bytes as weight_bytes
 from omni_jax.runtime.slots import LOOP_STEPS
-from omni_jax.settings import MAX_LOGPROBS, GenerationSettings
+from omni_jax.settings import MAX_LOGPROBS, GenerationSettings, Quantize
 
 GIB = 1 << 30
-FLOAT = 4
 DEFAULT_REPLY = GenerationSettings().max_new_tokens
 ONE_CHIP: Sizes = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
 Stage = Literal["thinker", "speech"]
@@ -132,55 +135,10 @@ def _use(
     return Use(name, STAGE[part], (part, tuple(reads)), *sums, quantities, max(0, int(working)))
 
 
-def total_bytes(cfg: OmniConfig, sizes: Sizes, use: Use, itemsize: int) -> int:
+def total_bytes(cfg: OmniConfig, sizes: Sizes, use: Use, itemsize: int, quantize: Quantize | None = None) -> int:
     """All that a program needs on one device, with the weights that it reads: what the compiler counts as arguments,
     results and temporary memory, less what they share."""
-    return weight_bytes(cfg, sizes, use.reads[0], itemsize, use.reads[1]) + use.own
-
-
-def ways(sizes: Sizes, rules: Rules, *names: str | None) -> int:
-    """How many pieces an array with these logical axes is cut into."""
-    return math.prod(sizes[a] for n in names if n is not None for a in rules.table[n])
-
-
-def _local(sizes: Sizes, rules: Rules, spec: ParamSpec) -> list[int]:
-    """The shape of a parameter on one device."""
-    return [size // ways(sizes, rules, name) for size, name in zip(spec.shape, spec.axes, strict=True)]
-
-
-def weight_bytes(cfg: OmniConfig, sizes: Sizes, part: str, itemsize: int, only: Sequence[str] | None = None) -> int:
-    """Bytes of a loaded part, or of its subtrees `only` ("model", "model.layers"), on one device, with a TPU's padding
-    where the order in memory is fixed (`Rules.innermost`). Token2Wav is float32 always.
-
-    Raises:
-      InputError: the model lacks the part.
-    """
-    _has(cfg, part)
-    total = 0
-    for name, tree in param_specs(cfg, (part,))[part].items():
-        rules = meshes.rules(inner_part(part, name), cfg, sizes)
-        for path, spec in walk(tree, (name,)):
-            if only is None or name in only or ".".join(path[:2]) in only:
-                total += rules.stored_size(spec.axes, _local(sizes, rules, spec))
-    return total * (FLOAT if part == "token2wav" else itemsize)
-
-
-def cache_bytes(cfg: OmniConfig, sizes: Sizes, part: Part, batch: int, slots: int, itemsize: int) -> int:
-    """Bytes of the keys and values of Thinker or Talker on one device."""
-    d = decoder(cfg, part)
-    values = d.num_hidden_layers * batch * d.num_key_value_heads * slots * d.head_dim * 2
-    return values * itemsize // ways(sizes, meshes.rules(part, cfg, sizes, batch), *CACHE_AXES)
-
-
-def decoder(cfg: OmniConfig, part: str) -> DecoderConfig:
-    """The decoder of Thinker or Talker. Raises InputError where there is none."""
-    _has(cfg, part)
-    return cfg.thinker.text if part == "thinker" else cfg.talker.decoder  # type: ignore[union-attr]
-
-
-def _has(cfg: OmniConfig, part: str) -> None:
-    if getattr(cfg, part) is None:
-        raise InputError(f"this model has no {part}: it answers in text only; leave speech out")
+    return weight_bytes(cfg, sizes, use.reads[0], itemsize, use.reads[1], quantize) + use.own
 
 
 def _gathered(rules: Rules, sizes: Sizes, rows: int, columns: int, itemsize: int) -> int:
@@ -204,7 +162,7 @@ def _turned(d: DecoderConfig, rules: Rules, sizes: Sizes, itemsize: int) -> int:
 
 def prefill(
     cfg: OmniConfig, sizes: Sizes, part: Literal["thinker", "talker"], batch: int, length: int, slots: int,
-    itemsize: int, cache_itemsize: int | None = None, media: int = 0,
+    itemsize: int, cache_itemsize: int | None = None, media: int = 0, quantize: Quantize | None = None,
 ) -> Use:  # fmt: skip
     """Reading prompts.
 
@@ -216,8 +174,9 @@ def prefill(
       itemsize: bytes of a value of the weights.
       cache_itemsize: bytes of a value of the cache; `itemsize` by default.
       media: vectors of the towers, a bucket.
+      quantize: which matrices are int8.
     """
-    d = decoder(cfg, part)
+    d, stored = decoder(cfg, part), itemsize if quantize is None else 1
     rules = meshes.rules(part, cfg, sizes, batch, length)
     tokens = batch * length // ways(sizes, rules, "batch", "length")
     cache = cache_bytes(cfg, sizes, part, batch, slots, cache_itemsize or itemsize)
@@ -234,27 +193,27 @@ def prefill(
     several = batch > 1 or bool(rules.table["length"])
     return _use(
         "prefill", f"{part} prefill", part, reads, cache, arrays,
-        _turned(d, rules, sizes, itemsize) if several else 0,
+        _turned(d, rules, sizes, stored) if several else 0,
         mlp=tokens * d.intermediate_size * itemsize / split,
         # Residual streams in float32, which devices sum up where each has a share of a product.
         summed=tokens * d.hidden_size * FLOAT if split > 1 else 0,
         # The new keys and values of all layers, before they are padded to the cache.
         rows=2 * d.num_hidden_layers * batch * length * d.num_key_value_heads * d.head_dim
         * (cache_itemsize or itemsize) / ways(sizes, rules, "attend_batch", "act_kv_heads"),
-        gathered=_gathered(rules, sizes, d.intermediate_size, d.hidden_size, itemsize),
+        gathered=_gathered(rules, sizes, d.intermediate_size, d.hidden_size, stored),
     )  # fmt: skip
 
 
 def decode(
     cfg: OmniConfig, sizes: Sizes, part: Literal["thinker", "talker"], batch: int, slots: int, itemsize: int,
-    cache_itemsize: int | None = None, reply: int = 0,
+    cache_itemsize: int | None = None, reply: int = 0, quantize: Quantize | None = None,
 ) -> Use:  # fmt: skip
     """A call of the decode loop; arguments as for `prefill`.
 
     Args:
       reply: vectors that the Talker hears, a bucket.
     """
-    d = decoder(cfg, part)
+    d, stored = decoder(cfg, part), itemsize if quantize is None else 1
     rules = meshes.rules(part, cfg, sizes, batch)
     cache = cache_bytes(cfg, sizes, part, batch, slots, cache_itemsize or itemsize)
     rows = batch // ways(sizes, rules, "batch")
@@ -271,7 +230,7 @@ def decode(
     return _use(
         "decode", f"{part} decode", part, reads, cache, arrays,
         logits=rows * d.vocab_size * FLOAT / ways(sizes, rules, "act_vocab"),
-        gathered=_gathered(rules, sizes, d.intermediate_size, d.hidden_size, itemsize),
+        gathered=_gathered(rules, sizes, d.intermediate_size, d.hidden_size, stored),
     )  # fmt: skip
 
 
@@ -304,7 +263,7 @@ def audio(cfg: OmniConfig, sizes: Sizes, chunks: int, itemsize: int) -> Use:
 
 def dit(cfg: OmniConfig, sizes: Sizes, batch: int, codes: int, reference: int = 512) -> Use:
     """The flow of the DiT for `batch` rows of at most `codes` codes, with voices of `reference` mel frames."""
-    _has(cfg, "token2wav")
+    has_part(cfg, "token2wav")
     d = cfg.token2wav.dit  # type: ignore[union-attr]
     rules = meshes.rules("dit", cfg, sizes, batch)
     rows = batch // ways(sizes, rules, "batch")
@@ -319,7 +278,7 @@ def dit(cfg: OmniConfig, sizes: Sizes, batch: int, codes: int, reference: int = 
 
 def vocoder(cfg: OmniConfig, sizes: Sizes, batch: int, codes: int) -> Use:
     """BigVGAN for `batch` rows of at most `codes` codes."""
-    _has(cfg, "token2wav")
+    has_part(cfg, "token2wav")
     t = cfg.token2wav
     assert t is not None
     rules = meshes.rules("bigvgan", cfg, sizes, batch)
@@ -354,13 +313,15 @@ class Meshes:
         return self.speech is not None
 
 
-def resident(cfg: OmniConfig, at: Meshes, itemsize: int, parts: Sequence[str] = PARTS) -> dict[Stage, dict[str, int]]:
+def resident(
+    cfg: OmniConfig, at: Meshes, itemsize: int, parts: Sequence[str] = PARTS, quantize: Quantize | None = None
+) -> dict[Stage, dict[str, int]]:
     """Bytes of the loaded weights on one device of each stage, by name of their subtree ("thinker.visual", …)."""
     out: dict[Stage, dict[str, int]] = {"thinker": {}, "speech": {}}
     for part in parts:
         stage = STAGE[part] if at.has_speech_mesh else "thinker"
         for name in param_specs(cfg, (part,))[part]:
-            out[stage][f"{part}.{name}"] = weight_bytes(cfg, at.of(STAGE[part]), part, itemsize, (name,))
+            out[stage][f"{part}.{name}"] = weight_bytes(cfg, at.of(STAGE[part]), part, itemsize, (name,), quantize)
     return out
 
 
@@ -437,29 +398,40 @@ class Phase:
 
 
 def phases(
-    cfg: OmniConfig, at: Meshes, request: Request, itemsize: int, cache_itemsize: int | None = None
-) -> Iterator[Phase]:
+    cfg: OmniConfig, at: Meshes, request: Request, itemsize: int, cache_itemsize: int | None = None,
+    quantize: Quantize | None = None,
+) -> Iterator[Phase]:  # fmt: skip
     """The programs that answer a request, in their order."""
     r, mesh = request, at.thinker
     for frames, windows in dict.fromkeys(r.frames):
         yield Phase(vision(cfg, mesh, frames, windows, itemsize))
     if r.chunks:
         yield Phase(audio(cfg, mesh, r.chunks, itemsize))
-    yield Phase(prefill(cfg, mesh, "thinker", r.rows, r.width, r.slots, itemsize, cache_itemsize, r.media))
+    yield Phase(prefill(cfg, mesh, "thinker", r.rows, r.width, r.slots, itemsize, cache_itemsize, r.media, quantize))
     rules = meshes.rules("thinker", cfg, mesh, r.rows, r.width)
     # What the Talker will hear: embeddings and hidden states of the prompts, handed over whole to chips of its own.
     heard = 2 * r.rows * r.width * cfg.thinker.text.hidden_size * itemsize if r.codes else 0
     here = heard // ways(mesh, rules, "batch", "length")
-    yield Phase(decode(cfg, mesh, "thinker", r.rows, r.slots, itemsize, cache_itemsize), here)
+    yield Phase(decode(cfg, mesh, "thinker", r.rows, r.slots, itemsize, cache_itemsize, quantize=quantize), here)
     if not r.codes:
         return
     mesh = at.of("speech")
     yield Phase(
-        prefill(cfg, mesh, "talker", r.rows, r.width + talker.EXTRA, r.speech_slots, itemsize, cache_itemsize),
+        prefill(
+            cfg,
+            mesh,
+            "talker",
+            r.rows,
+            r.width + talker.EXTRA,
+            r.speech_slots,
+            itemsize,
+            cache_itemsize,
+            quantize=quantize,
+        ),
         0 if not at.has_speech_mesh else heard - here,
     )
     kept = heard if at.has_speech_mesh else here
-    yield Phase(decode(cfg, mesh, "talker", r.rows, r.speech_slots, itemsize, cache_itemsize, r.reply), kept)
+    yield Phase(decode(cfg, mesh, "talker", r.rows, r.speech_slots, itemsize, cache_itemsize, r.reply, quantize), kept)
     kept = 0 if at.has_speech_mesh else here
     yield from (Phase(use, kept) for use in sound(cfg, mesh, r.spoken, r.codes))
 
