@@ -20,6 +20,7 @@ BITS = {
 }  # fmt: skip
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _OPERAND = re.compile(r"%([\w.\-]+)")
+_ALIASED = "output_to_operand_aliasing={{}: (0, {})}"  # of a fusion whose result is its first operand, in place
 _CALLED = re.compile(r"\b(calls|body|condition|to_apply|called_computations|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
 # They name values or move none.
 FREE = frozenset((
@@ -248,6 +249,8 @@ class Module:
                 total += self._parameter_reads(computation, user)
             elif user.opcode == "tuple" and user.is_root:
                 continue  # handed through
+            elif user.opcode == "fusion" and first and _ALIASED in user.text:
+                total += self._parameter_reads(computation, user)  # as other tiles, but in place: only another view
             elif user.opcode == "fusion":
                 inner = self.computations[user.called["calls"][0]]
                 for n, name in enumerate(user.operands):

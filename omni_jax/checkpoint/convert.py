@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import fcntl
 import json
@@ -12,6 +13,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import ml_dtypes
@@ -23,11 +25,16 @@ from omni_jax.checkpoint import keys, orbax_io
 from omni_jax.checkpoint.fingerprint import weights_digest
 from omni_jax.checkpoint.folder import Stored, open_checkpoint, read_block, row_blocks
 from omni_jax.checkpoint.orbax_io import ARRAYS, FORMAT, MANIFEST, ArrayWriter, chunk_shape, put_file, reason, within
+from omni_jax.checkpoint.quantized import int8_arrays, is_int8
 from omni_jax.checkpoint.safetensors_io import CheckpointError, Tensor, index_metadata, write_checkpoint
 from omni_jax.checkpoint.sources import ADAPTER, is_small_file, local_files
 from omni_jax.checkpoint.speakers import PACK_FILE, SPEAKERS_FILE, load_voices
 from omni_jax.config import OmniConfig, load_config
+from omni_jax.errors import warn
+from omni_jax.model.declare import walk
+from omni_jax.model.parameters import is_quantized, param_specs
 from omni_jax.progress import progress_bar
+from omni_jax.settings import Quantize
 
 DTypeName = Literal["keep", "bfloat16", "float32"]
 BFLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
@@ -221,30 +228,66 @@ def _index_metadata(files: pathlib.Path) -> dict[str, Any]:
     return kept if isinstance(kept, dict) else {}
 
 
-def _write_arrays(
-    place: str,
-    tensors: Mapping[str, Stored],
-    leaves: Mapping[tuple[str, ...], Mapping[int | None, str]],
-    kinds: Mapping[tuple[str, ...], np.dtype[Any]],
-    advance: Callable[[int], None],
-) -> dict[str, int]:
-    """Writes every leaf, layer by layer and slice by slice; gives the CRC-32 of each tensor as stored."""
-    writer, checksums = ArrayWriter(place), dict.fromkeys(tensors, 0)
+@dataclass(frozen=True)
+class _Leaf:
+    """An array of the new checkpoint.
+
+    Attributes:
+      path: in the parameter tree.
+      names: the published names of its layers; of one tensor outside stacks.
+      tensors: likewise, what is read.
+      stacked: whether layers lie in front.
+      dtype: of the stored values.
+    """
+
+    path: tuple[str, ...]
+    names: tuple[str, ...]
+    tensors: tuple[Stored, ...]
+    stacked: bool
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the array."""
+        return sum(math.prod(t.shape) for t in self.tensors) * self.dtype.itemsize
+
+
+def _leaves(tensors: Mapping[str, Stored], cfg: OmniConfig, dtype: DTypeName, mode: Quantize | None) -> list[_Leaf]:
+    """The arrays that tensors become: two of a matrix that is int8, its values before its scales."""
+    specs = dict(walk(param_specs(cfg)))
+    stacks: dict[tuple[str, ...], dict[int | None, str]] = {}
+    for name in tensors:
+        path, layer = keys.tree_path(name)
+        stacks.setdefault(path, {})[layer] = name
+    out = []
+    for path, layers in stacks.items():
+        names = tuple(name for _, name in sorted(layers.items(), key=lambda item: item[0] or 0))
+        stacked, held = None not in layers, tuple(tensors[name] for name in names)
+        if not is_quantized(path, specs[path], mode):
+            out.append(_Leaf(path, names, held, stacked, _stored_dtype(held, dtype)))
+            continue
+        for array, parts in int8_arrays(held).items():
+            out.append(_Leaf((*path, array), names, tuple(parts), stacked, parts[0].dtype))
+    return out
+
+
+def _write_arrays(place: str, leaves: Sequence[_Leaf], advance: Callable[[int], None]) -> list[list[int]]:
+    """Writes every leaf, layer by layer and slice by slice; gives the CRC-32 of each layer as stored."""
+    writer, checksums = ArrayWriter(place), [[0] * len(leaf.tensors) for leaf in leaves]
     try:
-        arrays = {}
-        for path, names in leaves.items():
-            stacked, shape = None not in names, tensors[next(iter(names.values()))].shape
-            arrays[path] = writer.create(path, (len(names), *shape) if stacked else shape, kinds[path], stacked=stacked)
-        for path, names in leaves.items():
-            layers = [name for _, name in sorted(names.items(), key=lambda item: item[0] or 0)]
-            leaf, stacked, kind = writer.opened(arrays[path]), None not in names, kinds[path]
-            shape = tensors[layers[0]].shape
-            chunk = chunk_shape(tuple(leaf.shape), kind.itemsize, stacked=stacked)[int(stacked) :]
-            for i, name in enumerate(layers):
-                row = leaf[i] if stacked else leaf
-                for rows in row_blocks(shape, kind.itemsize, chunk[0] if shape else 1):
-                    values = read_block(tensors[name], rows, kind)
-                    checksums[name] = crc(values, checksums[name])
+        arrays = []
+        for leaf in leaves:
+            shape = leaf.tensors[0].shape
+            shape = (len(leaf.tensors), *shape) if leaf.stacked else shape
+            arrays.append(writer.create(leaf.path, shape, leaf.dtype, stacked=leaf.stacked))
+        for leaf, array, sums in zip(leaves, arrays, checksums, strict=True):
+            store, shape = writer.opened(array), leaf.tensors[0].shape
+            chunk = chunk_shape(tuple(store.shape), leaf.dtype.itemsize, stacked=leaf.stacked)[int(leaf.stacked) :]
+            for i, tensor in enumerate(leaf.tensors):
+                row = store[i] if leaf.stacked else store
+                for rows in row_blocks(shape, leaf.dtype.itemsize, chunk[0] if shape else 1):
+                    values = read_block(tensor, rows, leaf.dtype)
+                    sums[i] = crc(values, sums[i])
                     writer.write(row[rows] if shape else row, values)
                     advance(values.nbytes)
         writer.finish()
@@ -252,6 +295,18 @@ def _write_arrays(
         writer.abandon()
         raise
     return checksums
+
+
+def _listed(
+    origins: Mapping[str, dict[str, str]], leaves: Sequence[_Leaf], checksums: Sequence[Sequence[int]]
+) -> dict[str, dict[str, str]]:
+    """The manifest's entries: where each tensor came from, and the checksums of what is stored of it."""
+    out = {name: dict(origin) for name, origin in origins.items()}
+    for leaf, sums in zip(leaves, checksums, strict=True):
+        field = orbax_io.SCALE_SUM if leaf.path[-1] == orbax_io.SCALE else "crc32"
+        for name, value in zip(leaf.names, sums, strict=True):
+            out[name][field] = f"{value:08x}"
+    return out
 
 
 def convert(
@@ -262,6 +317,7 @@ def convert(
     parts: Sequence[str] | None = None,
     adapter: str | os.PathLike[str] | None = None,
     keep_adapter: bool = False,
+    quantize: Quantize | None = None,
     progress: bool = False,
 ) -> int:
     """Makes an Orbax checkpoint of stacked layers of a published folder. This is `omni-jax convert`.
@@ -277,6 +333,8 @@ def convert(
       adapter: folder of a PEFT adapter (LoRA) to merge.
       keep_adapter: put the adapter beside the weights instead of merging it. One that SRC keeps so goes along, unless
         it is the one that is merged.
+      quantize: which matrices are stored as int8 values and float32 scales (`parameters.QUANTIZED`); by default those
+        of SRC that are so already.
       progress: show a bar on stderr.
     Returns:
       Bytes of the arrays.
@@ -298,29 +356,21 @@ def convert(
             merged = adapters.apply_adapter(tensors, pathlib.Path(adapter))
             tensors = tensors if keep_adapter else merged
         kept = pathlib.Path(adapter) if adapter is not None and keep_adapter else files / ADAPTER
-        leaves: dict[tuple[str, ...], dict[int | None, str]] = {}
-        for name in tensors:
-            path, layer = keys.tree_path(name)
-            leaves.setdefault(path, {})[layer] = name
-        kinds = {path: _stored_dtype([tensors[n] for n in names.values()], dtype) for path, names in leaves.items()}
-        total = sum(
-            math.prod(tensors[name].shape) * kinds[path].itemsize
-            for path, names in leaves.items()
-            for name in names.values()
-        )
+        mode = orbax_io.quantization_of(files, quantize)
+        leaves = _leaves(tensors, cfg, dtype, mode)
+        total = sum(leaf.nbytes for leaf in leaves)
         with building(dst, total) as place, progress_bar("converting", total, progress, in_bytes=True) as advance:
             _put_small_files(files, place, config)
             # One that is in the weights now must not be merged into them again.
             if kept.is_dir() and (keep_adapter or adapter is None or not os.path.samefile(kept, adapter)):
                 _put_adapter(kept, place)
-            checksums = _write_arrays(within(place, ARRAYS), tensors, leaves, kinds, advance)
-            listed = {
-                name: origin | {"crc32": f"{checksums[name]:08x}"}
-                for name, origin in _origins(files, tensors, parts == have).items()
-            }
+            checksums = _write_arrays(within(place, ARRAYS), leaves, advance)
+            listed = _listed(_origins(files, tensors, parts == have), leaves, checksums)
             about: dict[str, Any] = {"format": FORMAT, "dtype": dtype, "parts": parts}
-            same = all(_holds(kinds[path], tensors[n].dtype) for path, names in leaves.items() for n in names.values())
-            if same and parts == have and (adapter is None or keep_adapter):
+            if mode is not None:
+                about["quantize"] = mode
+            same = all(_holds(leaf.dtype, t.dtype) for leaf in leaves for t in leaf.tensors)
+            if mode is None and same and parts == have and (adapter is None or keep_adapter):
                 about["weights"] = weights_digest(files, tensors)
             if metadata := _index_metadata(files):
                 about["index"] = metadata
@@ -333,6 +383,14 @@ def _export_shards(listed: Mapping[str, Any], names: Mapping[str, str]) -> dict[
     files = {spelled: listed[name].get("file") for name, spelled in names.items() if name in listed}
     plain = all(isinstance(file, str) and _SHARD.fullmatch(file) for file in files.values())
     return files if plain and len(files) == len(names) else None
+
+
+def stored_arrays(tensor: Stored, entry: Mapping[str, str] | None) -> list[tuple[Stored, str | None]]:
+    """What a folder holds of a tensor, each array with its checksum by an entry of the manifest, if there is one."""
+    entry = entry or {}
+    if isinstance(tensor, orbax_io.Int8Tensor):
+        return [(tensor.values, entry.get("crc32")), (tensor.scale, entry.get(orbax_io.SCALE_SUM))]
+    return [(tensor, entry.get("crc32"))]
 
 
 def _checked_blocks(tensor: Stored, dtype: np.dtype[Any], expected: str | None) -> Iterator[np.ndarray]:
@@ -356,7 +414,8 @@ def export(
     """Gives a converted checkpoint back in the published layout. This is `omni-jax export`.
 
     Names, dtypes, shards and the index are those of the folder that was converted. Where the stored values are
-    narrower than those were (`--dtype bfloat16` of float32 tensors), they stay so, and config.json says it. A
+    narrower than those were (`--dtype bfloat16` of float32 tensors), they stay so, and config.json says it. Matrices
+    that are stored as int8 are dequantized, with a warning. A
     checkpoint that lacks the Talker or Token2Wav is switched to text only, which is the form that transformers has.
 
     Args:
@@ -380,6 +439,9 @@ def export(
         tensors = {name: tensors[name] for name in listed if name in tensors}
         bare = config.get("model_type") == "qwen2_5_omni_thinker"
         names = {name: keys.spelled(name, bare=bare) for name in tensors}
+        int8 = [name for name, tensor in tensors.items() if is_int8(tensor)]
+        if int8:
+            warn(f"{len(int8)} tensors of {src} are int8; the export has them dequantized, not as they once were")
         kinds = {}
         for name, tensor in tensors.items():
             original = _DTYPES.get(listed[name]["dtype"], tensor.dtype)
@@ -396,7 +458,11 @@ def export(
 
             def blocks(spelled: str) -> Iterator[np.ndarray]:
                 name = tensor_of[spelled]
-                for values in _checked_blocks(tensors[name], kinds[name], listed[name]["crc32"]):
+                expected = None if name in int8 else listed[name]["crc32"]
+                if name in int8:
+                    for array, checksum in stored_arrays(tensors[name], listed[name]):
+                        collections.deque(_checked_blocks(array, array.dtype, checksum), maxlen=0)
+                for values in _checked_blocks(tensors[name], kinds[name], expected):
                     yield values
                     advance(values.nbytes)
 

@@ -113,7 +113,10 @@ def weights_digest(folder: pathlib.Path, tensors: Mapping[str, Stored]) -> str:
     """
     if (folder / orbax_io.MANIFEST).is_file():
         manifest = orbax_io.read_manifest(folder)
-        sums = {name: (entry["dtype"], entry["crc32"]) for name, entry in manifest["tensors"].items()}
+        sums = {
+            name: (e["dtype"], e["crc32"], *([e[orbax_io.SCALE_SUM]] if orbax_io.SCALE_SUM in e else []))
+            for name, e in manifest["tensors"].items()
+        }
         return manifest.get("weights") or _digest(sums)
     stored = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
     with ThreadPoolExecutor(READERS) as pool:

@@ -103,6 +103,8 @@ def match_tensors(stored: Mapping[str, T], cfg: OmniConfig) -> dict[str, T]:
 
 def nbytes(tensor: Stored) -> int:
     """Bytes of a stored tensor."""
+    if isinstance(tensor, orbax_io.Int8Tensor):
+        return nbytes(tensor.values) + nbytes(tensor.scale)
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 

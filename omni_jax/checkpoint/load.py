@@ -18,7 +18,8 @@ from jax.experimental.layout import Format
 from omni_jax.checkpoint import keys, orbax_io
 from omni_jax.checkpoint.adapter import apply_adapter
 from omni_jax.checkpoint.folder import Stored, nbytes, open_checkpoint, row_blocks
-from omni_jax.checkpoint.quantized import SCALE, VALUES, int8_arrays, is_int8
+from omni_jax.checkpoint.orbax_io import SCALE, VALUES
+from omni_jax.checkpoint.quantized import int8_arrays, is_int8
 from omni_jax.checkpoint.safetensors_io import CheckpointError, aligned_empty
 from omni_jax.config import OmniConfig
 from omni_jax.model.declare import walk

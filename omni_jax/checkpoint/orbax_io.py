@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 MANIFEST = "omni_jax.json"
 FORMAT = "omni-jax-checkpoint-1"
 ARRAYS = "params"  # the Orbax checkpoint within the folder
+# The arrays of a matrix that is stored as int8, and the entry of the manifest with the checksum of its scales.
+VALUES, SCALE, SCALE_SUM = "values", "scale", "scale_crc32"
 MAX_MANIFEST = 64 << 20
 MAX_CHUNK = 4 << 30  # a chunk is decoded whole: what a hostile array can make us hold
 GRID = 8  # parts that each axis of a weight is cut into: as many devices read only what is theirs
@@ -189,8 +191,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """`omni_jax.json` of a converted folder, checked.
 
     Returns:
-      `{"format", "dtype", "weights"?, "index"?, "tensors": {published name: {"dtype", "crc32", "file"?}}, …}`;
-      "index" is the metadata of the published index.
+      `{"format", "dtype", "weights"?, "index"?, "quantize"?, "tensors": {published name: {"dtype", "crc32", "file"?,
+      "scale_crc32"?}}, …}`; "index" is the metadata of the published index. Tensors with "scale_crc32" are int8.
     Raises:
       CheckpointError: it is not what `convert` writes.
     """
@@ -209,7 +211,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
         if not isinstance(raw.get("weights", ""), str):
             raise ValueError("its weights are no digest")
         for name, entry in tensors.items():
-            texts = [entry.get(key) for key in ("dtype", "crc32")] if isinstance(entry, dict) else [None]
+            wanted = ("dtype", "crc32", *([SCALE_SUM] if isinstance(entry, dict) and SCALE_SUM in entry else []))
+            texts = [entry.get(key) for key in wanted] if isinstance(entry, dict) else [None]
             if not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"tensor {name[:200]!r} lacks dtype or crc32")
     except OSError as e:
@@ -290,7 +293,47 @@ class Row:
             raise CheckpointError(f"array {self.name!r} cannot be read: {reason(e)}; convert again") from None
 
 
-def read_arrays(place: str | os.PathLike[str], manifest: Mapping[str, Any]) -> dict[str, Row]:
+@dataclass(frozen=True)
+class Int8Tensor:
+    """A matrix (out, in) that a converted folder holds as int8; read as a tensor, it is dequantized in float32.
+
+    Attributes:
+      values: int8 (out, in).
+      scale: float32 (out).
+    """
+
+    values: Row
+    scale: Row
+
+    @property
+    def name(self) -> str:
+        """Published name."""
+        return self.values.name
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """float32, of the dequantized tensor."""
+        return np.dtype(np.float32)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor."""
+        return self.values.shape
+
+    def read(self, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
+        """Fills an array with the dequantized tensor or a slice of it, in the array's dtype."""
+        rows, columns = (*index, slice(None), slice(None))[:2]
+        start, stop, _ = rows.indices(self.shape[0])
+        step = max(1, BLOCK // max(1, out.shape[1] * 4))
+        for at in range(start, stop, step):
+            block = slice(at, min(at + step, stop))
+            x, scale = np.empty((block.stop - at, out.shape[1]), np.float32), np.empty(block.stop - at, np.float32)
+            self.values.read(x, (block, columns))
+            self.scale.read(scale, (block,))
+            out[at - start : block.stop - start] = x * scale[:, None]
+
+
+def read_arrays(place: str | os.PathLike[str], manifest: Mapping[str, Any]) -> dict[str, Row | Int8Tensor]:
     """The tensors of a converted folder; opens each array, reads no values.
 
     Args:
@@ -304,18 +347,19 @@ def read_arrays(place: str | os.PathLike[str], manifest: Mapping[str, Any]) -> d
     import tensorstore as ts
 
     leaves: dict[tuple[str, ...], dict[int | None, str]] = {}
-    for name in manifest["tensors"]:
+    for name, entry in manifest["tensors"].items():
         try:
             path, layer = keys.tree_path(name)
         except ValueError:
             raise CheckpointError(f"{within(place, MANIFEST)} lists {name[:200]!r}, which is no tensor name") from None
-        leaves.setdefault(path, {})[layer] = name
+        for part in (VALUES, SCALE) if SCALE_SUM in entry else ("",):
+            leaves.setdefault((*path, part) if part else path, {})[layer] = name
     arrays, context = within(place, ARRAYS), _context(4)
     base = kvstore(arrays)
     opening: dict[tuple[str, ...], Any] = {}
-    found: dict[str, Row] = {}
+    found: dict[tuple[str, str], Row] = {}
     for path in [*leaves, *leaves]:  # all are asked for before the first is waited for
-        leaf = ".".join(path)[:200]
+        leaf = ".".join(path)
         try:
             if path not in opening:
                 opening[path] = ts.open(_spec(base, path), read=True, open=True, context=context)
@@ -323,14 +367,18 @@ def read_arrays(place: str | os.PathLike[str], manifest: Mapping[str, Any]) -> d
             store, names = opening[path].result(), leaves[path]
             chunk = math.prod(store.chunk_layout.read_chunk.shape) * store.dtype.numpy_dtype.itemsize
         except _ERRORS as e:
-            raise CheckpointError(f"{arrays} lacks a sound array {leaf!r} ({reason(e)}); convert again") from None
+            raise CheckpointError(f"{arrays} lacks a sound array {leaf[:200]!r} ({reason(e)}); convert again") from None
         if chunk > MAX_CHUNK:
-            raise CheckpointError(f"{arrays}: array {leaf!r} has chunks of {chunk} bytes; convert again")
+            raise CheckpointError(f"{arrays}: array {leaf[:200]!r} has chunks of {chunk} bytes; convert again")
         stacked = None not in names
         if stacked and (store.rank == 0 or set(names) != set(range(store.shape[0]))):
             have = store.shape[0] if store.rank else 0
             raise CheckpointError(
-                f"{arrays}: {leaf!r} stacks {have} layers where {len(names)} are listed; convert again"
+                f"{arrays}: {leaf[:200]!r} stacks {have} layers where {len(names)} are listed; convert again"
             )
-        found |= {name: Row(name, store, layer) for layer, name in names.items()}
-    return {name: found[name] for name in manifest["tensors"]}
+        found |= {(name, leaf.rpartition(".")[2]): Row(name, store, layer) for layer, name in names.items()}
+    return {
+        name: Int8Tensor(found[name, VALUES], found[name, SCALE]) if SCALE_SUM in entry
+        else found[name, name.rpartition(".")[2]]
+        for name, entry in manifest["tensors"].items()
+    }  # fmt: skip

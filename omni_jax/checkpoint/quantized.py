@@ -13,16 +13,15 @@ import numpy as np
 
 from omni_jax.checkpoint.adapter import Merged
 from omni_jax.checkpoint.folder import Stored, row_blocks
+from omni_jax.checkpoint.orbax_io import SCALE, VALUES, Int8Tensor
 
-# Names of the two arrays of a quantized weight: the fields of `model.quantize.QuantizedArray`.
-VALUES, SCALE = "values", "scale"
 LARGEST = 127
 
 
 def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int8 [rows, in] and float32 [rows] of float32 [rows, in], which is overwritten. See `model.quantize.quantize`."""
     largest = np.maximum(x.max(axis=1, initial=0), -x.min(axis=1, initial=0))
-    scale = np.where(largest > 0, largest / np.float32(LARGEST), np.float32(1))
+    scale = np.where(largest > 0, largest * np.float32(1 / LARGEST), np.float32(1))
     np.divide(x, scale[:, None], out=x)
     np.rint(x, out=x)
     return np.clip(x, -LARGEST, LARGEST, out=x).astype(np.int8), scale
@@ -102,44 +101,6 @@ class QuantizedScale:
             if np.isnan(self.values.scales[at]).any():
                 self.values.read(np.empty((at.stop - at.start, self.values.shape[1]), np.int8), (at,))
         out[...] = self.values.scales[rows]
-
-
-@dataclass(frozen=True)
-class Int8Tensor:
-    """A matrix (out, in) that a converted folder holds as int8; read as a tensor, it is dequantized in float32.
-
-    Attributes:
-      values: int8 (out, in).
-      scale: float32 (out).
-    """
-
-    values: Stored
-    scale: Stored
-
-    @property
-    def name(self) -> str:
-        """Published name."""
-        return self.values.name
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """float32, of the dequantized tensor."""
-        return np.dtype(np.float32)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the tensor."""
-        return self.values.shape
-
-    def read(self, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
-        """Fills an array with the dequantized tensor or a slice of it, in the array's dtype."""
-        rows, columns = _rows(self, index)
-        for block in row_blocks(out.shape, 4):
-            at = slice(rows.start + block.start, rows.start + block.stop)
-            x, scale = np.empty(out[block].shape, np.float32), np.empty(at.stop - at.start, np.float32)
-            self.values.read(x, (at, columns))
-            self.scale.read(scale, (at,))
-            out[block] = x * scale[:, None]
 
 
 def is_int8(tensor: Stored) -> bool:

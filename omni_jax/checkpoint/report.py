@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from omni_jax.checkpoint import keys, orbax_io
-from omni_jax.checkpoint.convert import crc
+from omni_jax.checkpoint.convert import crc, stored_arrays
 from omni_jax.checkpoint.folder import Stored, nbytes, open_checkpoint, read_block, row_blocks
 from omni_jax.checkpoint.orbax_io import MANIFEST
+from omni_jax.checkpoint.quantized import is_int8
 from omni_jax.checkpoint.safetensors_io import BLOCK, CheckpointError, Tensor
 from omni_jax.checkpoint.sources import ADAPTER, local_files
 from omni_jax.checkpoint.speakers import PACK_FILE, SPEAKERS_FILE, load_voices
@@ -57,24 +58,26 @@ def _parts(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Any]]:
         part["tensors"] += 1
         part["parameters"] += math.prod(tensor.shape)
         part["bytes"] += nbytes(tensor)
-        part["dtypes"][tensor.dtype.name] += 1
+        part["dtypes"]["int8" if is_int8(tensor) else tensor.dtype.name] += 1
     return {name: part | {"dtypes": dict(part["dtypes"])} for name, part in out.items()}
 
 
-def _check(name: str, tensor: Stored, expected: str | None) -> tuple[int, list[str]]:
+def _check(name: str, tensor: Stored, entry: Mapping[str, str] | None) -> tuple[int, list[str]]:
     """Reads a tensor; gives its bytes and what is wrong with it."""
-    found, sound, wrong = 0, True, []
-    try:
-        for rows in row_blocks(tensor.shape, tensor.dtype.itemsize):
-            values = read_block(tensor, rows, tensor.dtype)
-            sound = sound and finite(values)
-            found = crc(values, found) if expected is not None else 0
-    except CheckpointError as e:
-        return nbytes(tensor), [str(e)]
-    if not sound:
-        wrong.append(f"{name} holds values that are infinite or no numbers")
-    if expected is not None and f"{found:08x}" != expected:
-        wrong.append(f"{name} has checksum {found:08x}, not {expected}")
+    wrong = []
+    for array, expected in stored_arrays(tensor, entry):
+        found, sound = 0, True
+        try:
+            for rows in row_blocks(array.shape, array.dtype.itemsize):
+                values = read_block(array, rows, array.dtype)
+                sound = sound and finite(values)
+                found = crc(values, found) if expected is not None else 0
+        except CheckpointError as e:
+            return nbytes(tensor), [str(e)]
+        if not sound:
+            wrong.append(f"{name} holds values that are infinite or no numbers")
+        if expected is not None and f"{found:08x}" != expected:
+            wrong.append(f"{name} has checksum {found:08x}, not {expected}")
     return nbytes(tensor), wrong
 
 
@@ -90,9 +93,9 @@ def _check_blob(file: pathlib.Path) -> list[str]:
 
 def _verify(files: pathlib.Path, tensors: Mapping[str, Stored], progress: bool) -> str:
     """Reads everything; says what it was checked against. Raises CheckpointError with all that is damaged."""
-    sums: dict[str, str] = {}
+    sums: dict[str, dict[str, str]] = {}
     if (files / MANIFEST).is_file():
-        sums = {name: entry["crc32"] for name, entry in orbax_io.read_manifest(files)["tensors"].items()}
+        sums = orbax_io.read_manifest(files)["tensors"]
     shards = sorted({t.file for t in tensors.values() if isinstance(t, Tensor)})
     blobs = [f for f in shards if re.fullmatch("[0-9a-f]{64}", pathlib.Path(os.path.realpath(f)).name)]
     problems: list[str] = []

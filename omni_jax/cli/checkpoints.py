@@ -13,6 +13,7 @@ from rich.filesize import decimal
 
 from omni_jax.cli.flags import Flag, Json
 from omni_jax.errors import InputError
+from omni_jax.settings import Quantize
 
 
 def report(verb: str, target: str, size: int, began: float, as_json: bool) -> None:
@@ -53,6 +54,7 @@ def convert(
     parts: str | None = None,
     adapter: pathlib.Path | None = None,
     keep_adapter: Flag = False,
+    quantize: Quantize | None = None,
     as_json: Json = False,
 ) -> None:
     """Make an Orbax checkpoint of a published one, with everything that belongs to it.
@@ -64,14 +66,17 @@ def convert(
       parts: Which to take, with commas: thinker,talker,token2wav. All there are if not given.
       adapter: Folder of a PEFT adapter (LoRA) to merge into the weights.
       keep_adapter: Put the adapter beside the weights instead.
+      quantize: Store weights as int8, with a scale for each output row: int8, the projections of Thinker and Talker;
+        int8-head, also their output heads; int8-all, also the towers.
     """
     from omni_jax.checkpoint.convert import convert as run
 
     began = time.perf_counter()
     wanted = None if parts is None else tuple(parts.split(","))
     size = run(
-        src, dst, dtype=dtype, parts=wanted, adapter=adapter, keep_adapter=keep_adapter, progress=sys.stderr.isatty()
-    )
+        src, dst, dtype=dtype, parts=wanted, adapter=adapter, keep_adapter=keep_adapter, quantize=quantize,
+        progress=sys.stderr.isatty(),
+    )  # fmt: skip
     report("converted", dst, size, began, as_json)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Float32, Int8
 
@@ -19,6 +20,8 @@ from omni_jax.settings import Quantize
 
 # Values lie in -LARGEST to LARGEST: -128 has no counterpart.
 LARGEST = 127
+# Multiplied by, not divided by: XLA would do so anyway, and numpy would not (`checkpoint.quantized`).
+STEP = np.float32(1 / LARGEST)
 
 
 @struct.dataclass
@@ -49,7 +52,7 @@ def quantize(x: Float[Array, "*N D"]) -> QuantizedArray:
     A row of zeros has the scale 1."""
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=-1)
-    scale = jnp.where(largest > 0, largest / LARGEST, 1)
+    scale = jnp.where(largest > 0, largest * STEP, 1)
     # The clip is for a quotient that rounds up beyond the largest.
     values = jnp.clip(jnp.rint(x / scale[..., None]), -LARGEST, LARGEST).astype(jnp.int8)
     return QuantizedArray(values, scale)

@@ -49,6 +49,20 @@ def test_a_scan_of_matmuls(one, layers):
     assert m.hbm_bytes() == pytest.approx(layers * 2 * (N // 2) ** 2, rel=0.01)
 
 
+def test_a_scan_of_products_with_int8_weights(one):
+    """The compiler reads the tiles of int8 stacks as others in place, inside the fusion that takes a layer's slice."""
+
+    def turn(x, layer):
+        values, scale = layer
+        return jnp.tanh((x @ values.astype(x.dtype)) * scale.astype(x.dtype)), None
+
+    n, layers = N // 2, 4
+    shapes = (((1, n), jnp.bfloat16), ((layers, n, n), jnp.int8), ((layers, n), jnp.float32))
+    args = [jax.ShapeDtypeStruct(s, dtype, sharding=one) for s, dtype in shapes]
+    program = jax.jit(lambda x, *w: lax.scan(turn, x, w)[0])
+    assert Module(program.lower(*args).compile().as_text()).hbm_bytes() == pytest.approx(layers * n * n, rel=0.01)
+
+
 def test_a_loop_whose_turns_are_data(one):
     def loop(x, w, steps):
         return lax.fori_loop(0, steps, lambda _, c: jnp.tanh(c @ w), x)
