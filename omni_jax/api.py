@@ -42,6 +42,7 @@ from omni_jax.runtime.turn import Request
 from omni_jax.settings import (
     MAX_CODES,
     GenerationSettings,
+    KVCacheDtype,
     MediaSettings,
     OutputMode,
     Quantize,
@@ -68,7 +69,8 @@ class Omni:
       processor: messages to arrays.
       eos: ids that end a reply.
       dtype: of the computation.
-      cache_dtype: of keys and values: float32 on CPU, where bf16 dots of few rows are slow, else `dtype`.
+      cache_dtype: of keys and values: float32 on CPU, where bf16 dots of few rows are slow, else `dtype`;
+        int8 where that is asked for.
       placement: the meshes of the stages; None for one device.
       layout_for: `layout_for(part, batch, length)` is the context that a call of a part runs in.
       guard: refuses what the devices' memory cannot hold.
@@ -77,13 +79,14 @@ class Omni:
     def __init__(
         self, config: OmniConfig, params: Any, processor: Processor, eos: Sequence[int], dtype: Any,
         voices: Mapping[str, Voice] | None = None, placement: Placement | None = None,
-        quantize: Quantize | None = None,
+        quantize: Quantize | None = None, kv_cache: KVCacheDtype | None = None,
     ):  # fmt: skip
         self.config, self.params, self.processor, self.eos = config, params, processor, tuple(eos)
         self.voices = dict(voices or {})
         self.placement, self.layout_for = placement, layout_fn(placement)
         self.dtype = jnp.dtype(dtype)
         self.cache_dtype = jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else self.dtype
+        self.cache_dtype = jnp.dtype(jnp.int8) if kv_cache == "int8" else self.cache_dtype
         self.guard = AdmissionControl(
             config, params, placement, self.dtype.itemsize, self.cache_dtype.itemsize, quantize
         )
@@ -360,6 +363,7 @@ def load(
     unroll: bool | None = None,
     adapter: str | pathlib.Path | None = None,
     quantize: Quantize | None = None,
+    kv_cache: KVCacheDtype | None = None,
     progress: bool = False,
 ) -> Omni:
     """Loads a checkpoint: a folder in the published layout or one that `omni-jax convert` made.
@@ -376,20 +380,22 @@ def load(
       adapter: folder of a PEFT adapter (LoRA) to merge into the weights.
       quantize: hold weights as int8, quantized leaf by leaf as they are read: "int8", the projections of Thinker and
         Talker; "int8-head", also their output heads; "int8-all", also the towers. By default as the folder has them.
+      kv_cache: "int8" holds keys and values so, with a scale for each token and head.
       progress: show a bar on stderr.
     Raises:
       ValueError: files that are missing, broken or of another model; one line that names them.
     """
-    if quantize is not None and quantize not in get_args(Quantize):
-        raise InputError(unknown_name("quantize", str(quantize), get_args(Quantize)))
+    for what, given, known in (("quantize", quantize, Quantize), ("kv_cache", kv_cache, KVCacheDtype)):
+        if given is not None and given not in get_args(known):
+            raise InputError(unknown_name(what, str(given), get_args(known)))
     with local_files(path) as (files, arrays):
-        return _load(files, arrays, parts, dtype, mesh, speech_mesh, unroll, adapter, quantize, progress)
+        return _load(files, arrays, parts, dtype, mesh, speech_mesh, unroll, adapter, quantize, kv_cache, progress)
 
 
 def _load(
     path: pathlib.Path, arrays: str | None, parts: Sequence[str], dtype: Any, mesh: str | jax.sharding.Mesh | None,
     speech_mesh: str | jax.sharding.Mesh | None, unroll: bool | None, adapter: str | pathlib.Path | None,
-    quantize: Quantize | None, progress: bool,
+    quantize: Quantize | None, kv_cache: KVCacheDtype | None, progress: bool,
 ) -> Omni:  # fmt: skip
     cfg = load_config(path)
     if set(parts) not in ({"thinker"}, set(PARTS)):
@@ -414,4 +420,4 @@ def _load(
         shardings=stage_formats(cfg, placement, parts, quantize), arrays=arrays, quantize=quantize,
     )  # fmt: skip
     eos = stop_token_ids(path, cfg, processor.tokenizer)
-    return Omni(cfg, params, processor, eos, dtype, voices, placement, quantize)
+    return Omni(cfg, params, processor, eos, dtype, voices, placement, quantize, kv_cache)

@@ -23,6 +23,7 @@ from omni_jax.errors import InputError, unknown_name
 Dtype = Literal["bfloat16", "float32"]
 # What of the weights is int8: the projections of Thinker and Talker; also the output heads; also the towers.
 Quantize = Literal["int8", "int8-head", "int8-all"]
+KVCacheDtype = Literal["int8"]
 # Names of `ode.SOLVERS`; that module imports jax, and this one must not.
 VocoderMode = Literal["exact", "windowed"]
 OutputMode = Literal["auto", "text", "speech", "both"]
@@ -183,6 +184,9 @@ class ModelSettings(ModelSource):
         None, "Weights as int8, with a scale for each output row: int8, the projections of Thinker and Talker; "
         "int8-head, also their output heads; int8-all, also the vision and audio towers. Default: as stored.",
     )  # fmt: skip
+    kv_cache: KVCacheDtype | None = option(
+        None, "Keys and values as int8, with a scale for each token and head. Default: in the dtype of the computation."
+    )
 
 
 @dataclass(frozen=True)

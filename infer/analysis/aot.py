@@ -24,6 +24,7 @@ from omni_jax.model.token2wav import Flow
 from omni_jax.parallel import meshes
 from omni_jax.progress import progress_bar
 from omni_jax.runtime import slots
+from omni_jax.settings import KVCacheDtype, Quantize
 
 CONTEXT = 4096
 LONG = 32768
@@ -32,42 +33,57 @@ SPEECH_CODES = 500  # 10 s
 
 
 def listed(
-    cfg: C.OmniConfig, placement: meshes.Placement, keep: pathlib.Path | None = None
-) -> dict[str, Callable[[], Facts]]:
+    cfg: C.OmniConfig, placement: meshes.Placement, keep: pathlib.Path | None = None, quantize: Quantize | None = None,
+    kv_cache: KVCacheDtype | None = None,
+) -> dict[str, Callable[[], Facts]]:  # fmt: skip
     """The facts of every program of the table, by name; `keep` as for `compile_program`."""
+    small: Any = {"quantize": quantize, "kv_cache": kv_cache}
     loop, context = slots.LOOP_STEPS, CONTEXT
     run: dict[str, Callable[[], Facts]] = {}
     said = partial(facts, keep=keep)
     for b in (1, 32):
         where = f"batch {b}, {context} slots"
-        run[f"decode {b}"] = partial(lambda b, w: said(P.thinker_decode(cfg, placement, b, context), w), b, where)
+        run[f"decode {b}"] = partial(
+            lambda b, w: said(P.thinker_decode(cfg, placement, b, context, **small), w), b, where
+        )
         run[f"loop {b}"] = partial(
-            lambda b, w: said(P.thinker_decode(cfg, placement, b, context, loop=True), f"{w}, {loop} steps", loop),
-            b, where,
+            lambda b, w: said(P.thinker_decode(cfg, placement, b, context, loop=True, **small), w, loop),
+            b, f"{where}, {loop} steps",
         )  # fmt: skip
-    run["prefill 8k"] = lambda: said(P.thinker_prefill(cfg, placement, 1, 6144, 8192), "6144 tokens, 8192 slots")
+    run["prefill 8k"] = lambda: said(
+        P.thinker_prefill(cfg, placement, 1, 6144, 8192, **small), "6144 tokens, 8192 slots"
+    )
     for name, (batch, capacity) in {"extend 4k": (1, CONTEXT), "extend 1 of 8": (8, CONTEXT)}.items():
         run[name] = partial(
-            lambda b, c: said(P.thinker_extend(cfg, placement, 1, PIECE, b, c), f"{PIECE} tokens, {b} × {c} slots"),
-            batch, capacity,
+            lambda b, c, w: said(P.thinker_extend(cfg, placement, 1, PIECE, b, c, **small), w),
+            batch, capacity, f"{PIECE} tokens, {batch} × {capacity} slots",
         )  # fmt: skip
     if placement.thinker.size == 1:
         run["extend 32k"] = lambda: said(
-            P.thinker_extend(cfg, placement, 1, PIECE, 1, LONG), f"{PIECE} tokens, 1 × {LONG} slots"
+            P.thinker_extend(cfg, placement, 1, PIECE, 1, LONG, **small), f"{PIECE} tokens, 1 × {LONG} slots"
         )
-        run["decode 32k"] = lambda: said(P.thinker_decode(cfg, placement, 1, LONG), f"batch 1, {LONG} slots")
-        run["prefill 32k"] = lambda: said(P.thinker_prefill(cfg, placement, 1, LONG, LONG), f"{LONG} tokens")
-    run["vision image"] = lambda: said(P.vision_call(cfg, placement, 1, IMAGE_WINDOWS), "1 frame of 448×448")
+        run["decode 32k"] = lambda: said(P.thinker_decode(cfg, placement, 1, LONG, **small), f"batch 1, {LONG} slots")
+        run["prefill 32k"] = lambda: said(P.thinker_prefill(cfg, placement, 1, LONG, LONG, **small), f"{LONG} tokens")
+    run["vision image"] = lambda: said(
+        P.vision_call(cfg, placement, 1, IMAGE_WINDOWS, quantize=quantize), "1 frame of 448×448"
+    )
     for name, (frames, _) in tower_programs(cfg)["video"].items():
         run[name] = partial(
-            lambda n: said(P.vision_call(cfg, placement, n, IMAGE_WINDOWS), f"{n} frames of 448×448"), frames
+            lambda n: said(
+                P.vision_call(cfg, placement, n, IMAGE_WINDOWS, quantize=quantize), f"{n} frames of 448×448"
+            ),
+            frames,
         )
     for name, (chunks, _) in tower_programs(cfg)["audio"].items():
-        run[name] = partial(lambda n: said(P.audio_call(cfg, placement, n), f"{n} chunks of 2 s"), chunks)
+        run[name] = partial(
+            lambda n: said(P.audio_call(cfg, placement, n, quantize=quantize), f"{n} chunks of 2 s"), chunks
+        )
     if cfg.talker is not None:
         for b in (1, 32):
             where = f"batch {b}, {context} slots"
-            run[f"talker {b}"] = partial(lambda b, w: said(P.talker_decode(cfg, placement, b, context), w), b, where)
+            run[f"talker {b}"] = partial(
+                lambda b, w: said(P.talker_decode(cfg, placement, b, context, **small), w), b, where
+            )
     if cfg.token2wav is not None:
         sound = f"{SPEECH_CODES / 50:g} s"
         run["dit"] = lambda: said(
@@ -82,6 +98,7 @@ def listed(
 def run(
     preset: str = "3b", topology: str = "v5e:2x4", *, mesh: str | None = None, layers: int | None = None,
     only: Sequence[str] = (), keep: pathlib.Path | None = None, progress: bool = False,
+    quantize: Quantize | None = None, kv_cache: KVCacheDtype | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compiles the networks and gathers the table.
 
@@ -93,13 +110,14 @@ def run(
       only: names of programs (see `listed`); all by default.
       keep: folder for what the compilers say; what is there already is not compiled again.
       progress: show what is compiled on stderr.
+      quantize, kv_cache: what of weights and cache is int8.
     Raises:
       InputError: an unknown preset, topology, mesh or program; a folder that cannot be used.
     """
     cfg = truncate_layers(C.preset(preset), layers)
     devices = targets.topology(topology)
     placement = meshes.place(cfg, mesh or targets.mesh_name(topology), devices=devices)
-    programs = listed(cfg, placement, keep)
+    programs = listed(cfg, placement, keep, quantize, kv_cache)
     if unknown := sorted(set(only) - set(programs)):
         raise InputError(f"unknown programs {unknown}; known are {', '.join(programs)}")
     found: dict[str, Facts] = {}
@@ -109,10 +127,10 @@ def run(
             advance(0, label=name)
             found[name] = programs[name]()
             advance()
-    sums = goals.resident(cfg, placement, found)
+    sums = goals.resident(cfg, placement, found, quantize, kv_cache)
     return {
         "preset": preset, "topology": topology, "layers": layers,
-        "mesh": dict(placement.thinker.shape),
+        "quantize": quantize, "kv_cache": kv_cache, "mesh": dict(placement.thinker.shape),
         "goals": [dataclasses.asdict(g) for g in goals.goals(cfg, preset, topology, found, sums)],
         "programs": {name: f.to_dict() for name, f in found.items()}, "resident": sums,
     }  # fmt: skip
@@ -122,9 +140,12 @@ def tables(result: dict[str, Any]) -> str:
     """The result as Markdown: goals, programs, collectives."""
     axes = ", ".join(f"{a} {n}" for a, n in result["mesh"].items() if n > 1) or "one chip"
     cut = "" if result["layers"] is None else f", {result['layers']} layers a stack"
+    small = "".join(
+        f", {what} {result[key]}" for what, key in (("weights", "quantize"), ("cache", "kv_cache")) if result[key]
+    )
     mark = {True: "met", False: "**missed**", None: ""}
     lines = [
-        f"**{result['preset']}{cut} on {result['topology']}** ({axes})",
+        f"**{result['preset']}{cut} on {result['topology']}** ({axes}{small})",
         "",
         "| metric | figure | goal | |",
         "|---|---|---|---|",
@@ -147,8 +168,11 @@ def tables(result: dict[str, Any]) -> str:
 
 def main(
     preset: str, topology: str, mesh: str | None, layers: int | None, only: Sequence[str], keep: pathlib.Path | None,
-    as_json: bool,
+    as_json: bool, quantize: Quantize | None = None, kv_cache: KVCacheDtype | None = None,
 ) -> None:  # fmt: skip
     """The command behind `omni-jax aot`."""
-    result = run(preset, topology, mesh=mesh, layers=layers, only=only, keep=keep, progress=sys.stderr.isatty())
+    result = run(
+        preset, topology, mesh=mesh, layers=layers, only=only, keep=keep, progress=sys.stderr.isatty(),
+        quantize=quantize, kv_cache=kv_cache,
+    )  # fmt: skip
     print(json.dumps(result) if as_json else tables(result))

@@ -12,6 +12,7 @@ from omni_jax.infer.analysis import programs as P
 from omni_jax.infer.analysis import targets
 from omni_jax.infer.analysis.facts import GIB, MIB, Facts, grouped, on_device, tower_programs
 from omni_jax.parallel import meshes
+from omni_jax.settings import KVCacheDtype, Quantize
 
 # What a v5e with all of the 3B in it may take; what the Thinker alone may take with a long context.
 ALL_PARTS = 15.7 * GIB
@@ -28,7 +29,10 @@ class Goal:
     met: bool | None
 
 
-def resident(cfg: C.OmniConfig, placement: meshes.Placement, found: dict[str, Facts]) -> dict[str, int] | None:
+def resident(
+    cfg: C.OmniConfig, placement: meshes.Placement, found: dict[str, Facts], quantize: Quantize | None = None,
+    kv_cache: KVCacheDtype | None = None,
+) -> dict[str, int] | None:  # fmt: skip
     """Memory of one device with all parts loaded, and the most that any program needs beside.
 
     Returns:
@@ -47,10 +51,10 @@ def resident(cfg: C.OmniConfig, placement: meshes.Placement, found: dict[str, Fa
         ("thinker", cfg.thinker.text), ("talker", cfg.talker.decoder),
     )  # fmt: skip
     caches = {
-        part: 2 * on_device(P.cache_shapes(d, placement.layout(part), 1, 8192, jax.numpy.bfloat16).k)
+        part: 2 * on_device(P.cache_shapes(d, placement.layout(part), 1, 8192, kv_cache or jax.numpy.bfloat16).k)
         for part, d in decoders
     }
-    parts = {p: P.weights(cfg, placement, p, jax.numpy.bfloat16) for p in ("thinker", "talker")}
+    parts = {p: P.weights(cfg, placement, p, jax.numpy.bfloat16, quantize=quantize) for p in ("thinker", "talker")}
     parts["token2wav"] = P.weights(cfg, placement, "token2wav", jax.numpy.float32)
     weights = sum(on_device(tree) for tree in parts.values())
     # The cache of a prefill is a result: in its peak, though not among its arguments.

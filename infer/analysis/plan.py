@@ -18,6 +18,7 @@ from typing import Any
 
 from omni_jax import buckets
 from omni_jax import config as C
+from omni_jax.checkpoint.orbax_io import quantization_of
 from omni_jax.errors import InputError
 from omni_jax.files import read_json
 from omni_jax.infer.analysis.asked import Asked as Asked
@@ -28,6 +29,7 @@ from omni_jax.processing import audio, images, video_sampling
 from omni_jax.processing.media import MediaError
 from omni_jax.runtime import memory_model as M
 from omni_jax.runtime.speech import TALKER_CACHE_STEP, cache_slots
+from omni_jax.settings import KVCacheDtype, Quantize
 
 PRESETS = ("3b", "7b", "nano")
 CODES_PER_SECOND = 50
@@ -234,21 +236,25 @@ def step(name: str, what: str, moved: float, operations: float, chip: M.Chip, *,
     )  # fmt: skip
 
 
-def steps(cfg: C.OmniConfig, at: M.Meshes, request: M.Request, chip: M.Chip, itemsize: int) -> Iterator[Step]:
+def steps(
+    cfg: C.OmniConfig, at: M.Meshes, request: M.Request, chip: M.Chip, itemsize: int,
+    cache_itemsize: int | None = None, quantize: Quantize | None = None,
+) -> Iterator[Step]:  # fmt: skip
     """The least time of every program. Products dominate, so a weight counts two operations a row, and attention its
     own; each device does its share of both, as the rules lay them out."""
     r, mesh = request, at.thinker
-    yield from tower_steps(cfg, mesh, r, chip, itemsize)
-    yield from _decoder_steps(cfg, mesh, "thinker", r, r.width, r.slots, chip, itemsize)
+    sizes = itemsize, cache_itemsize or itemsize, quantize
+    yield from tower_steps(cfg, mesh, r, chip, itemsize, quantize)
+    yield from _decoder_steps(cfg, mesh, "thinker", r, r.width, r.slots, chip, *sizes)
     if r.codes:
         mesh = at.of("speech")
-        yield from _decoder_steps(cfg, mesh, "talker", r, r.width + EXTRA, r.speech_slots, chip, itemsize)
+        yield from _decoder_steps(cfg, mesh, "talker", r, r.width + EXTRA, r.speech_slots, chip, *sizes)
         yield from _audio_steps(cfg, mesh, r, chip)
 
 
 def _decoder_steps(
     cfg: C.OmniConfig, sizes: meshes.Sizes, part: Any, r: M.Request, length: int, slots: int, chip: M.Chip,
-    itemsize: int,
+    itemsize: int, cache_itemsize: int, quantize: Quantize | None,
 ) -> Iterator[Step]:  # fmt: skip
     d = M.decoder(cfg, part)
     per_layer = d.hidden_size * (
@@ -260,20 +266,24 @@ def _decoder_steps(
 
     rules = meshes.rules(part, cfg, sizes, r.rows, length)
     split = M.ways(sizes, rules, "batch", "length", "act_mlp")
-    use = M.prefill(cfg, sizes, part, r.rows, length, slots, itemsize)
+    use = M.prefill(cfg, sizes, part, r.rows, length, slots, itemsize, cache_itemsize, quantize=quantize)
+    stored = itemsize if quantize is None else 1
+    head_size = 1 if quantize in ("int8-head", "int8-all") else itemsize
     work = r.rows * (2 * length * layers + attend * length * length / 2) / split
-    weights = layers * itemsize / M.ways(sizes, rules, "mlp", "embed")
+    weights = layers * stored / M.ways(sizes, rules, "mlp", "embed")
     yield step(f"{name} prefill", f"{r.rows} × {length} tokens", weights + use.cache + use.arrays, work, chip)
 
     rules = meshes.rules(part, cfg, sizes, r.rows)
     split = M.ways(sizes, rules, "batch", "act_mlp")
-    weights = (layers + head) * itemsize / M.ways(sizes, rules, "mlp", "embed")
-    cache = M.cache_bytes(cfg, sizes, part, r.rows, slots, itemsize)
+    weights = (layers * stored + head * head_size) / M.ways(sizes, rules, "mlp", "embed")
+    cache = M.cache_bytes(cfg, sizes, part, r.rows, slots, cache_itemsize)
     work = r.rows * (2 * (layers + head) + attend * slots) / split
     yield step(f"{name} decode", f"one token of {r.rows} rows, {slots} slots", weights + cache, work, chip)
 
 
-def tower_steps(cfg: C.OmniConfig, sizes: meshes.Sizes, r: M.Request, chip: M.Chip, itemsize: int) -> Iterator[Step]:
+def tower_steps(
+    cfg: C.OmniConfig, sizes: meshes.Sizes, r: M.Request, chip: M.Chip, itemsize: int, quantize: Quantize | None = None
+) -> Iterator[Step]:
     """The least times of the towers: all calls of the vision tower, and one of the audio tower."""
     v, a = cfg.thinker.vision, cfg.thinker.audio
     d, merged = v.hidden_size, v.hidden_size * v.spatial_merge_size**2
@@ -287,7 +297,7 @@ def tower_steps(cfg: C.OmniConfig, sizes: meshes.Sizes, r: M.Request, chip: M.Ch
         keys = full * n + (v.depth - full) * v.window_patches**2
         use = M.vision(cfg, sizes, frames, windows, itemsize)
         work += frames * n * (2 * per_patch + 4 * d * keys) / M.ways(sizes, rules, "batch", "act_mlp")
-        moved += M.weight_bytes(cfg, sizes, *use.reads[:1], itemsize, use.reads[1]) + use.arrays
+        moved += M.weight_bytes(cfg, sizes, *use.reads[:1], itemsize, use.reads[1], quantize) + use.arrays
     if r.frames:
         yield step("vision tower", f"all {len(r.frames)} calls", moved, work, chip)
     if r.chunks:
@@ -298,7 +308,7 @@ def tower_steps(cfg: C.OmniConfig, sizes: meshes.Sizes, r: M.Request, chip: M.Ch
         use = M.audio(cfg, sizes, r.chunks, itemsize)
         keys = 4 * a.encoder_layers * a.d_model * a.chunk_frames // 2
         work = states * (2 * per_state + keys) / M.ways(sizes, rules, "batch", "act_mlp")
-        moved = M.weight_bytes(cfg, sizes, use.reads[0], itemsize, use.reads[1]) + use.arrays
+        moved = M.weight_bytes(cfg, sizes, use.reads[0], itemsize, use.reads[1], quantize) + use.arrays
         yield step("audio tower", f"a call of {r.chunks} chunks of 2 s", moved, work, chip)
 
 
@@ -354,7 +364,7 @@ def config_of(model: str) -> tuple[C.OmniConfig, pathlib.Path | None]:
 
 def run(
     model: str, asked: Asked, *, chip: str = "v5e", mesh: str = "1", speech_mesh: str | None = None,
-    dtype: str = "bfloat16",
+    dtype: str = "bfloat16", quantize: Quantize | None = None, kv_cache: KVCacheDtype | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Gathers the plan as plain data.
 
@@ -364,6 +374,7 @@ def run(
       chip: a name of `plan.CHIPS`.
       mesh, speech_mesh: as for `generate`.
       dtype: of weights and cache.
+      quantize, kv_cache: what of them is int8.
     Raises:
       InputError: anything that cannot be planned.
     """
@@ -371,6 +382,8 @@ def run(
         raise InputError(f"--chip {chip!r} is not known; known are {', '.join(M.CHIPS)}")
     cfg, folder = config_of(model)
     device, itemsize = M.CHIPS[chip], 4 if dtype == "float32" else 2
+    cache_itemsize = 1 if kv_cache == "int8" else itemsize
+    quantize = quantize if folder is None else quantization_of(folder, quantize)
     sizes = meshes.axis_sizes(mesh, cfg)
     at = M.Meshes(sizes, None if speech_mesh is None else meshes.axis_sizes(speech_mesh, cfg))
     parts = tuple(p for p in M.PARTS if p == "thinker" or asked.speech)
@@ -378,10 +391,10 @@ def run(
         raise InputError("--speech-mesh goes with --speech SECONDS")
     media = read_media(asked, cfg.thinker, folder)
     tokens, request = padded(asked, cfg, media)
-    loaded = M.resident(cfg, at, itemsize, parts)
+    loaded = M.resident(cfg, at, itemsize, parts, quantize)
     weights = {stage: sum(parts.values()) for stage, parts in loaded.items()}
     rows: list[dict[str, Any]] = []
-    for phase in M.phases(cfg, at, request, itemsize):
+    for phase in M.phases(cfg, at, request, itemsize, cache_itemsize, quantize):
         use, stage = phase.use, phase.use.stage if at.has_speech_mesh else "thinker"
         rows.append({
             "program": use.name, "stage": stage, "weights": weights[stage], "cache": use.cache,
@@ -393,10 +406,11 @@ def run(
         "model": model, "chip": chip, "mesh": {a: n for a, n in sizes.items() if n > 1},
         "speech_mesh": None if at.speech is None else {a: n for a, n in at.speech.items() if n > 1},
         "devices": math.prod(sizes.values()) + (math.prod(at.speech.values()) if at.speech is not None else 0),
-        "dtype": dtype, "prompt_tokens": tokens, "request": dataclasses.asdict(request),
+        "dtype": dtype, "quantize": quantize, "kv_cache": kv_cache, "prompt_tokens": tokens,
+        "request": dataclasses.asdict(request),
         "media": [{"name": m.name, "what": m.what, "tokens": m.tokens} for m in media],
         "weights": {stage: parts for stage, parts in loaded.items() if parts}, "programs": rows,
-        "steps": [dataclasses.asdict(s) for s in steps(cfg, at, request, device, itemsize)],
+        "steps": [dataclasses.asdict(s) for s in steps(cfg, at, request, device, itemsize, cache_itemsize, quantize)],
         "memory": device.memory, "peak": peak, "fits": peak <= device.memory,
     }  # fmt: skip
 
@@ -406,9 +420,11 @@ def tables(result: Mapping[str, Any]) -> str:
     axes = ", ".join(f"{a} {n}" for a, n in result["mesh"].items()) or "one chip"
     if result["speech_mesh"] is not None:
         axes += "; speech " + (", ".join(f"{a} {n}" for a, n in result["speech_mesh"].items()) or "one chip")
-    r = result["request"]
+    r, stored = result["request"], result["dtype"]
+    stored += "" if result["quantize"] is None else f", weights {result['quantize']}"
+    stored += "" if result["kv_cache"] is None else f", cache {result['kv_cache']}"
     lines = [
-        f"**{result['model']} on {result['chip']}** ({axes}), {result['dtype']}; {r['rows']} × {r['width']} tokens, "
+        f"**{result['model']} on {result['chip']}** ({axes}), {stored}; {r['rows']} × {r['width']} tokens, "
         f"{r['slots']} slots",
         "",
         "| loaded weights | each device |",
@@ -440,9 +456,14 @@ def tables(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(model: str, asked: Asked, chip: str, mesh: str, speech_mesh: str | None, dtype: str, as_json: bool) -> None:
+def main(
+    model: str, asked: Asked, chip: str, mesh: str, speech_mesh: str | None, dtype: str, as_json: bool,
+    quantize: Quantize | None, kv_cache: KVCacheDtype | None,
+) -> None:  # fmt: skip
     """The command behind `omni-jax plan`; exits with DOES_NOT_FIT where it does not."""
-    result = run(model, asked, chip=chip, mesh=mesh, speech_mesh=speech_mesh, dtype=dtype)
+    result = run(
+        model, asked, chip=chip, mesh=mesh, speech_mesh=speech_mesh, dtype=dtype, quantize=quantize, kv_cache=kv_cache
+    )
     print(json.dumps(result) if as_json else tables(result))
     if not result["fits"]:
         sys.exit(DOES_NOT_FIT)

@@ -20,12 +20,12 @@ from omni_jax.infer.analysis.targets import topology as topology  # of the devic
 from omni_jax.model import audio, token2wav, token2wav_stream, vision
 from omni_jax.model.kv_cache import CACHE_AXES, KVCache
 from omni_jax.model.parameters import param_specs, stack_of
-from omni_jax.model.quantize import quantized_specs
+from omni_jax.model.quantize import QuantizedArray, quantized_specs
 from omni_jax.model.stages import inner_part, use_unrolled_layers
 from omni_jax.parallel.meshes import Placement
 from omni_jax.parallel.sharding import Layout, param_formats
 from omni_jax.runtime import slots
-from omni_jax.settings import Quantize
+from omni_jax.settings import KVCacheDtype, Quantize
 
 FLOW = token2wav.Flow()
 
@@ -113,6 +113,8 @@ def cache_shapes(d: DecoderConfig, layout: Layout, batch: int, capacity: int, dt
     """A cache as shapes with shardings."""
     shape = (d.num_hidden_layers, batch, d.num_key_value_heads, capacity, d.head_dim)
     rows: Any = _struct(layout, shape, dtype, *CACHE_AXES)
+    if jnp.dtype(dtype) == jnp.int8:
+        rows = QuantizedArray(rows, _struct(layout, shape[:-1], jnp.float32, *CACHE_AXES[:-1]))
     if _looped(layout):
         rows = _apart(rows)
     lengths: Any = _struct(layout, (batch,), jnp.int32)
@@ -126,13 +128,17 @@ def text_weights(cfg: OmniConfig, placement: Placement, dtype: Any, quantize: Qu
 
 
 def slots_shapes(
-    program: slots.DecoderProgram, params: Any, layout: Layout, batch: int, capacity: int, dtype: Any, reply: int = 0
-) -> slots.Slots:
+    program: slots.DecoderProgram, params: Any, layout: Layout, batch: int, capacity: int, dtype: Any, reply: int = 0,
+    kv_cache: KVCacheDtype | None = None,
+) -> slots.Slots:  # fmt: skip
     """The slots of a decoder as shapes with shardings, as every operation on them leaves them."""
+    cache_dtype = kv_cache or dtype
     marks = jax.ShapeDtypeStruct((2, program.vector_size), dtype) if program.hears_reply else None
-    make = functools.partial(slots.make_slots, program, rows=batch, capacity=capacity, cache_dtype=dtype, reply=reply)
+    make = functools.partial(
+        slots.make_slots, program, rows=batch, capacity=capacity, cache_dtype=cache_dtype, reply=reply
+    )
     made = whole(layout, jax.eval_shape(lambda p, m: make(p, marks=m), params, marks))
-    cache = cache_shapes(program.decoder, layout, batch, capacity, dtype)
+    cache = cache_shapes(program.decoder, layout, batch, capacity, cache_dtype)
     seen: Any = _struct(layout, made.seen.shape, made.seen.dtype, None, "vocab")
     return dataclasses.replace(made, cache=cache, seen=seen)
 
@@ -157,24 +163,24 @@ def _decode(
 
 def thinker_decode(
     cfg: OmniConfig, placement: Placement, batch: int, capacity: int, *, loop: bool = False, dtype: Any = jnp.bfloat16,
-    quantize: Quantize | None = None,
+    quantize: Quantize | None = None, kv_cache: KVCacheDtype | None = None,
 ) -> Program:  # fmt: skip
     """One decode step of the Thinker, or the loop of up to 32."""
     layout, program = placement.layout("thinker", batch), slots.thinker_program(cfg.thinker)
     params = text_weights(cfg, placement, dtype, quantize)
-    state = slots_shapes(program, params, layout, batch, capacity, dtype)
+    state = slots_shapes(program, params, layout, batch, capacity, dtype, kv_cache=kv_cache)
     return _decode("thinker decode", program, params, layout, state, loop=loop)
 
 
 def talker_decode(
     cfg: OmniConfig, placement: Placement, batch: int, capacity: int, *, loop: bool = False, reply: int = 512,
-    dtype: Any = jnp.bfloat16, quantize: Quantize | None = None,
+    dtype: Any = jnp.bfloat16, quantize: Quantize | None = None, kv_cache: KVCacheDtype | None = None,
 ) -> Program:  # fmt: skip
     """One decode step of the Talker, or the loop of up to 32, with room for a reply of `reply` vectors."""
     assert cfg.talker is not None
     layout, program = placement.layout("talker", batch), slots.talker_program(cfg.talker)
     params = weights(cfg, placement, "talker", dtype, quantize=quantize)
-    state = slots_shapes(program, params, layout, batch, capacity, dtype, reply)
+    state = slots_shapes(program, params, layout, batch, capacity, dtype, reply, kv_cache)
     return _decode("talker decode", program, params, layout, state, loop=loop)
 
 
@@ -191,29 +197,29 @@ def _extend(
 
 def thinker_prefill(
     cfg: OmniConfig, placement: Placement, batch: int, length: int, capacity: int, dtype: Any = jnp.bfloat16,
-    quantize: Quantize | None = None,
+    quantize: Quantize | None = None, kv_cache: KVCacheDtype | None = None,
 ) -> Program:  # fmt: skip
     """Reading prompts of text, into slots of as many rows."""
-    return _thinker_extend("thinker prefill", cfg, placement, batch, length, batch, capacity, dtype, quantize)
+    return _thinker_extend("thinker prefill", cfg, placement, batch, length, batch, capacity, dtype, quantize, kv_cache)
 
 
 def thinker_extend(
     cfg: OmniConfig, placement: Placement, batch: int, length: int, rows: int, capacity: int,
-    dtype: Any = jnp.bfloat16, quantize: Quantize | None = None,
+    dtype: Any = jnp.bfloat16, quantize: Quantize | None = None, kv_cache: KVCacheDtype | None = None,
 ) -> Program:  # fmt: skip
     """Reading `length` further tokens of text in `batch` of `rows` rows."""
-    return _thinker_extend("thinker extend", cfg, placement, batch, length, rows, capacity, dtype, quantize)
+    return _thinker_extend("thinker extend", cfg, placement, batch, length, rows, capacity, dtype, quantize, kv_cache)
 
 
 def _thinker_extend(
     name: str, cfg: OmniConfig, placement: Placement, batch: int, length: int, rows: int, capacity: int, dtype: Any,
-    quantize: Quantize | None,
+    quantize: Quantize | None, kv_cache: KVCacheDtype | None,
 ) -> Program:  # fmt: skip
     first = name == "thinker prefill"
     layout = placement.layout("thinker", batch, length, rows)
     program = slots.thinker_program(cfg.thinker)
     params = weights(cfg, placement, "thinker", dtype, ("model",), quantize)
-    state = slots_shapes(program, params, placement.layout("thinker", rows), rows, capacity, dtype)
+    state = slots_shapes(program, params, placement.layout("thinker", rows), rows, capacity, dtype, kv_cache=kv_cache)
     which: Any = None if first else _struct(layout, (batch,), jnp.int32)
     tokens = slots.Tokens(
         _struct(layout, (batch, length), jnp.int32), _struct(layout, (3, batch, length), jnp.int32),

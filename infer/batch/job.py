@@ -27,7 +27,7 @@ from omni_jax.errors import InputError
 from omni_jax.infer.batch import answers, hosts, records
 from omni_jax.infer.batch.records import JobError, Line
 from omni_jax.progress import progress_bar
-from omni_jax.settings import GenerationSettings, Quantize, SpeechSettings
+from omni_jax.settings import GenerationSettings, KVCacheDtype, Quantize, SpeechSettings
 
 # Seconds between lines of progress where there is no terminal, and between looks at the other processes' parts.
 REPORT, POLL = 30.0, 0.2
@@ -49,7 +49,7 @@ class Job:
       dtype: of weights and computation.
       batch_size: conversations that are answered at the same time.
       adapter: folder of a PEFT adapter to merge into the weights.
-      quantize: which weights are int8; see `omni_jax.load`.
+      quantize, kv_cache: which weights are int8, and whether keys and values are; see `omni_jax.load`.
       folder: that relative paths of media begin in; by default the input's own.
       progress: show how far it is on stderr; `bar`: there is a terminal for a bar.
     """
@@ -67,6 +67,7 @@ class Job:
     batch_size: int = 8
     adapter: str | None = None
     quantize: Quantize | None = None
+    kv_cache: KVCacheDtype | None = None
     folder: pathlib.Path | None = None
     progress: bool = False
     bar: bool = False
@@ -76,7 +77,7 @@ class Job:
         data = dataclasses.asdict(self)
         what = {name: data[name] for name in ("settings", "speech", "speech_format", "media", "dtype")}
         what |= {"model": str(fingerprint(self.model)), "adapter": self.adapter and adapter_digest(self.adapter)}
-        what |= {} if self.quantize is None else {"quantize": self.quantize}
+        what |= {name: data[name] for name in ("quantize", "kv_cache") if data[name] is not None}
         return records.read_lines(self.source, what)
 
 
@@ -163,6 +164,7 @@ def _load(job: Job) -> tuple[Any, bool]:
         speech_mesh=speech_mesh,
         adapter=job.adapter,
         quantize=job.quantize,
+        kv_cache=job.kv_cache,
         progress=show,
     )
     return loaded, together

@@ -22,7 +22,7 @@ from omni_jax.processing.processor import Prompt
 from omni_jax.runtime.engine import Engine, EngineOptions
 from omni_jax.runtime.memory_model import thinker_slots
 from omni_jax.runtime.turn import Request
-from omni_jax.settings import GenerationSettings
+from omni_jax.settings import GenerationSettings, Quantize
 
 MEDIAN, SPREAD, MOST = 64, 1.4, 1024  # of the lengths: log-normal, cut at the default of max_new_tokens
 GOAL = 1.5
@@ -61,7 +61,9 @@ def requests_of(prompt: Prompt, counts: Sequence[int]) -> list[Request]:
     return [Request(prompt, GenerationSettings(max_new_tokens=n)) for n in counts]
 
 
-def run(model: str | None, count: int, rows: int, pairs: int, seed: int = SEED) -> dict[str, Any]:
+def run(
+    model: str | None, count: int, rows: int, pairs: int, seed: int = SEED, quantize: Quantize | None = None
+) -> dict[str, Any]:
     """Times both, interleaved; returns the rows of the table.
 
     Raises:
@@ -72,7 +74,7 @@ def run(model: str | None, count: int, rows: int, pairs: int, seed: int = SEED) 
     counts = lengths(count, seed)
     ways = {"static": static, "continuous": continuous}
     times: dict[str, list[float]] = {name: [] for name in ways}
-    with opened(model) as m:
+    with opened(model, quantize) as m:
         prompt = m.prepare([{"role": "user", "content": "Tell me a story."}])
         engine = endless(m, EngineOptions(rows, thinker_slots(len(prompt.ids), MOST, m.context)))
         for way in ways.values():  # compiles
@@ -94,10 +96,10 @@ def run(model: str | None, count: int, rows: int, pairs: int, seed: int = SEED) 
     }
 
 
-def main(model: str | None, count: int, rows: int, pairs: int, as_json: bool) -> None:
+def main(model: str | None, count: int, rows: int, pairs: int, as_json: bool, quantize: Quantize | None = None) -> None:
     """The command behind `omni-jax bench batch`."""
     where = machine()
-    table = run(model, count, rows, pairs)
+    table = run(model, count, rows, pairs, quantize=quantize)
     if as_json:
         print(json.dumps({"machine": where, "model": model or "nano, random"} | table))
         return

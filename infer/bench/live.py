@@ -29,7 +29,7 @@ from omni_jax.model.token2wav import SAMPLE_RATE, Flow
 from omni_jax.processing.processor import Prompt
 from omni_jax.runtime.engine import Engine, EngineOptions
 from omni_jax.runtime.turn import Request
-from omni_jax.settings import GenerationSettings, SpeechSettings
+from omni_jax.settings import GenerationSettings, Quantize, SpeechSettings
 
 QUESTION = "Name three things that a cat does in the morning."
 TOKENS = 40
@@ -71,15 +71,15 @@ class ReplyTiming:
 
 
 @contextlib.contextmanager
-def opened(model: str | None) -> Iterator[Omni]:
+def opened(model: str | None, quantize: Quantize | None = None) -> Iterator[Omni]:
     """The model of a checkpoint, or for None one with small random weights."""
     if model is not None:
-        yield load(model, parts=PARTS)
+        yield load(model, parts=PARTS, quantize=quantize)
         return
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "nano")
         write_random(path, C.preset("nano"), seed=0)
-        yield load(path, parts=PARTS)
+        yield load(path, parts=PARTS, quantize=quantize)
 
 
 def endless(model: Omni, options: EngineOptions) -> Engine:
@@ -134,6 +134,7 @@ def run(
     repeats: int,
     timeline: pathlib.Path | None = None,
     speech: SpeechSettings = SPEECH,
+    quantize: Quantize | None = None,
 ) -> dict[str, dict[str, float]]:
     """Measures; returns the rows of the table, each a dict of its columns.
 
@@ -148,7 +149,7 @@ def run(
     """
     if repeats < 1 or not 0.5 <= seconds <= 80:
         raise InputError("bench live needs --pairs of at least 1, and --seconds between 0.5 and 80")
-    with opened(model) as m:
+    with opened(model, quantize) as m:
         engine = endless(m, EngineOptions(rows=1, capacity=CAPACITY, speech=True))
         prompt = m.prepare([{"role": "user", "content": QUESTION}], speech=True)
         settings = GenerationSettings(max_new_tokens=TOKENS)
@@ -210,10 +211,13 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def main(model: str | None, seconds: float, repeats: int, timeline: pathlib.Path | None, as_json: bool) -> None:
+def main(
+    model: str | None, seconds: float, repeats: int, timeline: pathlib.Path | None, as_json: bool,
+    quantize: Quantize | None = None,
+) -> None:  # fmt: skip
     """The command behind `omni-jax bench live`."""
     began, where = time.perf_counter(), machine()
-    table = run(model, seconds, repeats, timeline, SPEECH)
+    table = run(model, seconds, repeats, timeline, SPEECH, quantize)
     if as_json:
         print(json.dumps({"machine": where, "model": model or "nano, random"} | table))
         return

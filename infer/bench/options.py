@@ -6,7 +6,7 @@ import pathlib
 from dataclasses import dataclass
 
 from omni_jax import buckets
-from omni_jax.settings import check, option
+from omni_jax.settings import Quantize, check, option
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,7 @@ class LiveBenchOptions:
     """What the engine's benchmarks run."""
 
     model: str | None = option(None, "Checkpoint folder; by default a small one with random weights.")
+    quantize: Quantize | None = option(None, "Weights as int8, as in generate.")
     seconds: float = option(5.0, "Of live and serve: speech of a reply.", (0.1, 80.0))
     timeline: pathlib.Path | None = option(None, "Of live: file to draw a timeline of the stages to, as PNG.")
     requests: int = option(64, "Of batch: replies.", (1, 10**6))

@@ -21,7 +21,7 @@ from omni_jax.infer.serve.replica import Replica
 from omni_jax.infer.serve.server import in_thread
 from omni_jax.infer.serve.warmup import prepare
 from omni_jax.model.token2wav import SAMPLE_RATE
-from omni_jax.settings import GenerationSettings, MediaSettings, change
+from omni_jax.settings import GenerationSettings, MediaSettings, Quantize, change
 
 CLIENTS = (1, 4, 16)
 TOKENS = 24
@@ -68,7 +68,9 @@ def _at_once(url: str, clients: int, count: int) -> tuple[list[ReplyTiming], flo
         return found, time.perf_counter() - began
 
 
-def run(model: str | None, seconds: float, rounds: int, clients: Sequence[int] = CLIENTS) -> list[dict[str, float]]:
+def run(
+    model: str | None, seconds: float, rounds: int, clients: Sequence[int] = CLIENTS, quantize: Quantize | None = None
+) -> list[dict[str, float]]:
     """A row of figures for each number of clients.
 
     Args:
@@ -81,7 +83,7 @@ def run(model: str | None, seconds: float, rounds: int, clients: Sequence[int] =
     if rounds < 1:
         raise InputError("bench serve needs --pairs of at least 1")
     rows = []
-    with opened(model) as m:
+    with opened(model, quantize) as m:
         speech = change(SPEECH, {"max_codes": max(1, round(seconds * m.loaded.codes_per_second))})
         speech = change(speech, {"mode": "windowed"})
         driver = m.driver(rows=max(clients), capacity=CAPACITY, sizes=buckets.COARSE, max_codes=speech.max_codes)
@@ -110,10 +112,10 @@ def _row(clients: int, found: Sequence[ReplyTiming], took: float) -> dict[str, f
     }  # fmt: skip
 
 
-def main(model: str | None, seconds: float, rounds: int, as_json: bool) -> None:
+def main(model: str | None, seconds: float, rounds: int, as_json: bool, quantize: Quantize | None = None) -> None:
     """The command behind `omni-jax bench serve`."""
     where = machine()
-    rows = run(model, seconds, rounds)
+    rows = run(model, seconds, rounds, quantize=quantize)
     if as_json:
         print(json.dumps({"machine": where, "model": model or "nano, random", "rows": rows}))
         return

@@ -15,7 +15,7 @@ from omni_jax.events import TextEvent
 from omni_jax.infer.bench.live import opened
 from omni_jax.infer.bench.text import machine
 from omni_jax.runtime.session import Session
-from omni_jax.settings import GenerationSettings
+from omni_jax.settings import GenerationSettings, Quantize
 
 HEARD = (10.0, 300.0)  # seconds
 TAIL = 1.0  # seconds of audio in each further turn
@@ -38,7 +38,10 @@ def first_token(session: Session) -> float:
     return first
 
 
-def run(model: str | None, pairs: int, heard: Sequence[float] = HEARD, capacity: int | None = None) -> dict[str, Any]:
+def run(
+    model: str | None, pairs: int, heard: Sequence[float] = HEARD, capacity: int | None = None,
+    quantize: Quantize | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Two conversations on one engine, in turn: one that has heard little and one that has heard much.
 
     Args:
@@ -54,7 +57,7 @@ def run(model: str | None, pairs: int, heard: Sequence[float] = HEARD, capacity:
     few, many = heard
     times: dict[float, list[float]] = {few: [], many: []}
     rng = np.random.default_rng(0)
-    with opened(model) as m:
+    with opened(model, quantize) as m:
         rate, driver = m.processor.mel.rate, m.driver(rows=2, capacity=capacity, speech=False)
         sessions = {
             seconds: m.session(GenerationSettings(max_new_tokens=2), driver=driver, output="text", when_full="refuse")
@@ -81,10 +84,10 @@ def run(model: str | None, pairs: int, heard: Sequence[float] = HEARD, capacity:
     }
 
 
-def main(model: str | None, pairs: int, as_json: bool) -> None:
+def main(model: str | None, pairs: int, as_json: bool, quantize: Quantize | None = None) -> None:
     """The command behind `omni-jax bench turns`."""
     where = machine()
-    table = run(model, pairs)
+    table = run(model, pairs, quantize=quantize)
     if as_json:
         print(json.dumps({"machine": where, "model": model or "nano, random"} | table))
         return

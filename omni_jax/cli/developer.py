@@ -13,15 +13,15 @@ from omni_jax.cli.flags import Flag, Flags, Json, Strings
 from omni_jax.errors import InputError
 from omni_jax.infer.analysis.asked import Asked
 from omni_jax.infer.bench.options import LiveBenchOptions
-from omni_jax.settings import changed
+from omni_jax.settings import KVCacheDtype, Quantize, changed
 
 # What each kind of bench takes beside --json.
 BENCH_OPTIONS = {
     "reference": ("stages", "preset", "pairs", "layers", "mesh"),
-    "live": ("model", "seconds", "pairs", "timeline"),
-    "batch": ("model", "requests", "rows", "pairs"),
-    "turns": ("model", "pairs"),
-    "serve": ("model", "seconds", "pairs"),
+    "live": ("model", "quantize", "seconds", "pairs", "timeline"),
+    "batch": ("model", "quantize", "requests", "rows", "pairs"),
+    "turns": ("model", "quantize", "pairs"),
+    "serve": ("model", "quantize", "seconds", "pairs"),
 }
 
 
@@ -74,19 +74,19 @@ def bench(
     if what == "live":
         from omni_jax.infer.bench import live as replies
 
-        return replies.main(live.model, live.seconds, pairs, live.timeline, as_json)
+        return replies.main(live.model, live.seconds, pairs, live.timeline, as_json, live.quantize)
     if what == "batch":
         from omni_jax.infer.bench import batch
 
-        return batch.main(live.model, live.requests, live.rows, pairs, as_json)
+        return batch.main(live.model, live.requests, live.rows, pairs, as_json, live.quantize)
     if what == "turns":
         from omni_jax.infer.bench import turns
 
-        return turns.main(live.model, pairs, as_json)
+        return turns.main(live.model, pairs, as_json, live.quantize)
     if what == "serve":
         from omni_jax.infer.bench import serve
 
-        return serve.main(live.model, live.seconds, pairs, as_json)
+        return serve.main(live.model, live.seconds, pairs, as_json, live.quantize)
     from omni_jax.infer.bench import text as benchmark
 
     benchmark.main(stages, preset, pairs, layers, as_json, mesh)
@@ -149,6 +149,8 @@ def aot(
     mesh: str | None = None,
     layers: int | None = None,
     only: Strings = (),
+    quantize: Quantize | None = None,
+    kv_cache: KVCacheDtype | None = None,
     keep: pathlib.Path | None = None,
     as_json: Json = False,
 ) -> None:
@@ -162,12 +164,14 @@ def aot(
       mesh: How the chips are used, as in `generate --mesh`; by default all of them.
       layers: Cut every stack to this many layers; by default none is cut.
       only: A program by name ("decode 32"); may be given several times.
+      quantize: Weights as int8, as in generate.
+      kv_cache: Keys and values as int8, as in generate.
       keep: Folder for what the compilers say: what is in it already is not compiled again, so that a run that was cut
         off goes on.
     """
     from omni_jax.infer.analysis import aot as ahead
 
-    ahead.main(preset, topology, mesh, layers, only, keep, as_json)
+    ahead.main(preset, topology, mesh, layers, only, keep, as_json, quantize, kv_cache)
 
 
 def plan(
@@ -178,6 +182,8 @@ def plan(
     mesh: str = "1",
     speech_mesh: str | None = None,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    quantize: Quantize | None = None,
+    kv_cache: KVCacheDtype | None = None,
     live: Flag = False,
     as_json: Json = False,
 ) -> None:
@@ -191,12 +197,15 @@ def plan(
       mesh: Mesh to shard the model over, as in generate: 1, 2x2, 2x4, …, or axes (data=2,tensor=4).
       speech_mesh: A mesh of its own for the speech parts.
       dtype: Dtype of weights and cache.
+      quantize: Weights as int8, as in generate.
+      kv_cache: Keys and values as int8, as in generate.
       live: Instead, the least times of a live conversation, stage by stage, on v5e, v5e-8, v6e-8 and H100.
     """
     if live:
         given = [f"--{n.replace('_', '-')}" for n in changed(asked)]
         given += [f"--{n}" for n, differs in (("chip", chip != "v5e"), ("mesh", mesh != "1")) if differs]
-        given += ["--speech-mesh"] if speech_mesh is not None else []
+        more = {"speech-mesh": speech_mesh, "quantize": quantize, "kv-cache": kv_cache}
+        given += [f"--{n}" for n, value in more.items() if value is not None]
         if given:
             raise InputError(f"--live goes with --model and --dtype alone; leave {', '.join(given)} out")
         from omni_jax.infer.analysis import live as conversation
@@ -205,4 +214,4 @@ def plan(
         return
     from omni_jax.infer.analysis import plan as before
 
-    before.main(model, asked, chip, mesh, speech_mesh, dtype, as_json)
+    before.main(model, asked, chip, mesh, speech_mesh, dtype, as_json, quantize, kv_cache)

@@ -144,7 +144,8 @@ def load_model(model: ModelSettings, speaks: bool, progress: bool, cache: str | 
     use_compilation_cache(cache)
     return api.load(
         model.model, parts=api.PARTS if speaks else ("thinker",), dtype=model.dtype, mesh=model.mesh,
-        speech_mesh=model.speech_mesh, adapter=model.adapter, quantize=model.quantize, progress=progress,
+        speech_mesh=model.speech_mesh, adapter=model.adapter, quantize=model.quantize, kv_cache=model.kv_cache,
+        progress=progress,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from omni_jax.model.kernels import cudnn, decode, plain, prefill
 from omni_jax.model.kernels.plain import SCORE_BYTES
+from omni_jax.model.quantize import QuantizedArray
 from omni_jax.model.types import AnyArray
 from omni_jax.parallel.sharding import active_layout
 
@@ -33,26 +34,26 @@ class Past(NamedTuple):
     """What came before the new tokens of R rows, in one of the cache's two forms.
 
     Attributes:
-      k, v: [L, B, K, C, H] of all layers, or [B, K, C, H] of this one.
+      k, v: [L, B, K, C, H] of all layers, or [B, K, C, H] of this one; int8 ones are `QuantizedArray`s.
       lengths: live slots of each of the R rows; the first ones.
       layer: which layer; None with the second form.
       rows: which rows of the cache; None: all of them, in order.
     """
 
-    k: Float[Array, "*L B K C H"]
-    v: Float[Array, "*L B K C H"]
+    k: Float[Array, "*L B K C H"] | QuantizedArray
+    v: Float[Array, "*L B K C H"] | QuantizedArray
     lengths: Int32[Array, " R"]
     layer: Int32[Array, ""] | None = None
     rows: Int32[Array, " R"] | None = None
 
-    def of_layer(self) -> tuple[Float[Array, "R K C H"], Float[Array, "R K C H"]]:
+    def of_layer(self) -> tuple[Float[Array, "R K C H"] | QuantizedArray, Float[Array, "R K C H"] | QuantizedArray]:
         """Keys and values of this layer's R rows alone."""
 
         def one(x: jax.Array) -> jax.Array:
             x = x if self.layer is None else lax.dynamic_index_in_dim(x, self.layer, keepdims=False)
             return x if self.rows is None else jnp.take(x, self.rows, axis=0, mode="clip")
 
-        return one(self.k), one(self.v)
+        return jax.tree.map(one, (self.k, self.v))
 
 
 def full_attention(

@@ -17,14 +17,22 @@ from omni_jax.model import parameters
 from omni_jax.model.attention import Past, causal_attention
 from omni_jax.model.kv_cache import KVCache, append_rows
 from omni_jax.model.layers import GatedMLP, Linear, RMSNorm, declared, rematerialise, run_layers
+from omni_jax.model.quantize import dequantize, quantize
 from omni_jax.model.rope import mrope_angles, rotate
 from omni_jax.parallel.sharding import constrain
 
 
 class Attention(nn.Module):
-    """Self-attention over the cache and the new tokens. Emits the new rows; the caller writes them."""
+    """Self-attention over the cache and the new tokens. Emits the new rows; the caller writes them.
+
+    Attributes:
+      cfg: sizes.
+      quantized_cache: the rows are int8 (`QuantizedArray`), and what they are rounded to is attended to at once: so it
+        makes no difference in which pieces a prompt is read.
+    """
 
     cfg: DecoderConfig
+    quantized_cache: bool = False
 
     @nn.compact
     def __call__(
@@ -39,25 +47,30 @@ class Attention(nn.Module):
         k, v = (constrain(a, "attend_batch", None, "act_kv_heads", None) for a in (k, v))
         k = rotate(k, angles)
         # Rows take the cache's layout and dtype at once, so that prefill and decode attend to the same values.
-        dtype = x.dtype if old is None else old.k.dtype
+        dtype = x.dtype if old is None or self.quantized_cache else old.k.dtype
         k, v = (jnp.swapaxes(a, 1, 2).astype(dtype) for a in (k, v))
+        rows: Any = k, v
+        if self.quantized_cache:
+            rows = quantize(k), quantize(v)
+            k, v = (dequantize(a, dtype) for a in rows)
         out = causal_attention(q, k, v, old, segments)
         out = constrain(out, "attend_batch", "attend_length", "act_heads", None).reshape(b, t, -1)
         out = constrain(out, "batch", "length", "act_proj")
-        return Linear(own["o_proj"], name="o_proj")(out), (k, v)
+        return Linear(own["o_proj"], name="o_proj")(out), rows
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm layer: attention, then a gated MLP."""
+    """One pre-norm layer: attention, then a gated MLP. Attributes as of `Attention`."""
 
     cfg: DecoderConfig
+    quantized_cache: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], angles: Float32[Array, "B T pairs"], old: Past | None, segments: Any = None
     ) -> tuple[Float[Array, "B T D"], Any]:
         cfg, own = self.cfg, parameters.decoder_layer(self.cfg)
-        y, rows = Attention(cfg, name="self_attn")(
+        y, rows = Attention(cfg, self.quantized_cache, name="self_attn")(
             RMSNorm(own["input_layernorm"], cfg.rms_norm_eps, name="input_layernorm")(x), angles, old, segments
         )
         x = constrain(x + y, "batch", "length", "act_embed")
@@ -73,10 +86,12 @@ class Decoder(nn.Module):
     Attributes:
       cfg: sizes.
       remat: what the backward pass computes again (`layers.rematerialise`).
+      quantized_cache: whether the rows for `append_rows` are int8.
     """
 
     cfg: DecoderConfig
     remat: str = "none"
+    quantized_cache: bool = False
 
     @nn.compact
     def __call__(
@@ -102,7 +117,7 @@ class Decoder(nn.Module):
         """
         cfg, own = self.cfg, parameters.decoder(self.cfg)
         angles = mrope_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.mrope_section)
-        layer = DecoderLayer(cfg)
+        layer = DecoderLayer(cfg, self.quantized_cache)
         layers = declared(self, {"layers": own["layers"]})["layers"]
         lengths: Any = None
         if cache is not None:
@@ -142,8 +157,9 @@ def forward(
       hidden states after the final norm, and the rows for `append_rows`, in the dtype of the cache.
     """
     tree = {"layers": params["layers"], "norm": params["norm"]}
-    hidden, new = Decoder(cfg).apply({"params": tree}, x, positions, None if first else cache, rows)
-    return hidden, jax.tree.map(lambda a: a.astype(cache.dtype), new)
+    decoder = Decoder(cfg, quantized_cache=cache.quantized)
+    hidden, new = decoder.apply({"params": tree}, x, positions, None if first else cache, rows)
+    return hidden, new if cache.quantized else jax.tree.map(lambda a: a.astype(cache.dtype), new)
 
 
 def forward_and_append(

@@ -17,12 +17,13 @@ from jax.experimental.layout import with_layout_constraint
 from jaxtyping import Array, Int, Int32
 
 from omni_jax.config import DecoderConfig
+from omni_jax.model.quantize import QuantizedArray
 from omni_jax.parallel import on_mesh
 from omni_jax.parallel.sharding import constrain
 
 # Width of a TPU's tile.
 LANES = 128
-# Logical axes of the stacked keys and values.
+# Logical axes of the stacked keys and values; of the scales of int8 ones all but the last.
 CACHE_AXES = ("layers", "cache_batch", "cache_kv_heads", "cache_length", None)
 
 
@@ -31,7 +32,8 @@ class KVCache:
     """Keys and values of every layer. Row b holds tokens in its slots 0 to `lengths[b]`; what lies behind is garbage.
 
     Attributes:
-      k: [L, B, K, C, H], or a tuple of L arrays [B, K, C, H] where layers are looped over.
+      k: [L, B, K, C, H], or a tuple of L arrays [B, K, C, H] where layers are looped over; where it is int8, a
+        `QuantizedArray` in the place of each array, with a scale for each token and head.
       v: like `k`.
       lengths: live slots of each row.
     """
@@ -50,16 +52,26 @@ class KVCache:
         """Of keys and values."""
         return (self.k[0] if isinstance(self.k, tuple) else self.k).dtype
 
+    @property
+    def quantized(self) -> bool:
+        """Whether keys and values are int8."""
+        return self.dtype == jnp.int8
+
 
 def init_cache(cfg: DecoderConfig, batch: int, capacity: int, dtype: Any, *, unroll: bool) -> KVCache:
     """An empty cache. `unroll` gives the tuple form. Trace it inside jit: it allocates."""
     shape = (batch, cfg.num_key_value_heads, capacity, cfg.head_dim)
+
+    def empty(*shape: int) -> Any:
+        values = jnp.zeros(shape, dtype)
+        return QuantizedArray(values, jnp.ones(shape[:-1])) if dtype == jnp.int8 else values
+
     k: Any
     v: Any
     if unroll:
-        k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_hidden_layers)) for _ in range(2))
+        k, v = (tuple(empty(*shape) for _ in range(cfg.num_hidden_layers)) for _ in range(2))
     else:
-        k, v = (jnp.zeros((cfg.num_hidden_layers, *shape), dtype) for _ in range(2))
+        k, v = (empty(cfg.num_hidden_layers, *shape) for _ in range(2))
     return pinned(KVCache(k, v, jnp.zeros(batch, jnp.int32)))
 
 
@@ -67,7 +79,8 @@ def pinned(cache: KVCache) -> KVCache:
     """The cache where the active layout has it."""
     if isinstance(cache.k, tuple):
         return cache
-    return KVCache(constrain(cache.k, *CACHE_AXES), constrain(cache.v, *CACHE_AXES), constrain(cache.lengths, None))
+    k, v = jax.tree.map(lambda a: constrain(a, *CACHE_AXES[: a.ndim]), (cache.k, cache.v))
+    return KVCache(k, v, constrain(cache.lengths, None))
 
 
 def append_rows(
@@ -81,7 +94,7 @@ def append_rows(
 
     Args:
       cache: the caller sees to it that it has room: what would lie beyond the last slot is dropped.
-      new: (k, v), each [L, R, K, T, H], or a list of L pairs of [R, K, T, H] for the tuple form.
+      new: (k, v), each [L, R, K, T, H], or a list of L pairs of [R, K, T, H] for the tuple form; int8 like the cache.
       counts: how many of the T tokens of each row are real; the first ones.
       rows: which row each belongs to, all different; what names a row from B on is dropped. None: R = B, in
         order.
@@ -91,22 +104,23 @@ def append_rows(
     index = jnp.arange(batch) if rows is None else rows
     start = jnp.zeros_like(counts) if first else cache.lengths.at[index].get(mode="fill", fill_value=0)
     lengths = cache.lengths.at[jnp.where(counts > 0, index, batch)].set(start + counts, mode="drop")
+    old, tree = jax.tree.flatten((cache.k, cache.v))
     if isinstance(cache.k, tuple):
-        old, pairs = (*cache.k, *cache.v), (*(k for k, _ in new), *(v for _, v in new))
-        out = _write(old, pairs, index, start, counts, first=first)
-        layers = len(cache.k)
-        return KVCache(out[:layers], out[layers:], lengths)
+        pairs = jax.tree.leaves((tuple(k for k, _ in new), tuple(v for _, v in new)))
+        k, v = jax.tree.unflatten(tree, _write(tuple(old), tuple(pairs), index, start, counts, first=first, axis=0))
+        return KVCache(k, v, lengths)
 
-    def run(k: Any, v: Any, new_k: Any, new_v: Any, index: Any, start: Any, counts: Any) -> tuple[jax.Array, ...]:
+    def run(index: Any, start: Any, counts: Any, *arrays: Any) -> tuple[jax.Array, ...]:
         """On a device's part of the cache. Without `rows` its new tokens are those of its own rows."""
-        own, offset = index - _offset("cache_batch", k.shape[1]), _offset("cache_length", k.shape[3])
-        return _write((k, v), (new_k, new_v), own, start, counts, first=first, offset=offset)
+        old, new = arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]
+        own, offset = index - _offset("cache_batch", old[0].shape[1]), _offset("cache_length", old[0].shape[3])
+        return _write(old, new, own, start, counts, first=first, axis=1, offset=offset)
 
     some = "cache_batch" if rows is None else None
-    fresh = ("layers", some, "cache_kv_heads", None, None)
-    ins = (CACHE_AXES, CACHE_AXES, fresh, fresh, (some,), (some,), (some,))
-    k, v = on_mesh.on_mesh(run, ins, (CACHE_AXES, CACHE_AXES))(cache.k, cache.v, *new, index, start, counts)
-    return KVCache(k, v, lengths)
+    fresh, held = ("layers", some, "cache_kv_heads", None, None), [CACHE_AXES[: a.ndim] for a in old]
+    ins = ((some,), (some,), (some,), *held, *(fresh[: a.ndim] for a in old))
+    out = on_mesh.on_mesh(run, ins, held)(index, start, counts, *old, *jax.tree.leaves(new))
+    return KVCache(*jax.tree.unflatten(tree, out), lengths)
 
 
 def _offset(axis: str, size: int) -> Any:
@@ -116,11 +130,15 @@ def _offset(axis: str, size: int) -> Any:
 
 
 def _write(
-    old: tuple, new: tuple, rows: jax.Array, start: jax.Array, counts: jax.Array, *, first: bool, offset: Any = 0
-) -> tuple:
-    """Row by row: `new[..., i, :, t, :]` to slot `start[i] - offset + t` of row `rows[i]`, for t below `counts[i]`."""
-    *_, batch, _, capacity, _ = old[0].shape
-    tokens = new[0].shape[-2]
+    old: tuple, new: tuple, rows: jax.Array, start: jax.Array, counts: jax.Array, *, first: bool, axis: int,
+    offset: Any = 0,
+) -> tuple:  # fmt: skip
+    """Row by row: `new[..., i, :, t, :]` to slot `start[i] - offset + t` of row `rows[i]`, for t below `counts[i]`.
+
+    The rows are axis `axis` of each array; behind it lie heads, slots and, but for scales, features.
+    """
+    batch, _, capacity = old[0].shape[axis : axis + 3]
+    tokens = new[0].shape[axis + 2]
     width = min(tokens, capacity)
     known_start = first and isinstance(offset, int)
 
@@ -135,30 +153,32 @@ def _write(
         live = (at >= 0) & (at < counts[i]) & (rows[i] >= 0) & (rows[i] < batch)
 
         def write(old: jax.Array, new: jax.Array) -> jax.Array:
-            lead, (_, heads, _, size) = old.shape[:-4], new.shape[-4:]
-            zeros, shape = (0,) * len(lead), (*lead, 1, heads, width, size)
-            fresh = lax.dynamic_slice(new, (*zeros, i, 0, window, 0), shape)
+            lead, heads, features = old.shape[:axis], new.shape[axis + 1], old.shape[axis + 3 :]
+            zeros, shape, end = (0,) * axis, (*lead, 1, heads, width, *features), (0,) * len(features)
+            fresh = lax.dynamic_slice(new, (*zeros, i, 0, window, *end), shape)
             if not known_start and width > 1:
-                fresh = jnp.roll(fresh, window - token, axis=-2)
-            place = (*zeros, jnp.clip(rows[i], 0, batch - 1), 0, slot, 0)
+                fresh = jnp.roll(fresh, window - token, axis=axis + 2)
+            place = (*zeros, jnp.clip(rows[i], 0, batch - 1), 0, slot, *end)
             held = lax.dynamic_slice(old, place, shape)
-            return lax.dynamic_update_slice(old, jnp.where(live[:, None], fresh, held), place)
+            kept = jnp.where(live[:, None] if features else live, fresh, held)
+            return lax.dynamic_update_slice(old, kept, place)
 
-        return _in_place(tuple(map(write, old, new)))
+        return _in_place(tuple(map(write, old, new)), axis + 4)
 
-    return lax.fori_loop(0, new[0].shape[-4], one, old)
+    return lax.fori_loop(0, new[0].shape[axis], one, old)
 
 
-def _in_place(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def _in_place(arrays: tuple[jax.Array, ...], ndim: int) -> tuple[jax.Array, ...]:
     """The arrays, in the memory order in which a TPU takes them as arguments: slots innermost where heads are narrower
-    than a tile. Left to choose, the compiler turns them around for this loop, and back after it."""
-    *before, slots, size = range(arrays[0].ndim)
+    than a tile, and those of scales, which have fewer axes than `ndim`. Left to choose, the compiler turns them around
+    for this loop, and back after it."""
+    *before, slots, size = range(ndim)
     if arrays[0].shape[-1] >= LANES:
         return arrays
     order = MemoryLayout((*before, size, slots))
 
     def on_tpu(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(with_layout_constraint(x, order) for x in arrays)
+        return tuple(with_layout_constraint(x, order) if x.ndim == ndim else x for x in arrays)
 
     return tuple(lax.platform_dependent(*arrays, tpu=on_tpu, default=lambda *x: x))
 
@@ -166,8 +186,9 @@ def _in_place(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
 def copy_row(cache: KVCache, source: Int[Array, ""], target: Int[Array, ""], length: Int[Array, ""]) -> KVCache:
     """The cache with the first `length` tokens of row `source` in row `target` as well."""
 
+    axis = 0 if isinstance(cache.k, tuple) else 1
+
     def copy(leaf: jax.Array) -> jax.Array:
-        axis = leaf.ndim - 4
         before, axes = _offset("cache_batch", leaf.shape[axis]), on_mesh.mesh_axes("cache_batch")
 
         def here(row: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -182,18 +203,21 @@ def copy_row(cache: KVCache, source: Int[Array, ""], target: Int[Array, ""], len
         return lax.dynamic_update_slice_in_dim(leaf, jnp.where(mine, held, kept), row, axis)
 
     lengths = cache.lengths.at[target].set(length)
-    if isinstance(cache.k, tuple):
-        return KVCache(tuple(map(copy, cache.k)), tuple(map(copy, cache.v)), lengths)
-    both = on_mesh.on_mesh(lambda k, v: (copy(k), copy(v)), (CACHE_AXES,) * 2, (CACHE_AXES,) * 2)
-    k, v = both(cache.k, cache.v)
-    return KVCache(k, v, lengths)
+    leaves, tree = jax.tree.flatten((cache.k, cache.v))
+    if not axis:
+        return KVCache(*jax.tree.unflatten(tree, map(copy, leaves)), lengths)
+    names = [CACHE_AXES[: a.ndim] for a in leaves]
+    copied = on_mesh.on_mesh(lambda *leaves: tuple(map(copy, leaves)), names, names)(*leaves)
+    return KVCache(*jax.tree.unflatten(tree, copied), lengths)
 
 
 def grow(cache: KVCache, capacity: int) -> KVCache:
     """The same cache with `capacity` slots a row, the new ones empty."""
 
+    slots = 2 if isinstance(cache.k, tuple) else 3
+
     def widen(a: jax.Array) -> jax.Array:
-        return jnp.pad(a, [(0, capacity - n if axis == a.ndim - 2 else 0) for axis, n in enumerate(a.shape)])
+        return jnp.pad(a, [(0, capacity - n if axis == slots else 0) for axis, n in enumerate(a.shape)])
 
     k, v = jax.tree.map(widen, (cache.k, cache.v))
     return pinned(dataclasses.replace(cache, k=k, v=v))

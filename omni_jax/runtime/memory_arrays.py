@@ -70,10 +70,15 @@ def weight_bytes(
 
 
 def cache_bytes(cfg: OmniConfig, sizes: Sizes, part: Part, batch: int, slots: int, itemsize: int) -> int:
-    """Bytes of the keys and values of Thinker or Talker on one device."""
+    """Bytes of the keys and values of Thinker or Talker on one device; with an `itemsize` of 1 they are int8, and have
+    scales."""
     d = decoder(cfg, part)
-    values = d.num_hidden_layers * batch * d.num_key_value_heads * slots * d.head_dim * 2
-    return values * itemsize // ways(sizes, meshes.rules(part, cfg, sizes, batch), *CACHE_AXES)
+    rows = d.num_hidden_layers * batch * d.num_key_value_heads * slots * 2
+    return (
+        rows
+        * (d.head_dim * itemsize + (FLOAT if itemsize == 1 else 0))
+        // ways(sizes, meshes.rules(part, cfg, sizes, batch), *CACHE_AXES)
+    )
 
 
 def decoder(cfg: OmniConfig, part: str) -> DecoderConfig:

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int32
 
 from omni_jax.model.kernels.plain import MASKED
+from omni_jax.model.quantize import QuantizedArray, dequantize
 from omni_jax.parallel import on_mesh
 
 # Slots of the cache fetched at a time, the largest that divides it: 256 KiB of keys and values of two heads of 128.
@@ -32,6 +33,10 @@ FAST_MEMORY = 100 << 20
 # A tile of bf16 queries has 16 rows.
 SUBLANES = 16
 LANES = 128
+
+
+# Keys or values of all layers.
+CacheArray = Float[Array, "L S K C H"] | QuantizedArray
 
 
 class Parts(NamedTuple):
@@ -74,10 +79,11 @@ def parts(
 
 
 def live_parts_plain(
-    q: Float[Array, "B K R H"], k: Float[Array, "L S K C H"], v: Float[Array, "L S K C H"], layer: jax.Array,
-    lengths: Int32[Array, " B"], rows: Int32[Array, " B"] | None = None,
+    q: Float[Array, "B K R H"], k: CacheArray, v: CacheArray, layer: jax.Array, lengths: Int32[Array, " B"],
+    rows: Int32[Array, " B"] | None = None,
 ) -> Parts:  # fmt: skip
     """The reference of `live_parts`: reads the whole rows."""
+    k, v = (dequantize(x, q.dtype) if isinstance(x, QuantizedArray) else x for x in (k, v))
     k, v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k, v))
     if rows is not None:
         k, v = (jnp.take(x, rows, axis=0, mode="clip") for x in (k, v))
@@ -95,8 +101,9 @@ def _last_block(length: jax.Array, block: int) -> jax.Array:
     return lax.div(jnp.maximum(length - 1, 0), jnp.int32(block))
 
 
-def _kernel(layer, rows, lengths, q, k, v, weighted, top, total, *, block, scale, turned):
+def _kernel(layer, rows, lengths, q, k, v, *rest, block, scale, turned):
     del layer, rows
+    *scales, weighted, top, total = rest  # of int8 keys and values, for each slot
     length, step = lengths[pl.program_id(0)], pl.program_id(2)
     by_keys, by_slots = ((((1,), (axis,)), ((), ())) for axis in ((0, 1) if turned else (1, 0)))
 
@@ -110,30 +117,38 @@ def _kernel(layer, rows, lengths, q, k, v, weighted, top, total, *, block, scale
     def _() -> None:
         live = step * block + lax.broadcasted_iota(jnp.int32, (q.shape[2], block), 1) < length
         for head in range(q.shape[1]):
-            scores = lax.dot_general(q[0, head], k[0, 0, head], by_keys, preferred_element_type=jnp.float32)
-            scores = jnp.where(live, scores * scale, MASKED)
+            keys, values = (x[0, 0, head].astype(q.dtype) for x in (k, v))
+            factors = [x[0, 0, head : head + 1] for x in scales]
+            scores = lax.dot_general(q[0, head], keys, by_keys, preferred_element_type=jnp.float32)
+            scores = jnp.where(live, scores * (scale * factors[0] if scales else scale), MASKED)
             before = top[0, head]
             now = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
             shrink, p = jnp.exp(before - now), jnp.exp(scores - now[:, :1])
             total[0, head] = total[0, head] * shrink + jnp.sum(p, axis=1, keepdims=True)
-            found = lax.dot_general(p.astype(v.dtype), v[0, 0, head], by_slots, preferred_element_type=jnp.float32)
+            p = p * factors[1] if scales else p
+            found = lax.dot_general(p.astype(q.dtype), values, by_slots, preferred_element_type=jnp.float32)
             weighted[0, head] = weighted[0, head] * shrink[:, :1] + found
             top[0, head] = now
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def _live_parts(
-    q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, rows: jax.Array, lengths: jax.Array, *,
+    q: jax.Array, k: CacheArray, v: CacheArray, layer: jax.Array, rows: jax.Array, lengths: jax.Array, *,
     interpret: bool = False,
 ) -> Parts:  # fmt: skip
     """`live_parts` on one device, whose part of the cache has `lengths` live slots in each of `rows`."""
+    scales: tuple[jax.Array, ...] = ()
+    if isinstance(k, QuantizedArray) and isinstance(v, QuantizedArray):
+        scales, k, v = (k.scale, v.scale), k.values, v.values
+    else:
+        q = q.astype(k.dtype)
     b, heads, queries, size = q.shape
     capacity = k.shape[3]
     block = next(n for n in BLOCKS if capacity % n == 0)
     padded = -(-queries // SUBLANES) * SUBLANES
     tile = padded if padded <= ROWS else ROWS
     padded = -(-padded // tile) * tile
-    q = jnp.pad(q.astype(k.dtype), ((0, 0), (0, 0), (0, padded - queries), (0, 0)))
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - queries), (0, 0)))
     # Heads narrower than the registers are stored with the slots innermost, and the kernel takes them so: another
     # order would be a copy of the cache.
     turned = size % LANES != 0
@@ -148,6 +163,10 @@ def _live_parts(
         place = jnp.minimum(step, _last_block(lengths[b], block))
         return (layer[0], rows[b], 0, 0, place) if turned else (layer[0], rows[b], 0, place, 0)
 
+    def scale_map(b, r, step, *given):
+        layer, row, *_, place = cache_map(b, r, step, *given) if turned else (*cache_map(b, r, step, *given)[:-1],)
+        return layer, row, 0, place
+
     wide = pl.BlockSpec((1, heads, tile, size), row_map)
     narrow = pl.BlockSpec((1, heads, tile, LANES), row_map)
     cache = pl.BlockSpec((1, 1, heads, *((size, block) if turned else (block, size))), cache_map)
@@ -156,7 +175,7 @@ def _live_parts(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(b, padded // tile, capacity // block),
-            in_specs=[wide, cache, cache],
+            in_specs=[wide, cache, cache, *[pl.BlockSpec((1, 1, heads, block), scale_map) for _ in scales]],
             out_specs=[wide, narrow, narrow],
         ),
         out_shape=[
@@ -172,17 +191,17 @@ def _live_parts(
         cost_estimate=pl.CostEstimate(
             flops=4 * b * heads * padded * capacity * size,
             transcendentals=b * heads * padded * capacity,
-            bytes_accessed=2 * b * heads * capacity * size * k.dtype.itemsize * (padded // tile),
+            bytes_accessed=2 * b * heads * capacity * (size * k.dtype.itemsize + 4 * bool(scales)) * (padded // tile),
         ),
         interpret=interpret,
         name="live_cache_attention",
-    )(layer.reshape(1), rows, lengths, q, k, v)
+    )(layer.reshape(1), rows, lengths, q, k, v, *scales)
     return Parts(weighted[:, :, :queries], top[:, :, :queries, 0], total[:, :, :queries, 0])
 
 
 def live_parts(
-    q: Float[Array, "B K R H"], k: Float[Array, "L S K C H"], v: Float[Array, "L S K C H"], layer: jax.Array,
-    lengths: Int32[Array, " B"], rows: Int32[Array, " B"] | None = None, *, interpret: bool = False,
+    q: Float[Array, "B K R H"], k: CacheArray, v: CacheArray, layer: jax.Array, lengths: Int32[Array, " B"],
+    rows: Int32[Array, " B"] | None = None, *, interpret: bool = False,
 ) -> Parts:  # fmt: skip
     """The softmax of the query rows over one layer's live slots, in parts.
 
@@ -191,7 +210,7 @@ def live_parts(
 
     Args:
       q: [B, K, R, H].
-      k, v: [L, S, K, C, H], the cache; C is a multiple of 128 on each device (`supported`).
+      k, v: [L, S, K, C, H], the cache, int8 or not; C is a multiple of 128 on each device (`supported`).
       layer: int32 [].
       lengths: int32 [B], live slots of each row, the first ones.
       rows: int32 [B], the row of the cache that each row of queries belongs to; None: S = B, in order.
@@ -200,8 +219,11 @@ def live_parts(
     axes = on_mesh.mesh_axes("cache_length")
     row_axes = () if rows is None else on_mesh.mesh_axes("cache_batch")
 
-    def run(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, lengths: jax.Array, *rows: jax.Array) -> tuple:
-        index = rows[0] if rows else jnp.arange(len(lengths), dtype=jnp.int32)
+    held, tree = jax.tree.flatten((k, v))
+
+    def run(q: jax.Array, layer: jax.Array, lengths: jax.Array, *given: jax.Array) -> tuple:
+        k, v = jax.tree.unflatten(tree, given[: len(held)])
+        index = given[-1] if len(given) > len(held) else jnp.arange(len(lengths), dtype=jnp.int32)
         if row_axes:
             index = index - lax.axis_index(row_axes) * k.shape[1]
             lengths = jnp.where((index >= 0) & (index < k.shape[1]), lengths, 0)
@@ -222,5 +244,5 @@ def live_parts(
     named = (batch, "cache_kv_heads", None)
     cache = ("layers", "cache_batch", "cache_kv_heads", "cache_length", None)
     given = () if rows is None else (rows,)
-    ins = ((*named, None), cache, cache, (), (batch,), *(((None,),) * len(given)))
-    return Parts(*on_mesh.on_mesh(run, ins, ((*named, None), named, named))(q, k, v, layer, lengths, *given))
+    ins = ((*named, None), (), (batch,), *(cache[: a.ndim] for a in held), *(((None,),) * len(given)))
+    return Parts(*on_mesh.on_mesh(run, ins, ((*named, None), named, named))(q, layer, lengths, *held, *given))

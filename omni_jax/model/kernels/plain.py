@@ -8,9 +8,13 @@ In the decoders N query heads of size H share K kv heads, G = N / K.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from omni_jax.model.quantize import QuantizedArray
 
 # Scores that exist at one time. More than this leaves a CPU's cache (1.6 × slower at 1024 keys) and gains nothing on an
 # accelerator; whole scores of a 12.8-megapixel picture would be 256 GiB.
@@ -95,14 +99,17 @@ def _attend_new(
     """Softmax over old and new keys together, without joining the two.
 
     Args:
-      q: [B, K, G, T, H]; k, v: [B, K, S, H]; old: (k, v) [B, K, C, H] or None.
+      q: [B, K, G, T, H]; k, v: [B, K, S, H]; old: (k, v) [B, K, C, H], int8 or not, or None.
       live: bool [B or 1, T, S]; live_old: bool [B, C], with `old`.
     Returns:
       [B, K, G, T, H] float32.
     """
     scale = q.shape[-1] ** -0.5
 
-    def scores(keys: jax.Array, mask: jax.Array) -> jax.Array:
+    def scores(keys: jax.Array | QuantizedArray, mask: jax.Array) -> jax.Array:
+        factor: Any = scale
+        if isinstance(keys, QuantizedArray):
+            keys, factor = keys.values.astype(q.dtype), scale * keys.scale[:, :, None, None]
         queries = q.astype(keys.dtype)
         if q.shape[3] == 1:
             # Keys first: with the thin side first XLA:CPU would transpose the whole cache.
@@ -110,9 +117,11 @@ def _attend_new(
             s = jnp.moveaxis(s, 2, 3)[:, :, :, None]
         else:
             s = jnp.einsum("bkgth,bksh->bkgts", queries, keys, preferred_element_type=jnp.float32)
-        return jnp.where(mask, s * scale, MASKED)
+        return jnp.where(mask, s * factor, MASKED)
 
-    def weigh(weights: jax.Array, values: jax.Array) -> jax.Array:
+    def weigh(weights: jax.Array, values: jax.Array | QuantizedArray) -> jax.Array:
+        if isinstance(values, QuantizedArray):
+            weights, values = weights * values.scale[:, :, None, None], values.values.astype(q.dtype)
         p = weights.astype(values.dtype)
         return jnp.einsum("bkgts,bksh->bkgth", p, values, preferred_element_type=jnp.float32)
 
@@ -137,7 +146,8 @@ def causal_attention(
     Args:
       q: [B, T, N, H].
       k, v: [B, K, T, H], the new rows.
-      old: (k, v) of the cache, each [B, K, C, H], or None where nothing came before.
+      old: (k, v) of the cache, each [B, K, C, H] or a `QuantizedArray` of this shape, or None where nothing came
+        before.
       lengths: int32 [B], live slots of each row of the cache, the first ones; with `old`.
       segments: int32 [B, T], for training on packed rows: a token sees those of its own segment only.
     Returns:
