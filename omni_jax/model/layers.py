@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from omni_jax.model import declare
 from omni_jax.model.declare import Declared, ParamSpec
 from omni_jax.model.quantize import QuantizedArray
-from omni_jax.parallel.sharding import constrain
+from omni_jax.parallel.sharding import active_layout, constrain
 
 Params = Any  # a nested dict of arrays
 
@@ -90,16 +90,18 @@ def _one_row(row: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.sum(weight.astype(jnp.float32) * row, axis=-1)[None]
 
 
-def _quantized_dot(x: jax.Array, values: jax.Array) -> jax.Array:
-    return _dot(x, values.astype(x.dtype))
+def _quantized_dot(x: jax.Array, values: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    return jnp.einsum("...i,oi->...o", x, values.astype(x.dtype), preferred_element_type=dtype)
 
 
-def _quantized_dot_cpu(x: jax.Array, values: jax.Array) -> jax.Array:
+def _quantized_dot_cpu(x: jax.Array, values: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """XLA:CPU would write a converted copy of the weight for a dot of one row; a fused multiply and sum reads the int8
     values once."""
     if x.size == x.shape[-1]:
-        return _one_row(x.reshape(1, -1), values).reshape(*x.shape[:-1], len(values))
-    return _dot_cpu(x, values.astype(x.dtype))
+        y = _one_row(x.reshape(1, -1), values).reshape(*x.shape[:-1], len(values))
+    else:
+        y = _dot_cpu(x, values.astype(x.dtype))
+    return y.astype(dtype)
 
 
 def linear(
@@ -115,7 +117,11 @@ def linear(
       out_dtype: dtype of the result; that of `x` by default.
     """
     if isinstance(weight, QuantizedArray):
-        y = lax.platform_dependent(x, weight.values, cpu=_quantized_dot_cpu, default=_quantized_dot) * weight.scale
+        # On a mesh devices sum up their shares of a product in the dtype of the result, as they do for other weights.
+        layout = active_layout()
+        summed = jnp.float32 if layout is None or layout.mesh.size == 1 else out_dtype or x.dtype
+        on_cpu, elsewhere = (functools.partial(dot, dtype=summed) for dot in (_quantized_dot_cpu, _quantized_dot))
+        y = lax.platform_dependent(x, weight.values, cpu=on_cpu, default=elsewhere) * weight.scale
     else:
         y = lax.platform_dependent(x, weight.astype(x.dtype), cpu=_dot_cpu, default=_dot)
     if bias is not None:

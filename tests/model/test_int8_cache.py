@@ -31,7 +31,7 @@ def test_rows_are_written_copied_and_grow(unroll):
     @jax.jit
     def run(cache, new, counts, rows):
         cache = append_rows(cache, new, counts, rows)
-        return grow(copy_row(cache, 2, 1, 6), 24)
+        return grow(copy_row(cache, *map(jnp.int32, (2, 1, 6))), 24)
 
     def apart(x):
         return tuple(jax.tree.map(lambda a, i=i: a[i], x) for i in range(L))
