@@ -245,22 +245,35 @@ class Module:
                 total += sum(a.bytes for a in user.arrays)
             elif user.opcode == "dynamic-update-slice" and first:
                 continue  # updated in place
-            elif user.opcode in ("bitcast", "get-tuple-element"):
+            elif user.opcode == "get-tuple-element":
                 total += self._parameter_reads(computation, user)
             elif user.opcode == "tuple" and user.is_root:
                 continue  # handed through
-            elif user.opcode == "fusion" and first and _ALIASED in user.text:
-                total += self._parameter_reads(computation, user)  # as other tiles, but in place: only another view
+            elif self._is_view(user):
+                total += self._parameter_reads(computation, user)
             elif user.opcode == "fusion":
                 inner = self.computations[user.called["calls"][0]]
                 for n, name in enumerate(user.operands):
                     if name == value.name:
                         total += self._parameter_reads(inner, inner.parameters[n])
-                        if _unwrapped(inner, inner.root) is inner.parameters[n]:
+                        if self._unwrapped(inner, inner.root) is inner.parameters[n]:
                             total += self._parameter_reads(computation, user)  # only another view of it
             else:
                 return whole
         return min(total, whole)
+
+    def _is_view(self, i: Instruction) -> bool:
+        """Whether it gives its operand's bytes under another type: also as other tiles, where a fusion does so in
+        place (of int8 arrays, whose tiles are larger)."""
+        if i.opcode == "fusion" and _ALIASED in i.text:
+            return self.computations[i.called["calls"][0]].root.opcode == "copy"
+        return i.opcode == "bitcast"
+
+    def _unwrapped(self, computation: Computation, value: Instruction) -> Instruction:
+        """What a value is another view of."""
+        while self._is_view(value):
+            value = computation.instructions[value.operands[0]]
+        return value
 
     def _fusion_writes(self, fusion: Instruction, computation: Computation) -> int:
         root = computation.root
@@ -271,7 +284,7 @@ class Module:
 
     def _update_size(self, computation: Computation, out: Instruction, array: Array) -> int:
         """Bytes written for one result of a fusion: those of the update where it is updated in place."""
-        out = _unwrapped(computation, out)
+        out = self._unwrapped(computation, out)
         if out.opcode == "dynamic-update-slice":
             return sum(a.bytes for a in computation.instructions[out.operands[1]].arrays)
         if out.opcode == "fusion":
@@ -412,6 +425,8 @@ class Module:
                     continue
                 if i.opcode == "copy-start" and (n or not i.arrays[1].in_hbm):
                     continue  # its operand; or back from fast memory
+                if i.opcode in ("slice-start", "dynamic-slice-start") and n != len(i.operands):
+                    continue  # its operands
                 if i.opcode == "dynamic-update-slice":
                     continue
                 if (
@@ -434,13 +449,6 @@ class Module:
         """Numbers of the parameters whose memory a result takes over."""
         alias = self.text.partition("input_output_alias={")[2].partition("entry_computation_layout")[0]
         return {int(n) for n in re.findall(r"\}: \((\d+),", alias)}
-
-
-def _unwrapped(computation: Computation, value: Instruction) -> Instruction:
-    """What a value is another view of."""
-    while value.opcode == "bitcast":
-        value = computation.instructions[value.operands[0]]
-    return value
 
 
 def _constant(i: Instruction) -> int | None:

@@ -160,3 +160,50 @@ def test_sizes_count_the_padding_of_tiles():
     assert Array("bf16", (2, 5, 128), "2,0,1:T(2,128)(2,1)").bytes == 5 * 2 * 128 * 2
     assert Array("f32", (3, 100), "").bytes == 1200
     assert not Array("f32", (3,), "0:T(128)S(1)").in_hbm
+
+
+# A product with an int8 weight whose tiles a fusion, within another, takes as smaller ones in place.
+RETILED = """HloModule m, is_scheduled=true
+
+%tiles (a: s8[4096,1024]) -> s8[4096,1024] {
+  %a = s8[4096,1024]{1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %c = s8[4096,1024]{1,0:T(8,128)(4,1)} copy(%a)
+}
+
+%view (b: s8[4096,1024]) -> s8[4096,1024] {
+  %b = s8[4096,1024]{1,0:T(32,128)(4,1)} parameter(0)
+  %d = s8[4096,1024]{1,0:T(8,128)(4,1)} fusion(%b), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%tiles
+  ROOT %e = s8[4096,1024]{1,0:T(8,128)(4,1)} bitcast(%d)
+}
+
+%product (f: s8[4096,1024], g: bf16[8,1024]) -> f32[8,4096] {
+  %f = s8[4096,1024]{1,0:T(32,128)(4,1)} parameter(0)
+  %g = bf16[8,1024]{1,0:T(8,128)(2,1)} parameter(1)
+  %h = s8[4096,1024]{1,0:T(8,128)(4,1)} fusion(%f), kind=kLoop, calls=%view
+  %i = bf16[4096,1024]{1,0:T(8,128)(2,1)} convert(%h)
+  ROOT %j = f32[8,4096]{1,0:T(8,128)} convolution(%g, %i), dim_labels=bf_oi->bf
+}
+
+ENTRY %main (w: s8[4096,1024], x: bf16[8,1024]) -> f32[8,4096] {
+  %w = s8[4096,1024]{1,0:T(32,128)(4,1)} parameter(0)
+  %x = bf16[8,1024]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %y = f32[8,4096]{1,0:T(8,128)} fusion(%w, %x), kind=kOutput, calls=%product
+}
+"""
+
+
+def test_int8_tiles_taken_as_others_are_read_once():
+    assert Module(RETILED).hbm_bytes() == 4096 * 1024 + 2 * 8 * 1024 + 4 * 8 * 4096
+
+
+def test_a_slice_on_its_way_to_fast_memory_is_no_copy():
+    """The result of its start names what it is a slice of."""
+    there = "((f32[4,64,1024]{2,1,0:T(8,128)}), f32[1,64,1024]{2,1,0:T(8,128)S(1)}, s32[]{:S(2)})"
+    m = Module(f"""ENTRY %main (x: f32[4,64,1024]) -> f32[1,64,1024] {{
+  %x = f32[4,64,1024]{{2,1,0:T(8,128)}} parameter(0)
+  %s = {there} slice-start(%x), slice={{[0:1], [0:64], [0:1024]}}
+  ROOT %d = f32[1,64,1024]{{2,1,0:T(8,128)S(1)}} slice-done(%s)
+}}
+""")
+    assert m.copies({(4, 64, 1024)}) == []
+    assert m.hbm_bytes() == 4 * 64 * 1024
