@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from omni_jax.errors import InputError, unknown_name
 from omni_jax.files import read_json
+from omni_jax.packing import packing_of
 
 MODEL_TYPES = ("qwen2_5_omni", "qwen2_5_omni_thinker")
 C = TypeVar("C")
@@ -342,12 +343,13 @@ def from_dict(raw: Mapping[str, Any]) -> OmniConfig:
     Returns:
       The frozen configuration; absent fields take the dataclass defaults.
     Raises:
-      ConfigError: quantised, unknown model type, or a field of the wrong kind; the message names it.
+      ConfigError: unread quantization, unknown model type, or a field of the wrong kind; the message names it.
     """
     model_type = raw.get("model_type")
-    for part in (raw, raw.get("thinker_config")):
-        if isinstance(part, Mapping) and part.get("quantization_config"):
-            raise ConfigError("the checkpoint is quantised, which is not supported; give the original in bfloat16")
+    try:
+        packing_of(raw)
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
     if model_type not in MODEL_TYPES:
         raise ConfigError(f"model_type {model_type!r} is not Qwen2.5-Omni; known are {', '.join(MODEL_TYPES)}")
     if model_type == "qwen2_5_omni_thinker":

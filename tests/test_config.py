@@ -203,14 +203,16 @@ def test_wrong_fields(part, field, value, message):
             C.from_dict(raw)
 
 
-def test_quantised_checkpoints_and_a_byte_order_mark(tmp_path):
+def test_quantized_checkpoints_and_a_byte_order_mark(tmp_path):
     raw = C.to_dict(C.preset("nano"))
     (tmp_path / "config.json").write_text(json.dumps(raw), "utf-8-sig")
     assert C.load_config(tmp_path) == C.preset("nano")
-    quantized = {"quantization_config": {"quant_method": "awq"}}
+    quantized = {"quantization_config": {"quant_method": "fp8"}}
     for more in (quantized, {"thinker_config": raw["thinker_config"] | quantized}):
-        with pytest.raises(C.ConfigError, match="the checkpoint is quantised, which is not supported"):
+        with pytest.raises(C.ConfigError, match="the checkpoint is quantized with 'fp8', fp8; GPTQ and AWQ of 4 bits"):
             C.from_dict(raw | more)
+    four_bits = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}
+    assert C.from_dict(raw | four_bits) == C.preset("nano")
 
 
 def test_convolutions_of_the_vocoder_have_a_middle():

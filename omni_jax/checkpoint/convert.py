@@ -25,6 +25,7 @@ from omni_jax.checkpoint import keys, orbax_io
 from omni_jax.checkpoint.fingerprint import weights_digest
 from omni_jax.checkpoint.folder import Stored, open_checkpoint, read_block, row_blocks
 from omni_jax.checkpoint.orbax_io import ARRAYS, FORMAT, MANIFEST, ArrayWriter, chunk_shape, put_file, reason, within
+from omni_jax.checkpoint.packed import PackedTensor
 from omni_jax.checkpoint.quantized import int8_arrays, is_int8
 from omni_jax.checkpoint.safetensors_io import CheckpointError, Tensor, index_metadata, write_checkpoint
 from omni_jax.checkpoint.sources import ADAPTER, is_small_file, local_files
@@ -33,6 +34,7 @@ from omni_jax.config import OmniConfig, load_config
 from omni_jax.errors import warn
 from omni_jax.model.declare import walk
 from omni_jax.model.parameters import is_quantized, param_specs
+from omni_jax.packing import without_packing
 from omni_jax.progress import progress_bar
 from omni_jax.settings import Quantize
 
@@ -165,7 +167,7 @@ def _holds(stored: np.dtype[Any], original: np.dtype[Any]) -> bool:
 def _part_config(raw: dict[str, Any], cfg: OmniConfig, parts: Sequence[str]) -> dict[str, Any]:
     """config.json of a checkpoint that keeps only some parts of another."""
     gone = [p for p in ("talker", "token2wav") if getattr(cfg, p) is not None and p not in parts]
-    out = {key: value for key, value in raw.items() if key not in [f"{p}_config" for p in gone]}
+    out = {key: value for key, value in without_packing(raw).items() if key not in [f"{p}_config" for p in gone]}
     if gone and not {"talker", "token2wav"} & set(parts):
         out["enable_audio_output"] = False
     return out
@@ -216,7 +218,9 @@ def _origins(files: pathlib.Path, tensors: Mapping[str, Stored], whole: bool) ->
                 tensor = tensor.base
             placed[name] = tensor
         order = sorted(placed.items(), key=lambda item: (str(item[1].file), item[1].offset))  # type: ignore[attr-defined]
-        out = {n: {"dtype": t.dtype.name, "file": t.file.name} for n, t in order if isinstance(t, Tensor)}
+        out = {
+            n: {"dtype": t.dtype.name, "file": t.file.name} for n, t in order if isinstance(t, Tensor | PackedTensor)
+        }
     return out if whole else {n: {"dtype": e["dtype"]} for n, e in out.items()}
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from omni_jax.checkpoint import adapter, orbax_io
 from omni_jax.checkpoint.folder import Stored, open_checkpoint
+from omni_jax.checkpoint.packed import PackedTensor
 from omni_jax.checkpoint.safetensors_io import CheckpointError, Tensor
 from omni_jax.checkpoint.sources import local_files
 from omni_jax.checkpoint.speakers import PACK_FILE, SPEAKERS_FILE
@@ -118,7 +119,12 @@ def weights_digest(folder: pathlib.Path, tensors: Mapping[str, Stored]) -> str:
             for name, e in manifest["tensors"].items()
         }
         return manifest.get("weights") or _digest(sums)
-    stored = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, PackedTensor):
+            stored |= {f"{name}:{i}": part for i, part in enumerate((tensor.qweight, tensor.qzeros, tensor.scales))}
+        elif isinstance(tensor, Tensor):
+            stored[name] = tensor
     with ThreadPoolExecutor(READERS) as pool:
         strips = dict(zip(stored, pool.map(_strips, stored.values()), strict=True))
     return _digest({name: (t.dtype.name, t.shape, strips[name]) for name, t in stored.items()})

@@ -11,8 +11,11 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from omni_jax.checkpoint import keys, orbax_io
+from omni_jax.checkpoint.packed import PackedTensor, unpack
 from omni_jax.checkpoint.safetensors_io import BLOCK, DTYPES, CheckpointError, read_index
 from omni_jax.config import OmniConfig
+from omni_jax.files import read_json
+from omni_jax.packing import packing_of
 
 
 class Stored(Protocol):
@@ -103,6 +106,8 @@ def match_tensors(stored: Mapping[str, T], cfg: OmniConfig) -> dict[str, T]:
 
 def nbytes(tensor: Stored) -> int:
     """Bytes of a stored tensor."""
+    if isinstance(tensor, PackedTensor):
+        return tensor.nbytes
     if isinstance(tensor, orbax_io.Int8Tensor):
         return nbytes(tensor.values) + nbytes(tensor.scale)
     return math.prod(tensor.shape) * tensor.dtype.itemsize
@@ -142,7 +147,12 @@ def read_folder(path: str | pathlib.Path, arrays: str | None = None) -> Mapping[
     """
     if (pathlib.Path(path) / orbax_io.MANIFEST).is_file():
         return orbax_io.read_arrays(arrays or path, orbax_io.read_manifest(path))
-    return read_index(path)
+    stored, config = read_index(path), pathlib.Path(path) / "config.json"
+    try:
+        packing = packing_of(read_json(config, CheckpointError)) if config.is_file() else None
+    except ValueError as e:
+        raise CheckpointError(f"{path}: {e}") from None
+    return stored if packing is None else unpack(stored, packing)
 
 
 def open_checkpoint(path: str | pathlib.Path, cfg: OmniConfig, arrays: str | None = None) -> dict[str, Stored]:

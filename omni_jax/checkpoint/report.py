@@ -19,6 +19,7 @@ from omni_jax.checkpoint import keys, orbax_io
 from omni_jax.checkpoint.convert import crc, stored_arrays
 from omni_jax.checkpoint.folder import Stored, nbytes, open_checkpoint, read_block, row_blocks
 from omni_jax.checkpoint.orbax_io import MANIFEST
+from omni_jax.checkpoint.packed import PackedTensor
 from omni_jax.checkpoint.quantized import is_int8
 from omni_jax.checkpoint.safetensors_io import BLOCK, CheckpointError, Tensor
 from omni_jax.checkpoint.sources import ADAPTER, local_files
@@ -51,6 +52,11 @@ def _config_rows(cfg: OmniConfig, absent: frozenset[str]) -> Iterator[tuple[str,
     yield from walk(cfg, "")
 
 
+def _stored_as(tensor: Stored) -> str:
+    """The dtype of what is stored of a tensor."""
+    return "int4" if isinstance(tensor, PackedTensor) else "int8" if is_int8(tensor) else tensor.dtype.name
+
+
 def _parts(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
@@ -58,7 +64,7 @@ def _parts(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Any]]:
         part["tensors"] += 1
         part["parameters"] += math.prod(tensor.shape)
         part["bytes"] += nbytes(tensor)
-        part["dtypes"]["int8" if is_int8(tensor) else tensor.dtype.name] += 1
+        part["dtypes"][_stored_as(tensor)] += 1
     return {name: part | {"dtypes": dict(part["dtypes"])} for name, part in out.items()}
 
 

@@ -183,12 +183,14 @@ def test_what_cannot_be_read_is_refused_before_weights_are_fetched(hub, checkpoi
     (hub.folder / "model.safetensors").write_bytes(bytes(100))
     (hub.folder / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
     raw = json.loads((checkpoint / "config.json").read_text())
-    raw |= {"quantization_config": {"quant_method": "gptq"}} if config == "quantised" else {"model_type": "llama"}
+    raw |= (
+        {"quantization_config": {"quant_method": "bitsandbytes"}} if config == "quantised" else {"model_type": "llama"}
+    )
     if config is not None:
         (hub.folder / "config.json").write_text(json.dumps(raw))
     done = command(hub, tmp_path, "convert", "org/nano", tmp_path / "c")
     said = {
-        "quantised": "the checkpoint is quantised, which is not supported; give the original in bfloat16",
+        "quantised": "of bitsandbytes, which only that library reads; GPTQ and AWQ of 4 bits are read: give the original",
         "another": "model_type 'llama' is not Qwen2.5-Omni",
         None: "org/nano holds GGUF files, of llama.cpp; give a checkpoint in the published layout",
     }[config]
