@@ -189,8 +189,8 @@ def load_params(
             stacked = None not in layers
             tensors = [layers[i] for i in range(len(layers))] if stacked else [layers[None]]
             wanted = jnp.float32 if place[0] == "token2wav" else dtype
-            sharding, path = _lookup(shardings, place), tuple(key for key in place if isinstance(key, str))
-            if any(map(is_int8, tensors)) or is_quantized(path, specs[path], quantize):
+            sharding, named = _lookup(shardings, place), tuple(key for key in place if isinstance(key, str))
+            if any(map(is_int8, tensors)) or is_quantized(named, specs[named], quantize):
                 leaf: Any = _make_quantized(tensors, stacked, sharding)
             else:
                 leaf = _make_leaf(tensors, stacked, wanted, sharding)

@@ -119,8 +119,8 @@ def append_rows(
     some = "cache_batch" if rows is None else None
     fresh, held = ("layers", some, "cache_kv_heads", None, None), [CACHE_AXES[: a.ndim] for a in old]
     ins = ((some,), (some,), (some,), *held, *(fresh[: a.ndim] for a in old))
-    out = on_mesh.on_mesh(run, ins, held)(index, start, counts, *old, *jax.tree.leaves(new))
-    return KVCache(*jax.tree.unflatten(tree, out), lengths)
+    k, v = jax.tree.unflatten(tree, on_mesh.on_mesh(run, ins, held)(index, start, counts, *old, *jax.tree.leaves(new)))
+    return KVCache(k, v, lengths)
 
 
 def _offset(axis: str, size: int) -> Any:
@@ -204,11 +204,13 @@ def copy_row(cache: KVCache, source: Int[Array, ""], target: Int[Array, ""], len
 
     lengths = cache.lengths.at[target].set(length)
     leaves, tree = jax.tree.flatten((cache.k, cache.v))
-    if not axis:
-        return KVCache(*jax.tree.unflatten(tree, map(copy, leaves)), lengths)
     names = [CACHE_AXES[: a.ndim] for a in leaves]
-    copied = on_mesh.on_mesh(lambda *leaves: tuple(map(copy, leaves)), names, names)(*leaves)
-    return KVCache(*jax.tree.unflatten(tree, copied), lengths)
+
+    def every(*leaves: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(map(copy, leaves))
+
+    k, v = jax.tree.unflatten(tree, (on_mesh.on_mesh(every, names, names) if axis else every)(*leaves))
+    return KVCache(k, v, lengths)
 
 
 def grow(cache: KVCache, capacity: int) -> KVCache:

@@ -190,7 +190,7 @@ def test_what_cannot_be_read_is_refused_before_weights_are_fetched(hub, checkpoi
         (hub.folder / "config.json").write_text(json.dumps(raw))
     done = command(hub, tmp_path, "convert", "org/nano", tmp_path / "c")
     said = {
-        "quantised": "of bitsandbytes, which only that library reads; GPTQ and AWQ of 4 bits are read: give the original",
+        "quantised": "of bitsandbytes, which only that library reads; GPTQ and AWQ of 4 bits are read: give",
         "another": "model_type 'llama' is not Qwen2.5-Omni",
         None: "org/nano holds GGUF files, of llama.cpp; give a checkpoint in the published layout",
     }[config]

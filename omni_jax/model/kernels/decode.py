@@ -10,7 +10,7 @@ H head size.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,11 +83,13 @@ def live_parts_plain(
     rows: Int32[Array, " B"] | None = None,
 ) -> Parts:  # fmt: skip
     """The reference of `live_parts`: reads the whole rows."""
-    k, v = (dequantize(x, q.dtype) if isinstance(x, QuantizedArray) else x for x in (k, v))
-    k, v = (lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k, v))
-    if rows is not None:
-        k, v = (jnp.take(x, rows, axis=0, mode="clip") for x in (k, v))
-    return parts(q, k, v, (jnp.arange(k.shape[2]) < lengths[:, None])[:, None])
+
+    def of_layer(x: CacheArray) -> jax.Array:
+        x = dequantize(x, q.dtype) if isinstance(x, QuantizedArray) else x
+        x = lax.dynamic_index_in_dim(x, layer, keepdims=False)
+        return x if rows is None else jnp.take(x, rows, axis=0, mode="clip")
+
+    return parts(q, of_layer(k), of_layer(v), (jnp.arange(k.shape[3]) < lengths[:, None])[:, None])
 
 
 def supported(capacity: int) -> bool:
@@ -133,13 +135,12 @@ def _kernel(layer, rows, lengths, q, k, v, *rest, block, scale, turned):
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def _live_parts(
-    q: jax.Array, k: CacheArray, v: CacheArray, layer: jax.Array, rows: jax.Array, lengths: jax.Array, *,
-    interpret: bool = False,
-) -> Parts:  # fmt: skip
+    q: jax.Array, k: Any, v: Any, layer: jax.Array, rows: jax.Array, lengths: jax.Array, *, interpret: bool = False
+) -> Parts:
     """`live_parts` on one device, whose part of the cache has `lengths` live slots in each of `rows`."""
-    scales: tuple[jax.Array, ...] = ()
-    if isinstance(k, QuantizedArray) and isinstance(v, QuantizedArray):
-        scales, k, v = (k.scale, v.scale), k.values, v.values
+    scales = [x.scale for x in (k, v) if isinstance(x, QuantizedArray)]
+    if scales:
+        k, v = k.values, v.values
     else:
         q = q.astype(k.dtype)
     b, heads, queries, size = q.shape

@@ -106,7 +106,7 @@ def _attend_new(
     """
     scale = q.shape[-1] ** -0.5
 
-    def scores(keys: jax.Array | QuantizedArray, mask: jax.Array) -> jax.Array:
+    def scores(keys: Any, mask: jax.Array) -> jax.Array:
         factor: Any = scale
         if isinstance(keys, QuantizedArray):
             keys, factor = keys.values.astype(q.dtype), scale * keys.scale[:, :, None, None]
@@ -119,7 +119,7 @@ def _attend_new(
             s = jnp.einsum("bkgth,bksh->bkgts", queries, keys, preferred_element_type=jnp.float32)
         return jnp.where(mask, s * factor, MASKED)
 
-    def weigh(weights: jax.Array, values: jax.Array | QuantizedArray) -> jax.Array:
+    def weigh(weights: jax.Array, values: Any) -> jax.Array:
         if isinstance(values, QuantizedArray):
             weights, values = weights * values.scale[:, :, None, None], values.values.astype(q.dtype)
         p = weights.astype(values.dtype)
