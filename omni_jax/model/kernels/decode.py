@@ -85,9 +85,9 @@ def live_parts_plain(
     """The reference of `live_parts`: reads the whole rows."""
 
     def of_layer(x: CacheArray) -> jax.Array:
-        x = dequantize(x, q.dtype) if isinstance(x, QuantizedArray) else x
-        x = lax.dynamic_index_in_dim(x, layer, keepdims=False)
-        return x if rows is None else jnp.take(x, rows, axis=0, mode="clip")
+        whole = dequantize(x, q.dtype) if isinstance(x, QuantizedArray) else x
+        own = lax.dynamic_index_in_dim(whole, layer, keepdims=False)
+        return own if rows is None else jnp.take(own, rows, axis=0, mode="clip")
 
     return parts(q, of_layer(k), of_layer(v), (jnp.arange(k.shape[3]) < lengths[:, None])[:, None])
 
