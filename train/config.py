@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omni_jax.errors import InputError
+from omni_jax.settings import Quantize
 
 Task = Literal["thinker", "talker", "dpo", "talker_dpo", "token2wav", "vocoder"]
 DType = Literal["bfloat16", "float32"]
@@ -120,6 +121,7 @@ class Run:
       rates: highest learning rate of each part, by prefix of the parameters' names ("thinker.visual"); the longest
         prefix counts. What no prefix covers is frozen.
       lora: adapters instead of whole weights; None for full fine-tuning.
+      quantize: with adapters, which of the frozen weights are int8 (`omni_jax.load`); None: those that MODEL holds so.
       text_weight: of the text's own loss beside the codes' (`talker`).
       beta: of preferences.
       drop: share of rows without condition (`token2wav`).
@@ -143,6 +145,7 @@ class Run:
     rates: Mapping[str, float]
     task: Task = "thinker"
     lora: Lora | None = None
+    quantize: Quantize | None = None
     optimizer: Optimizer = Optimizer()
     text_weight: float = 0.0
     beta: float = 0.1
@@ -174,6 +177,8 @@ class Run:
             raise RunError(f"data.batch {d.batch} must be a multiple of data.accumulate {d.accumulate}")
         if not d.train:
             raise RunError("data.train names no file; give a JSONL")
+        if self.quantize is not None and self.lora is None:
+            raise RunError(f"quantize is {self.quantize!r}, but all weights are trained; give lora, or leave it out")
         if not self.rates:
             raise RunError("rates is empty, so nothing would be trained; give {'thinker.model': 1e-5} or the like")
         if d.evaluate is not None and not self.evaluate_every:

@@ -19,14 +19,15 @@ import numpy as np
 
 from omni_jax.checkpoint import adapter, keys
 from omni_jax.checkpoint.added_tokens import add_tokens
-from omni_jax.checkpoint.convert import building
+from omni_jax.checkpoint.convert import BFLOAT16, building
 from omni_jax.checkpoint.fingerprint import fingerprint
 from omni_jax.checkpoint.folder import Stored, open_checkpoint, row_blocks
-from omni_jax.checkpoint.orbax_io import put_file
+from omni_jax.checkpoint.orbax_io import Int8Tensor, put_file
 from omni_jax.checkpoint.safetensors_io import CheckpointError, write_checkpoint, write_file
 from omni_jax.checkpoint.sources import is_small_file, local_files
 from omni_jax.checkpoint.speakers import load_voices
 from omni_jax.config import load_config
+from omni_jax.packing import quantization_config, without_packing
 from omni_jax.train.checkpoints import FOLDER, Checkpoints
 from omni_jax.train.config import Run, RunError
 from omni_jax.train.lora import is_stacked
@@ -47,6 +48,11 @@ def published(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
         else:
             out[name] = values
     return out
+
+
+def _dtype(stored: Stored) -> np.dtype[Any]:
+    """Of an exported tensor: the stored one's; bfloat16 where that is int8, which is dequantized."""
+    return BFLOAT16 if isinstance(stored, Int8Tensor) else stored.dtype
 
 
 def _changed(stored: Stored, new: Mapping[str, np.ndarray], scale: float) -> np.ndarray | None:
@@ -72,7 +78,7 @@ def export_merged(run: Run, params: Mapping[str, Any], dst: str | os.PathLike[st
         voices = load_voices(files) if run.new_tokens and cfg.token2wav is not None else {}
         added = add_tokens(files, cfg, run.new_tokens, (v.bos_token for v in voices.values()))
         # New tokens may have made tables longer.
-        entries = {n: (t.dtype, new[n].shape if n in new else t.shape) for n, t in tensors.items()}
+        entries = {n: (_dtype(t), new[n].shape if n in new else t.shape) for n, t in tensors.items()}
         total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in entries.values())
 
         def blocks(name: str) -> Iterator[np.ndarray]:
@@ -83,14 +89,17 @@ def export_merged(run: Run, params: Mapping[str, Any], dst: str | os.PathLike[st
                     yield values[rows] if values.ndim else values
                     continue
                 index = (rows,) if stored.shape else ()
-                out = np.empty((rows.stop - rows.start, *stored.shape[1:]) if stored.shape else (), stored.dtype)
+                out = np.empty((rows.stop - rows.start, *stored.shape[1:]) if stored.shape else (), entries[name][0])
                 stored.read(out, index)
                 yield out
 
         with building(dst, total) as place:
             for name in sorted(os.listdir(files)):
                 if is_small_file(name) and (files / name).is_file():
-                    put_file(place, name, added.files.get(name) or (files / name).read_bytes())
+                    data = added.files.get(name) or (files / name).read_bytes()
+                    if name == "config.json" and quantization_config(json.loads(data)):
+                        data = json.dumps(without_packing(json.loads(data)), indent=2).encode()
+                    put_file(place, name, data)
             write_checkpoint(pathlib.Path(place), entries, blocks, shard_bytes)
     return total
 
@@ -100,7 +109,7 @@ class _Named:
 
     def __init__(self, stored: Stored, name: str):
         self._stored, self.name = stored, name
-        self.dtype, self.shape = stored.dtype, stored.shape
+        self.dtype, self.shape = _dtype(stored), stored.shape
 
     def read(self, out: np.ndarray, index: tuple[slice, ...] = ()) -> None:
         """See `folder.Stored`."""

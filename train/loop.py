@@ -15,6 +15,7 @@ import numpy as np
 from omni_jax.checkpoint.added_tokens import add_tokens
 from omni_jax.checkpoint.fingerprint import fingerprint
 from omni_jax.checkpoint.load import load_params
+from omni_jax.checkpoint.orbax_io import quantization_of
 from omni_jax.checkpoint.sources import local_files
 from omni_jax.checkpoint.speakers import load_voices
 from omni_jax.config import load_config
@@ -96,13 +97,17 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
     # What is trained, on what.
     if run.answers and jax.process_count() > 1:
         raise RunError(f"answers is {run.answers}, but answers are made on one host only; set it to 0")
-    stored = load_config(files)
+    stored, quantize = load_config(files), quantization_of(files, run.quantize)
+    if quantize is not None and run.lora is None:
+        raise RunError(
+            f"{run.model} holds int8 weights: they can carry adapters; give lora, or the original checkpoint"
+        )
     named = run.new_tokens or run.task not in ("thinker", "dpo")
     voices = load_voices(files) if named and stored.token2wav is not None else {}
     added = add_tokens(files, stored, run.new_tokens, (v.bos_token for v in voices.values()))
     cfg = added.config
     placement = None if run.mesh is None else meshes.place(cfg, run.mesh)
-    trainer = make_trainer(run, cfg, placement)
+    trainer = make_trainer(dataclasses.replace(run, quantize=quantize), cfg, placement)
     with added.applied_to(files) as folder:
         processor = Processor.from_folder(folder, cfg.thinker)
     eos = stop_token_ids(files, cfg, processor.tokenizer)
@@ -122,7 +127,9 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
 
     # Weights, and the state: fresh, or where the run stopped.
     writer, checkpoints = Writer(run), Checkpoints(run, lines, fingerprint(files).to_dict())
-    place = None if run.mesh is None else stage_shardings(meshes.place(stored, run.mesh), trainer.parts)
+    place = (
+        None if run.mesh is None else stage_shardings(meshes.place(stored, run.mesh), trainer.parts, quantize=quantize)
+    )
     dtype = run.dtype if run.lora else "float32"
     params = flatten(
         load_params(
@@ -134,6 +141,7 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
             shardings=place,
             progress=jax.process_index() == 0,
             arrays=arrays,
+            quantize=quantize,
         )
     )
     params = added.add_rows(params, trainer.shardings)

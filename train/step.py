@@ -23,6 +23,7 @@ from omni_jax.checkpoint.added_tokens import TABLES
 from omni_jax.config import OmniConfig
 from omni_jax.model import stages
 from omni_jax.model.parameters import param_specs
+from omni_jax.model.quantize import QuantizedArray, quantized_specs
 from omni_jax.parallel import meshes
 from omni_jax.train import audio_losses, lora, losses, optimiser
 from omni_jax.train.config import Run, RunError
@@ -91,6 +92,10 @@ def _split(layers: Any) -> tuple[Any, ...]:
     leaves, structure = jax.tree.flatten(layers, is_leaf=lambda x: isinstance(x, tuple))
     parts = [split(leaf) for leaf in leaves]
     return tuple(jax.tree.unflatten(structure, layer) for layer in zip(*parts, strict=True))
+
+
+def _is_int8(leaf: Any) -> bool:
+    return isinstance(leaf, QuantizedArray)
 
 
 def data_share(mesh: Mesh | None) -> tuple[int, int]:
@@ -188,7 +193,8 @@ class Trainer:
         shape = self.trained[name].shape
         if not name.endswith((".lora_a", ".lora_b")):
             return _spread(self.shardings[name], shape)
-        weight = self.shardings[f"{name.rpartition('.')[0]}.weight"]
+        weight: Any = self.shardings[f"{name.rpartition('.')[0]}.weight"]
+        weight = weight.values if isinstance(weight, QuantizedArray) else weight
         spec: list[Any] = [*weight.spec] + [None] * (len(shape) - len(weight.spec))
         lead, (rows, cols) = spec[:-2], spec[-2:]
         split = (*lead, None, cols) if name.endswith("lora_a") else (*lead, rows, None)
@@ -232,7 +238,11 @@ class Trainer:
 
     def freeze(self, params: Mapping[str, Any]) -> Flat:
         """The frozen parameters in the computation's dtype."""
-        return {n: jax.tree.map(lambda a: a.astype(self.dtype), params[n]) for n in self.frozen}
+
+        def cast(a: Any) -> Any:
+            return a if isinstance(a, QuantizedArray) else a.astype(self.dtype)
+
+        return {n: jax.tree.map(cast, params[n], is_leaf=_is_int8) for n in self.frozen}
 
     def base(self, state: State) -> Flat | None:
         """For preferences: a copy of the weights that training begins with; None where adapters leave them be."""
@@ -242,9 +252,13 @@ class Trainer:
 
     def frozen_shapes(self) -> Flat:
         """Shapes of `freeze`, on a mesh with their shardings."""
-        shapes = flatten(param_specs(self.cfg, self.parts))
-        at = self.shardings or {}
-        return {n: jax.ShapeDtypeStruct(shapes[n].shape, self.dtype, sharding=at.get(n)) for n in self.frozen}
+        specs = flatten(quantized_specs(param_specs(self.cfg, self.parts), self.run.quantize))
+        at = self.shardings or jax.tree.map(lambda s: None, specs)
+
+        def one(spec: Any, sharding: Any) -> Any:
+            return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype or self.dtype), sharding=sharding)
+
+        return {n: jax.tree.map(one, specs[n], at[n]) for n in self.frozen}
 
     def base_shapes(self) -> Flat | None:
         """Shapes of `base`."""
@@ -410,5 +424,5 @@ def make_trainer(run: Run, cfg: OmniConfig, placement: meshes.Placement | None =
     tables = [n for n in TABLES if n in shapes]
     if run.new_tokens and not (tables and set(tables) <= set(trained)):
         raise RunError(f"new_tokens need their rows learned; give rates to {' and '.join(TABLES)}, and leave lora out")
-    shardings = None if placement is None else flatten(stages.stage_shardings(placement, parts))
+    shardings = None if placement is None else flatten(stages.stage_shardings(placement, parts, quantize=run.quantize))
     return Trainer(run, cfg, placement, trained, frozen, shardings)

@@ -104,6 +104,33 @@ def _quantized_dot_cpu(x: jax.Array, values: jax.Array, dtype: Any = jnp.float32
     return y.astype(dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _quantized_product(x: jax.Array, weight: QuantizedArray, dtype: Any) -> jax.Array:
+    """float32 [..., out] of x [..., in]; devices of a mesh sum up their shares in `dtype`.
+
+    The backward pass goes through to `x`, and reads int8 as well: differentiated as it stands, it would be given the
+    converted weight.
+    """
+    on_cpu, elsewhere = (functools.partial(dot, dtype=dtype) for dot in (_quantized_dot_cpu, _quantized_dot))
+    return lax.platform_dependent(x, weight.values, cpu=on_cpu, default=elsewhere) * weight.scale
+
+
+def _product_forward(x: jax.Array, weight: QuantizedArray, dtype: Any) -> tuple[jax.Array, Any]:
+    # The empty array tells the dtype of `x`.
+    return _quantized_product(x, weight, dtype), (weight, jnp.zeros(0, x.dtype))
+
+
+def _product_backward(dtype: Any, saved: Any, given: jax.Array) -> tuple[jax.Array, None]:
+    weight, like = saved
+    scaled = (given * weight.scale).astype(like.dtype)
+    values = weight.values.astype(like.dtype)
+    back = jnp.einsum("...o,oi->...i", scaled, values, preferred_element_type=dtype).astype(like.dtype)
+    return back, None
+
+
+_quantized_product.defvjp(_product_forward, _product_backward)
+
+
 def linear(
     x: Float[Array, "*N in"], weight: Params, bias: Float[Array, " out"] | None = None, out_dtype: Any = None
 ) -> Float[Array, "*N out"]:
@@ -120,8 +147,7 @@ def linear(
         # On a mesh devices sum up their shares of a product in the dtype of the result, as they do for other weights.
         layout = active_layout()
         summed = jnp.float32 if layout is None or layout.mesh.size == 1 else out_dtype or x.dtype
-        on_cpu, elsewhere = (functools.partial(dot, dtype=summed) for dot in (_quantized_dot_cpu, _quantized_dot))
-        y = lax.platform_dependent(x, weight.values, cpu=on_cpu, default=elsewhere) * weight.scale
+        y = _quantized_product(x, weight, summed)
     else:
         y = lax.platform_dependent(x, weight.astype(x.dtype), cpu=_dot_cpu, default=_dot)
     if bias is not None:
