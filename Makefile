@@ -4,8 +4,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Options for pytest: files are shared out over workers. One test: make test PYTEST="tests/checkpoint/test_keys.py -x"
-PYTEST ?= -n logical --maxprocesses 4 --dist loadfile
+# Options for pytest: files are shared out over workers, the longest first (tests/conftest.py). One test:
+# make test PYTEST="tests/checkpoint/test_keys.py -x"
+PYTEST ?= -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: reference demo test soak lint docs bench footprint full-size solvers bench-training aot plans plan-fit plan-check clean
 .DELETE_ON_ERROR:
