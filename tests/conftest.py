@@ -47,11 +47,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> pathlib.Path:
     """A nano checkpoint in the published layout, float32."""
-    from omni_jax import config as C
     from omni_jax.checkpoint.publish import write_random
+    from tests import tiny
 
     path = tmp_path_factory.mktemp("checkpoints") / "nano"
-    write_random(path, C.preset("nano"), seed=1, dtype="float32")
+    write_random(path, tiny.shallow_config(), seed=1, dtype="float32")
     return path
 
 

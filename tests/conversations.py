@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from PIL import Image
 
+from omni_jax import buckets
 from omni_jax.processing import positions as P
 from omni_jax.processing.processor import Prompt
 from tests import media
@@ -101,3 +104,10 @@ def oracle_inputs(prompts: list[Prompt], pad: int = 0) -> dict[str, Any]:
         out["input_features"], out["feature_attention_mask"] = torch.tensor(features), torch.tensor(live)
     out["use_audio_in_video"] = any(isinstance(s, P.AudioVideo) for p in prompts for s in p.segments)
     return out
+
+
+def in_slots_of_generate() -> contextlib.AbstractContextManager[Any]:
+    """In it a batch job of short prompts makes slots of the capacity that `generate` does, which leaves room for a
+    longer reply: the job then runs the programs of a call of `generate` before it, if its `batch_size` is also that
+    call's."""
+    return mock.patch.object(buckets, "CACHE", tuple(slots for slots in buckets.CACHE if slots >= 1536))

@@ -46,11 +46,11 @@ GREEDY = [GenerationSettings(max_new_tokens=n) for n in (9, 6)]
 SPOKEN = [SpeechSettings(temperature=0.0, max_codes=11, watchdog=None), SpeechSettings(seed=3, max_codes=7)]
 
 
-def prompts(model: api.Omni) -> list[Any]:
+def messages() -> list[Any]:
     """A picture, a clip and a sound in one prompt, and a text: unequal lengths of one bucket, read together."""
     media = [conversations._image(56, 84), conversations._video(1.2), conversations._audio(2.3)]
     asked = ([*media, conversations._text("Compare")], [conversations._text("What is a cat? " * 10)])
-    return [model.prepare([conversations._user(*content)]) for content in asked]
+    return [[conversations._user(*content)] for content in asked]
 
 
 def live(cache: Any, size: int) -> list[np.ndarray]:
@@ -114,7 +114,7 @@ def error(a: np.ndarray, b: np.ndarray) -> float:
 
 def answer(model: api.Omni, speaks: bool = True) -> tuple[dict[str, list], list[Any]]:
     """What the networks gave for the batch, and the replies."""
-    asked = prompts(model)
+    asked = [model.prepare(m) for m in messages()]
     found: dict[str, list] = {}
     with kept(found, len(asked)):
         replies = model.answer(asked, GREEDY, SPOKEN if speaks else None)
@@ -138,10 +138,21 @@ def guarded() -> Any:
     return mock.patch.object(talker, "reply_vectors", run), held
 
 
+def as_files(folder: pathlib.Path) -> list[Any]:
+    """`messages` with their media in files, as a job's lines name them."""
+    lines = messages()
+    for part in lines[0][0]["content"]:
+        kind = part["type"]
+        if isinstance(part[kind], bytes):
+            (folder / kind).write_bytes(part[kind])
+            part[kind] = str(folder / kind)
+    return lines
+
+
 def side_by_side(checkpoint: pathlib.Path, folder: pathlib.Path, model: api.Omni) -> dict[str, Any]:
-    """A batch job on stages apart: in some rounds both decoders are asked before either is waited for."""
-    lines = [[conversations._user(conversations._text(t))] for t in ("What is a cat?", "Why?", "Who are you?", "How?")]
-    (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    """A batch job on stages apart: in some rounds both decoders are asked before either is waited for. It answers
+    the prompts of `answer` twice, mostly by the programs that were compiled for it."""
+    (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in as_files(folder) * 2))
     task = job.Job(
         checkpoint, folder / "in.jsonl", folder / "out.jsonl", GREEDY[0], SPOKEN[0], dtype="float32", batch_size=2,
         media={"use_audio_in_video": False}, mesh="2x2", speech_mesh="2x2",
@@ -157,17 +168,13 @@ def side_by_side(checkpoint: pathlib.Path, folder: pathlib.Path, model: api.Omni
 
     with contextlib.ExitStack() as stack:
         for stage, name in ((ThinkerStage, "write"), (TalkerStage, "talk")):
+            fetch = noted(stage.fetch, f"{name}: wait")
             stack.enter_context(mock.patch.object(stage, "step", noted(stage.step, name)))
             stack.enter_context(
-                mock.patch.object(
-                    stage,
-                    "fetch",
-                    staticmethod(noted(stage.fetch, f"{name}: wait"))
-                    if stage is ThinkerStage
-                    else noted(stage.fetch, f"{name}: wait"),
-                )
+                mock.patch.object(stage, "fetch", staticmethod(fetch) if stage is ThinkerStage else fetch)
             )
         stack.enter_context(mock.patch.object(api, "load", return_value=model))
+        stack.enter_context(conversations.in_slots_of_generate())
         counts = job.work(task)
     records = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     together = sum(events[i : i + 2] == ["write", "talk"] for i in range(len(events)))
@@ -220,8 +227,7 @@ def main(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
         print(name, out["seconds"][name], time.process_time(), file=sys.stderr, flush=True)
     began = time.perf_counter()
     out["side by side"] = side_by_side(checkpoint, folder, model)
-    texts = [[conversations._user(conversations._text(t))] for t in ("What is a cat?", "Why?", "Who are you?", "How?")]
-    alone = [r for i in (0, 2) for r in one.generate(texts[i : i + 2], GREEDY[0], speech=SPOKEN[0])]
+    alone = one.generate(messages(), GREEDY[0], speech=SPOKEN[0]) * 2
     out["on one device"] = {"ids": [r.token_ids for r in alone], "codes": [r.codes for r in alone]}
     out["seconds"]["side by side"] = time.perf_counter() - began
     print("side by side", time.process_time(), file=sys.stderr)

@@ -154,6 +154,27 @@ def test_waveform_to_the_last_sample():
         assert want.std() > 0.005
 
 
+def test_the_published_stages():
+    """All six, with one of three kinds of units in each; elsewhere the tests have two stages, which compile faster."""
+    published = C.preset("3b").token2wav.bigvgan
+    cfg = dataclasses.replace(
+        CFG, upsample_initial_channel=64, upsample_rates=published.upsample_rates,
+        upsample_kernel_sizes=published.upsample_kernel_sizes, resblock_kernel_sizes=(3,),
+        resblock_dilation_sizes=published.resblock_dilation_sizes[:1],
+    )  # fmt: skip
+    params, reference = tiny.model(C.Token2WavConfig(tiny.DIT, cfg))
+    rows, hop = [_mel(0, 9), _mel(1, 4)], bigvgan.hop(cfg)
+    params = params["code2wav_bigvgan_model"]
+    got = jax.jit(lambda mel, n: bigvgan.vocode(params, cfg, mel, n))(_padded(rows, 9), np.array([9, 4]))
+    for row, wave in zip(rows, np.asarray(got)):
+        with torch.no_grad():
+            want = reference.code2wav_bigvgan_model(tiny.as_torch(row.T)[None]).numpy()
+        assert want.shape == (len(row) * hop,)
+        np.testing.assert_allclose(wave[: len(want)], want, atol=5e-6)
+        assert not wave[len(want) :].any()
+        assert want.std() > 0.005
+
+
 def test_receptive_field():
     """Frames beyond it reach no sample, a few within it do; and what streams leave out of sight is rounding."""
     params, frames, field, hop = _both()[0], 100, bigvgan.receptive_field(CFG), bigvgan.hop(CFG)

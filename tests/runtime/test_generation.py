@@ -73,11 +73,15 @@ def test_the_loop_of_a_gpu_gives_the_same_ids(model, monkeypatch):
 
 
 def test_repetition_penalty_of_the_oracle(model, oracle_thinker):
-    """Its history includes the prompt; it works on greedy replies too."""
+    """Its history includes the prompt; it works on greedy replies too. One far below 1 makes whatever was seen more
+    likely than the rest, so that it changes the reply whatever the weights are."""
     conversation = say("What is a cat? What is a cat?")
     prompts = [model.prepare(conversation)]
-    want = oracle_ids(oracle_thinker, prompts, model.eos, 30, repetition_penalty=1.6)
-    assert list(model.generate(conversation, max_new_tokens=30, repetition_penalty=1.6).token_ids) == want[0]
+    for penalty in (1.6, 0.1):
+        want = oracle_ids(oracle_thinker, prompts, model.eos, 30, repetition_penalty=penalty)
+        got = model.generate(conversation, max_new_tokens=30, repetition_penalty=penalty)
+        assert list(got.token_ids) == want[0]
+    assert got.token_ids[0] in prompts[0].ids
     assert want != oracle_ids(oracle_thinker, prompts, model.eos, 30)
 
 

@@ -13,7 +13,6 @@ import pytest
 import soundfile
 
 from omni_jax import PARTS, SpeechSettings, load
-from omni_jax import config as C
 from omni_jax.checkpoint.publish import write_random
 from omni_jax.checkpoint.speakers import VoiceError, write_pack
 from omni_jax.cli import main
@@ -25,7 +24,7 @@ from omni_jax.runtime import speech
 from omni_jax.runtime.talker_stage import TalkerStage
 from omni_jax.runtime.watchdog import SpeechBuilder
 from omni_jax.settings import Watchdog
-from tests import conversations, oracle_speech
+from tests import conversations, oracle_speech, tiny
 from tests.compile_counter import count_compiles
 
 KINDS = conversations.all_kinds()
@@ -57,7 +56,7 @@ def run(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:
 def textual(tmp_path_factory):
     """A checkpoint without Talker."""
     path = tmp_path_factory.mktemp("textual") / "nano"
-    write_random(path, dataclasses.replace(C.preset("nano"), talker=None, token2wav=None), dtype="float32")
+    write_random(path, dataclasses.replace(tiny.shallow_config(), talker=None, token2wav=None), dtype="float32")
     return path
 
 
