@@ -116,9 +116,9 @@ def main(checkpoint: pathlib.Path, folder: pathlib.Path, port: str, number: str)
     np.savez(folder / f"waves{number}.npz", *[r.waveform for r in replies])
     task = job.Job(
         checkpoint, folder / "in.jsonl", folder / "two.jsonl", GREEDY[0], SPOKEN[0], dtype="float32", mesh=MESH,
-        media={"use_audio_in_video": False},
+        media={"use_audio_in_video": False}, batch_size=2,
     )  # fmt: skip
-    with mock.patch.object(api, "load", return_value=model):
+    with mock.patch.object(api, "load", return_value=model), conversations.in_slots_of_generate():
         counts = job.work(task)
     shared, own = shares(checkpoint, folder)
     said = conversation(model)

@@ -16,7 +16,7 @@ import soundfile
 
 from omni_jax import api
 from omni_jax.infer.batch import job
-from tests import hosts_child
+from tests import conversations, hosts_child
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -95,9 +95,10 @@ def test_a_batch_with_sound_files_equals_one_process(both, speaker, checkpoint, 
     monkeypatch.setattr(api, "load", lambda *a, **k: speaker)
     one = job.Job(
         checkpoint, folder / "in.jsonl", folder / "one.jsonl", hosts_child.GREEDY[0], hosts_child.SPOKEN[0],
-        dtype="float32", media={"use_audio_in_video": False},
+        dtype="float32", media={"use_audio_in_video": False}, batch_size=2,
     )  # fmt: skip
-    assert job.work(one) == {"lines": 2, "failed": 0, "before": 0}
+    with conversations.in_slots_of_generate():
+        assert job.work(one) == {"lines": 2, "failed": 0, "before": 0}
     assert [host["counts"] for host in both[0]] == [{"lines": 2, "failed": 0, "before": 0}] * 2
     got, want = ([json.loads(r) for r in (folder / f"{n}.jsonl").read_text().splitlines()] for n in ("two", "one"))
     for record, other in zip(got, want, strict=True):

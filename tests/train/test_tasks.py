@@ -13,7 +13,6 @@ import types
 import numpy as np
 import pytest
 
-from omni_jax import config as C
 from omni_jax.checkpoint.publish import write_random
 from omni_jax.config import load_config
 from omni_jax.model import bigvgan
@@ -21,7 +20,7 @@ from omni_jax.train import export, loop, metrics
 from omni_jax.train.config import Lora, Run, RunError
 from omni_jax.train.data.jsonl import Reader
 from omni_jax.train.data.lines import DataError
-from tests import media, training
+from tests import media, tiny, training
 
 ASK = [{"role": "user", "content": "Is it true?"}]
 SAID = [*ASK, {"role": "assistant", "content": "Yes."}]
@@ -29,9 +28,9 @@ SAID = [*ASK, {"role": "assistant", "content": "Yes."}]
 
 @pytest.fixture(scope="module")
 def short_checkpoint(tmp_path_factory):
-    """A checkpoint whose vocoder has two stages of six and one unit of nine in each, which compile in a tenth of the
-    time; test_train_sound holds the whole of it to the oracle."""
-    cfg = C.preset("nano")
+    """A checkpoint whose vocoder has one unit in each of its stages, and fewer samples of a frame. test_audio.py holds
+    the losses of speech to the oracle."""
+    cfg = tiny.shallow_config()
     stages = {
         "upsample_rates": (5, 3), "upsample_kernel_sizes": (11, 7), "upsample_initial_channel": 16,
         "resblock_kernel_sizes": (3,), "resblock_dilation_sizes": ((3,),),
