@@ -113,7 +113,7 @@ def test_chunks_are_small_and_fit_eight_devices(preset):
 
 def test_slices_and_dtypes(converted, checkpoint):
     rows, tensors = read_arrays(converted, read_manifest(converted)), read_index(checkpoint)
-    for name in ("thinker.model.layers.2.mlp.up_proj.weight", "thinker.lm_head.weight", "talker.model.norm.weight"):
+    for name in ("thinker.model.layers.1.mlp.up_proj.weight", "thinker.lm_head.weight", "talker.model.norm.weight"):
         for dtype in (np.float32, ml_dtypes.bfloat16):
             for index in [(), (slice(3, 40),), (slice(None), slice(8, 9))][: 1 + len(rows[name].shape)]:
                 size = [len(range(*s.indices(n))) for s, n in zip(index, rows[name].shape)]
@@ -187,7 +187,7 @@ def test_manifests_that_are_not_sound(broken):
     for text in ("", "[]", "[" * 100_000, '{"format": 1, "format": 2}'):
         fails("is not sound", text)
     fails("lists no tensors", sound | {"tensors": {}})
-    name = "thinker.model.layers.2.mlp.up_proj.weight"
+    name = "thinker.model.layers.1.mlp.up_proj.weight"
     fails("lacks dtype or crc32", sound | {"tensors": sound["tensors"] | {name: {"dtype": 3}}})
     entry, others = sound["tensors"][name], {n: e for n, e in sound["tensors"].items() if n != name}
     fails("stacks 3 layers where 2 are listed", sound | {"tensors": others})

@@ -18,8 +18,9 @@ from omni_jax.checkpoint.report import inspect
 from omni_jax.checkpoint.safetensors_io import CheckpointError
 from omni_jax.model.declare import walk
 from omni_jax.model.parameters import is_quantized, param_specs
+from tests import tiny
 
-CFG = C.preset("nano")
+CFG = tiny.shallow_config()  # of the fixture
 GROUP = 32
 PROJECTIONS = "thinker.model.layers."
 

@@ -28,9 +28,10 @@ from omni_jax.model.quantize import QuantizedArray, dequantize, quantize
 from omni_jax.model.stages import stage_formats
 from omni_jax.parallel import meshes
 from omni_jax.runtime import memory_arrays
+from tests import tiny
 
 PARTS = ("thinker", "talker", "token2wav")
-CFG = C.preset("nano")
+CFG = tiny.shallow_config()
 
 
 def is_int8(x):

@@ -13,7 +13,7 @@ from omni_jax.cli import flags, main
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 # Pages whose commands run, in order, in one folder.
-RUN = ("README.md", "docs/plan.md")
+RUN = ("README.md", "docs/plan.md", "docs/quantization.md")
 # Why the commands of the other pages are only parsed.
 PARSED_ONLY = {
     "aot": "compiles for minutes, with a TPU's or GPU's compiler",

@@ -92,7 +92,17 @@ def test_the_command_prints_json_or_markdown(monkeypatch, capsys):
     out, _ = capsys.readouterr()
     assert out.count("\n") == 1
     result = json.loads(out)
-    assert set(result) == {"preset", "topology", "layers", "mesh", "goals", "programs", "resident"}
+    assert set(result) == {
+        "preset",
+        "topology",
+        "layers",
+        "mesh",
+        "goals",
+        "programs",
+        "resident",
+        "quantize",
+        "kv_cache",
+    }
     assert set(result["goals"][0]) == {"metric", "value", "goal", "met"}
     (program,) = result["programs"].values()
     fields = {f.name for f in dataclasses.fields(facts.Facts)}

@@ -82,8 +82,8 @@ class Speaking:
 
     vocode = TalkerStage.vocode
 
-    def __init__(self, model, rows, places):
-        del places
+    def __init__(self, model, rows, places, sizes, max_codes):
+        del places, sizes, max_codes
         self.model, self.count, self.clock = model, model.count, model.clock
         self.vocoder = Sounding(self.count, self.clock, rows)
 
