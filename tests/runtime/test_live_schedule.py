@@ -87,7 +87,7 @@ class Speaking:
         self.model, self.count, self.clock = model, model.count, model.clock
         self.vocoder = Sounding(self.count, self.clock, rows)
 
-    def prepare(self, settings):
+    def prepare(self, settings, tokens):
         return VOICES["v"], SpeechBuilder(settings, (8292,))
 
     def read(self, turns, piece):
