@@ -38,7 +38,7 @@ def _calls(engine: Engine) -> Iterator[tuple[Any, str, str, Callable[..., int]]]
         yield engine.speech, "read", "read", lambda turns, piece, out: 0
         yield engine.speech, "begin", "talk", lambda turns, out: 1
         yield engine.speech, "step", "talk", lambda turns, steps, out: steps
-        yield engine.speech.vocoder, "step", "vocode", len
+        yield engine.speech.vocoder, "step", "vocode", lambda *args: len(args[-1])
 
 
 @contextlib.contextmanager
