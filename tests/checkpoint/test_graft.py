@@ -8,13 +8,13 @@ import json
 import numpy as np
 import pytest
 
-from omni_jax import config as C
 from omni_jax.checkpoint.folder import open_checkpoint
 from omni_jax.checkpoint.graft import graft
 from omni_jax.checkpoint.publish import write_random
 from omni_jax.checkpoint.safetensors_io import CheckpointError, write_checkpoint
 from omni_jax.cli import main
 from omni_jax.config import load_config
+from tests import tiny
 
 
 def _arrays(folder):
@@ -35,7 +35,7 @@ def _thinker_alone(source, folder):
 
 
 def test_a_thinker_alone_becomes_part_of_the_whole(checkpoint, tmp_path, monkeypatch):
-    cfg = C.preset("nano")
+    cfg = tiny.shallow_config()
     write_random(tmp_path / "other", cfg, seed=5, dtype="float32")
     _thinker_alone(tmp_path / "other", tmp_path / "thinker")
     command = ["export", str(tmp_path / "thinker"), str(tmp_path / "out"), "--graft", str(checkpoint)]
@@ -50,7 +50,7 @@ def test_a_thinker_alone_becomes_part_of_the_whole(checkpoint, tmp_path, monkeyp
 
 
 def test_what_does_not_fit_is_refused(checkpoint, tmp_path):
-    cfg = C.preset("nano")
+    cfg = tiny.shallow_config()
     text = dataclasses.replace(cfg.thinker.text, intermediate_size=cfg.thinker.text.intermediate_size * 2)
     larger = dataclasses.replace(cfg, thinker=dataclasses.replace(cfg.thinker, text=text))
     write_random(tmp_path / "larger", larger, dtype="float32")

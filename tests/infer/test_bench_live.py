@@ -91,7 +91,7 @@ def test_turns_are_timed(monkeypatch, capsys):
 
     mel = SimpleNamespace(rate=16000)
     model = SimpleNamespace(processor=SimpleNamespace(mel=mel), driver=lambda **options: None, session=session)
-    monkeypatch.setattr(turns, "opened", lambda name: contextlib.nullcontext(model))
+    monkeypatch.setattr(turns, "opened", lambda name, quantize: contextlib.nullcontext(model))
     turns.main(None, 3, as_json=True)
     found = json.loads(capsys.readouterr().out)
     times = [found[f"end of turn to first token after {n} s, ms"] for n in (10, 300)]

@@ -195,7 +195,7 @@ def test_continuous_batching_needs_fewer_steps():
 
 def test_batches_are_timed(engine, monkeypatch, capsys):
     fake = SimpleNamespace(prepare=lambda messages: prompt(1, 2, 3), context=2048)
-    monkeypatch.setattr(batch, "opened", lambda name, quantize=None: contextlib.nullcontext(fake))
+    monkeypatch.setattr(batch, "opened", lambda name, quantize: contextlib.nullcontext(fake))
     monkeypatch.setattr(batch, "endless", lambda m, options: engine("H100", options.rows))
     batch.main(None, 16, 2, 1, as_json=True)
     found = json.loads(capsys.readouterr().out)
@@ -212,7 +212,7 @@ def test_a_reply_is_timed_and_drawn(engine, monkeypatch, capsys, tmp_path):
         prepare=lambda messages, speech: prompt(*range(1, 1 + live.TAIL_TOKENS)), config=CFG,
         loaded=SimpleNamespace(codes_per_second=50.0), params={"token2wav": None}, voices=VOICES,
     )  # fmt: skip
-    monkeypatch.setattr(bench, "opened", lambda model, quantize=None: contextlib.nullcontext(fake))
+    monkeypatch.setattr(bench, "opened", lambda model, quantize: contextlib.nullcontext(fake))
     monkeypatch.setattr(bench, "endless", lambda m, options: engine("H100"))
     monkeypatch.setattr(windowed, "errors", lambda *args: {"mel": float(len(args[3]))})
     file = tmp_path / "timeline.png"
