@@ -334,18 +334,18 @@ def chat(
     Chat(loaded, begin, media, options.output, player, notes).run(_lines(typed), answer_rest=not typed)
 
 
-def load_speaking(model: ModelSettings, output: OutputMode, progress: bool, cache: str | None = None) -> Any:
+def load_speaking(model: ModelSettings, output: OutputMode, progress: bool) -> Any:
     """The model with all its parts, where it is to speak and can."""
     if output == "text":
-        return load_model(model, False, progress, cache)
+        return load_model(model, False, progress)
     from omni_jax.runtime.speech import SpeechError
 
     try:
-        return load_model(model, True, progress, cache)
+        return load_model(model, True, progress)
     except SpeechError:
         if output != "auto":
             raise
-        return load_model(model, False, progress, cache)
+        return load_model(model, False, progress)
 
 
 def _turn_detector() -> Callable[[], Any] | None:

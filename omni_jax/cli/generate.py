@@ -135,13 +135,12 @@ def generate(
     _print_figures(reply, output, notes)
 
 
-def load_model(model: ModelSettings, speaks: bool, progress: bool, cache: str | None = None) -> Any:
-    """Loads a checkpoint for a command, with all its parts where it is to speak; compiled programs are kept in the
-    folder `cache`, see `use_compilation_cache`."""
+def load_model(model: ModelSettings, speaks: bool, progress: bool) -> Any:
+    """Loads a checkpoint for a command, with all its parts where it is to speak; compiled programs are kept."""
     from omni_jax import api
     from omni_jax.runtime.compilation import use_compilation_cache
 
-    use_compilation_cache(cache)
+    use_compilation_cache()
     return api.load(
         model.model, parts=api.PARTS if speaks else ("thinker",), dtype=model.dtype, mesh=model.mesh,
         speech_mesh=model.speech_mesh, adapter=model.adapter, quantize=model.quantize, kv_cache=model.kv_cache,
