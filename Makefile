@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # make test PYTEST="tests/checkpoint/test_keys.py -x"
 PYTEST ?= -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: reference demo test soak lint docs bench footprint full-size solvers bench-training aot plans plan-fit plan-check clean
+.PHONY: reference demo test soak clients ray browser lint docs bench footprint full-size solvers bench-training aot plans plan-fit plan-check clean
 .DELETE_ON_ERROR:
 
 # Stamps: installation is skipped until pyproject.toml changes.
@@ -53,6 +53,27 @@ test: lint docs
 # The server for an hour, under clients that come, cancel, stall and go.
 soak: $(VENV)/.installed-test
 	OMNI_JAX_SOAK=3600 $(BIN)/python -m pytest tests/infer/serve/test_soak.py -s
+
+# Other people's clients against the server, each in an environment of its own; node and npm must be there.
+clients: $(VENV)/.installed-test
+	$(BIN)/python -m tests.clients
+
+# Two replicas under Ray Serve, one of which is killed under load.
+$(VENV)-ray/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-ray
+	$(VENV)-ray/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[ray]' openai websockets \
+	  psutil pyyaml
+	@touch $@
+
+ray: $(VENV)-ray/.installed
+	$(VENV)-ray/bin/python -m tests.ray_replicas
+
+# The page in a browser, which must be there; npm fetches axe-core.
+CHROMIUM ?= /usr/bin/chromium
+browser: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check playwright
+	npm install --prefix out/browser --no-audit --no-fund axe-core
+	$(BIN)/python -m tests.browser --chromium $(CHROMIUM)
 
 reference: $(VENV)/.installed
 	$(BIN)/python -m omni_jax.cli.reference docs/reference.md
