@@ -12,19 +12,19 @@ from omni_jax.infer.batch.records import JobError
 URL = "/v1/chat/completions"
 KEYS = ("custom_id", "method", "url", "body")
 # Fields of a body → our settings.
-_SETTINGS = {
+SETTINGS = {
     "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "temperature": "temperature",
     "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repetition_penalty", "seed": "seed",
     "stop": "stop", "stop_token_ids": "stop_ids",
 }  # fmt: skip
 # Fields that change nothing where they have one of these values (None: any value).
-_NEUTRAL: dict[str, tuple[Any, ...] | None] = {
+NEUTRAL: dict[str, tuple[Any, ...] | None] = {
     "model": None, "user": None, "metadata": None, "store": None, "service_tier": None, "safety_identifier": None,
     "prompt_cache_key": None, "stream": (False,), "n": (1,),
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},),
     "tool_choice": ("auto",), "parallel_tool_calls": None,
 }  # fmt: skip
-_OTHERS = ("messages", "tools", "logprobs", "top_logprobs", "modalities", "audio")
+OTHERS = ("messages", "tools", "logprobs", "top_logprobs", "modalities", "audio")
 
 
 class FieldError(JobError):
@@ -64,8 +64,8 @@ def read_body(body: Mapping[str, Any], others: Mapping[str, tuple[Any, ...] | No
     Raises:
       FieldError: it asks for something that this model does not do.
     """
-    neutral = {**_NEUTRAL, **others}
-    known = (*_SETTINGS, *neutral, *_OTHERS)
+    neutral = {**NEUTRAL, **others}
+    known = (*SETTINGS, *neutral, *OTHERS)
     for name, value in body.items():
         if name not in known:
             raise FieldError(name, unknown_name("field of body", name, known))
@@ -73,7 +73,7 @@ def read_body(body: Mapping[str, Any], others: Mapping[str, tuple[Any, ...] | No
         if allowed is not None and value is not None and value not in allowed:
             raise FieldError(name, f"its {name} is {str(value)[:80]}, which is not supported; leave it out")
     out: dict[str, Any] = {"messages": body.get("messages"), "tools": body.get("tools")}
-    out["settings"] = {_SETTINGS[n]: v for n, v in body.items() if n in _SETTINGS and v is not None}
+    out["settings"] = {SETTINGS[n]: v for n, v in body.items() if n in SETTINGS and v is not None}
     if not isinstance(body.get("logprobs"), bool | None):
         raise FieldError("logprobs", f"its logprobs is {str(body['logprobs'])[:80]}; give true or false")
     if body.get("logprobs"):

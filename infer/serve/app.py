@@ -14,7 +14,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 
-from omni_jax.infer.serve import audio, chat, speech, transcribe
+from omni_jax.infer.serve import audio, chat, openapi, speech, transcribe
 from omni_jax.infer.serve.errors import ApiError
 from omni_jax.infer.serve.realtime import Realtime
 from omni_jax.infer.serve.replica import Replica
@@ -68,6 +68,7 @@ class Endpoints:
             Route("/health", self.health),
             Route("/ready", self.ready),
             Route("/metrics", self.metrics),
+            Route("/openapi.json", self.openapi),
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.model),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
@@ -91,6 +92,10 @@ class Endpoints:
     async def metrics(self, _: Request) -> Response:
         """For Prometheus."""
         return Response(self.replica.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def openapi(self, _: Request) -> Response:
+        """What the endpoints take and give, for tools that read OpenAPI."""
+        return JSONResponse(openapi.document(self.replica))
 
     def _model(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self.replica.created, "owned_by": "omni-jax"}

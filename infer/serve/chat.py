@@ -25,13 +25,13 @@ from omni_jax.runtime.turn import Request
 from omni_jax.settings import GenerationSettings, MediaSettings, SpeechSettings, change
 
 # Fields that are read here, beside those of batch files.
-_OTHERS: dict[str, tuple[Any, ...] | None] = {
+OTHERS: dict[str, tuple[Any, ...] | None] = {
     "stream": (True, False), "stream_options": None, "response_format": ({"type": "text"},), "media": None,
     "tool_choice": None,
 }  # fmt: skip
 # Most pixels of a picture whose `detail` is low.
 _LOW_PIXELS = 512 * 512
-_DETAILS = (None, "auto", "low", "high", "original")
+DETAILS = (None, "auto", "low", "high", "original")
 _KINDS = ("image", "audio", "video")
 
 
@@ -61,7 +61,7 @@ def read(replica: Replica, body: Any) -> Ask:
         raise ApiError(400, "the body must be a JSON object")
     replica.check_model(body.get("model"))
     try:
-        found = openai.read_body(body, _OTHERS)
+        found = openai.read_body(body, OTHERS)
         settings = change(replica.settings, found["settings"])
     except openai.FieldError as e:
         raise of_input(e, e.param) from None
@@ -154,7 +154,7 @@ def _part(part: Any, where: str) -> Any:
         return _file(part.get("file"), f"{where}.file")
     if kind == "image_url" and isinstance(part.get("image_url"), Mapping):
         detail = part["image_url"].get("detail")
-        if detail not in _DETAILS:
+        if detail not in DETAILS:
             raise ApiError(
                 400, f"detail is {str(detail)[:40]!r}; known are auto, low, high", param=f"{where}.image_url.detail"
             )
