@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import wave
 
 import httpx
 import pytest
@@ -25,6 +28,8 @@ from omni_jax.runtime.driver import FairLock
 from omni_jax.settings import GenerationSettings
 from tests.infer.serve.conftest import NAME, SMALL, SPOKEN
 
+ROOT = pathlib.Path(__file__).parents[3]
+PAGE_OF_DOCS = ROOT / "docs" / "serving.md"
 HELLO = {"model": NAME, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
 
 
@@ -156,9 +161,39 @@ def test_the_command(checkpoint, tmp_path):
 
 def test_the_python_of_the_docs_runs(url, capsys):
     names = {"url": url}
-    page = (pathlib.Path(__file__).parents[3] / "docs" / "serving.md").read_text("utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE_OF_DOCS.read_text("utf-8"), re.DOTALL)
     assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "docs/serving.md", "exec"), names)
     assert capsys.readouterr().out
+
+
+# What the commands with curl in the docs are answered, in their order: a path, and what the answer has.
+CURLS = [
+    ("/ready", lambda text: json.loads(text) == {"status": "ready"}),
+    ("/v1/models", lambda text: [m["id"] for m in json.loads(text)["data"]] == [NAME]),
+    ("/openapi.json", lambda text: "/v1/chat/completions" in json.loads(text)["paths"]),
+    ("/metrics", lambda text: "num_running_reqs" in text),
+    ("/v1/chat/completions", lambda text: json.loads(text)["choices"][0]["message"]["audio"]["data"]),
+    ("/v1/audio/speech", lambda text: text == ""),  # it goes into a file
+    ("/v1/audio/transcriptions", lambda text: set(json.loads(text)) == {"text", "usage"}),
+]
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_the_curl_of_the_docs_runs(url, tmp_path):
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    (tmp_path / "out").mkdir()
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE_OF_DOCS.read_text("utf-8"), re.DOTALL)
+    words = shlex.split("\n".join(blocks))
+    begins = [i for i, word in enumerate(words) if word == "curl"] + [len(words)]
+    assert len(begins) == len(CURLS) + 1
+    for begin, end, (path, fits) in zip(begins, begins[1:], CURLS, strict=False):
+        command = words[begin:end]
+        assert command[1] == f"localhost:8000{path}"
+        command[1] = url + path
+        done = subprocess.run([*command, "-sS", "--fail-with-body"], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done
+        assert fits(done.stdout), done.stdout
+    with wave.open(str(tmp_path / "out" / "morning.wav")) as file:
+        assert file.getframerate() == 24000
