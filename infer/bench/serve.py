@@ -1,128 +1,260 @@
-"""`omni-jax bench serve`: spoken replies to many clients of the server: first sound, gaps, replies a second."""
+"""`omni-jax bench serve`: spoken replies to many clients of the server, over HTTP and in realtime sessions: first
+sound, gaps, replies a second; and the goals that the server has."""
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 
 from omni_jax import buckets
 from omni_jax.errors import InputError
+from omni_jax.events import Event
+from omni_jax.infer.bench.clients import ReplyTiming, audio_after_cancel, time_completion, time_turns
 from omni_jax.infer.bench.live import CAPACITY, QUESTION, SPEECH, opened
 from omni_jax.infer.bench.text import machine
 from omni_jax.infer.serve.options import ServeOptions
-from omni_jax.infer.serve.replica import Replica
+from omni_jax.infer.serve.replica import Replica, audio_of
 from omni_jax.infer.serve.server import in_thread
 from omni_jax.infer.serve.warmup import prepare
-from omni_jax.model.token2wav import SAMPLE_RATE
 from omni_jax.settings import GenerationSettings, MediaSettings, Quantize, change
 
-CLIENTS = (1, 4, 16)
+CLIENTS = (1, 4, 8, 16)
 TOKENS = 24
+TURN = 1.0  # seconds of a spoken turn
 NAME = "bench"
+BLOCK = 0.24  # seconds of speech of a block of the DiT
 
 
 @dataclass(frozen=True)
-class ReplyTiming:
-    """A spoken reply as a client got it: seconds to its first sound, of its sound, of silence within it, and in all."""
+class Row:
+    """What so many clients at a time saw.
 
-    first: float
-    audio: float
-    gap: float
-    whole: float
+    Attributes:
+      what: `chat`, completions; or `realtime`, spoken turns, whose first sound counts from the end of the turn.
+      clients: at a time, each with one reply after the other.
+      first_p50, first_p95: seconds to the first sound.
+      flowing: percent of the replies that had no gap.
+      real_time: seconds of a reply for each second of its sound, mean.
+      rate: replies a second.
+    """
+
+    what: str
+    clients: int
+    first_p50: float
+    first_p95: float
+    flowing: float
+    real_time: float
+    rate: float
 
 
-def time_reply(client: httpx.Client, number: int) -> ReplyTiming:
-    """One streamed, spoken reply. Raises InputError where there is no sound."""
-    body = {
+@dataclass(frozen=True)
+class Goal:
+    """A figure beside its goal, `most` or `least`; `holds` is None where the goal asks for nothing."""
+
+    figure: str
+    value: float
+    goal: str
+    holds: bool | None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is measured.
+
+    Attributes:
+      rows: of each kind and number of clients.
+      after_cancel: seconds of sound that came after a cancellation, at most.
+      overhead: seconds from the engine's piece of sound to the client's, p95.
+    """
+
+    rows: tuple[Row, ...]
+    after_cancel: float
+    overhead: float
+
+
+def p95(values: Sequence[float]) -> float:
+    """The value that 95 % are not above."""
+    return sorted(values)[min(len(values) - 1, round(0.95 * len(values)))]
+
+
+def row(what: str, clients: int, found: Sequence[ReplyTiming]) -> Row:
+    """The figures of some replies."""
+    took = max(h.ended for h in found) - min(h.began for h in found)
+    firsts = [h.first for h in found]
+    return Row(
+        what, clients, statistics.median(firsts), p95(firsts), 100 * statistics.fmean(h.flows for h in found),
+        statistics.fmean(h.whole / h.audio for h in found), len(found) / took,
+    )  # fmt: skip
+
+
+def _body(number: int) -> dict[str, Any]:
+    return {
         "model": NAME, "stream": True, "modalities": ["text", "audio"], "audio": {"format": "pcm16"}, "seed": number,
         "messages": [{"role": "user", "content": f"{number}. {QUESTION}"}], "temperature": 1.0,
     }  # fmt: skip
-    began, first, audio, gap = time.perf_counter(), None, 0.0, 0.0
-    with client.stream("POST", "/v1/chat/completions", json=body) as answer:
-        for line in answer.iter_lines():
-            if '"data"' not in line:
-                continue
-            now = time.perf_counter()
-            first = now if first is None else first
-            gap += max(0.0, now - first - audio - gap)
-            [choice] = json.loads(line.removeprefix("data: "))["choices"]
-            audio += len(base64.b64decode(choice["delta"]["audio"]["data"])) / 2 / SAMPLE_RATE
-    if first is None:
-        raise InputError("a reply had no sound; give a checkpoint that speaks")
-    return ReplyTiming(first - began, audio, gap, time.perf_counter() - began)
 
 
-def _at_once(url: str, clients: int, count: int) -> tuple[list[ReplyTiming], float]:
-    """`count` replies to so many clients at a time, and the seconds of it all."""
-    with httpx.Client(base_url=url, timeout=600, limits=httpx.Limits(max_connections=clients)) as client:
-        began = time.perf_counter()
-        with ThreadPoolExecutor(clients) as pool:
-            found = list(pool.map(lambda i: time_reply(client, i), range(count)))
-        return found, time.perf_counter() - began
+def completions(url: str, clients: int, count: int) -> list[ReplyTiming]:
+    """`count` completions, so many at a time."""
+    with (
+        httpx.Client(base_url=url, timeout=600, limits=httpx.Limits(max_connections=clients)) as client,
+        ThreadPoolExecutor(clients) as pool,
+    ):
+        return list(pool.map(lambda i: time_completion(client, _body(i)), range(count)))
+
+
+def talks(url: str, sessions: int, turns: int) -> list[ReplyTiming]:
+    """So many sessions at a time, each of so many turns, which all end at once."""
+    with ThreadPoolExecutor(sessions) as pool:
+        found = pool.map(lambda i: time_turns(url, turns, TURN, 1000 * i), range(sessions))
+        return [reply for one in found for reply in one]
+
+
+@contextlib.contextmanager
+def given(replica: Replica) -> Iterator[list[float]]:
+    """When the engine gave each piece of sound, by `time.perf_counter`."""
+    came: list[float] = []
+    submit = replica.driver.submit
+
+    def submitted(request: Any, sink: Any) -> int:
+        def noted(number: int, event: Event) -> None:
+            if audio_of(event) is not None:
+                came.append(time.perf_counter())
+            sink(number, event)
+
+        return submit(request, noted)
+
+    replica.driver.submit = submitted
+    try:
+        yield came
+    finally:
+        replica.driver.submit = submit
+
+
+def overhead(replica: Replica, url: str, count: int) -> list[float]:
+    """Seconds from each of the engine's pieces of sound to the client that has it decoded, over so many replies to one
+    client."""
+    with given(replica) as came:
+        found = [came_in for reply in completions(url, 1, count) for came_in, _ in reply.pieces]
+    return [there - here for here, there in zip(came, found, strict=True)]
+
+
+def measure(replica: Replica, url: str, rounds: int, clients: Sequence[int] = CLIENTS) -> Figures:
+    """The figures of a server that runs.
+
+    Args:
+      replica: behind it, warm.
+      rounds: replies to each client.
+      clients: how many of them at a time; realtime sessions only as far as the replica has places for them.
+    """
+    completions(url, 1, 1)
+    rows = [row("chat", n, completions(url, n, n * rounds)) for n in clients]
+    for n in clients:
+        if n <= replica.most_sessions:
+            rows.append(row("realtime", n, talks(url, n, rounds)))
+            _until_left(replica)
+    late = audio_after_cancel(url, rounds)
+    _until_left(replica)
+    return Figures(tuple(rows), late, p95(overhead(replica, url, rounds)))
+
+
+def _until_left(replica: Replica) -> None:
+    """The places of clients that have gone are free soon."""
+    while replica.sessions:
+        time.sleep(0.01)
+
+
+def goals(found: Figures) -> list[Goal]:
+    """The figures that have goals, as far as they were measured."""
+    of = {(r.what, r.clients): r for r in found.rows}
+    out = []
+    if ("realtime", 1) in of and ("realtime", 4) in of:
+        ratio = of["realtime", 4].first_p95 / of["realtime", 1].first_p50
+        out.append(Goal("first sound after a turn, p95 of 4 sessions / p50 of 1", ratio, "≤ 2", ratio <= 2))
+    for (what, clients), one in of.items():
+        alone = of.get((what, 1))
+        # Each client asks for a stream that costs what one alone does: beyond the machine's time, some must wait.
+        asked = alone is not None and clients * alone.real_time < 1
+        figure = f"{what}: replies without a gap, {clients} at a time, %"
+        out.append(
+            Goal(figure, one.flowing, "100 while they need less than all time", one.flowing == 100 if asked else None)
+        )
+    out.append(Goal("sound after a cancellation, s", found.after_cancel, f"≤ {BLOCK}", found.after_cancel <= BLOCK))
+    if ("chat", 1) in of and ("chat", 16) in of:
+        gain = of["chat", 16].rate / of["chat", 1].rate
+        out.append(Goal("chat: replies a second, 16 clients / 1", gain, "≥ 3", gain >= 3))
+    cost = 1e3 * found.overhead
+    out.append(Goal("from the engine to the client, each piece of sound, p95, ms", cost, "≤ 5", cost <= 5))
+    return out
 
 
 def run(
     model: str | None, seconds: float, rounds: int, clients: Sequence[int] = CLIENTS, quantize: Quantize | None = None
-) -> list[dict[str, float]]:
-    """A row of figures for each number of clients.
+) -> Figures:
+    """The figures of a server of its own.
 
     Args:
       model: a checkpoint, or None for small random weights.
       seconds: of speech of a reply at most.
-      rounds: replies to each client.
+      rounds, clients: see `measure`.
     Raises:
       InputError: numbers that make no sense, or a model that does not speak.
     """
     if rounds < 1:
         raise InputError("bench serve needs --pairs of at least 1")
-    rows = []
     with opened(model, quantize) as m:
         speech = change(SPEECH, {"max_codes": max(1, round(seconds * m.loaded.codes_per_second))})
         speech = change(speech, {"mode": "windowed"})
-        driver = m.driver(rows=max(clients), capacity=CAPACITY, sizes=buckets.COARSE, max_codes=speech.max_codes)
-        options = ServeOptions(port=0, max_sessions=max(clients), max_waiting=max(clients))
+        rows = max(clients) + 1  # one is kept for requests beside realtime sessions
+        driver = m.driver(rows=rows, capacity=CAPACITY, sizes=buckets.COARSE, max_codes=speech.max_codes)
+        options = ServeOptions(port=0, max_sessions=rows, max_waiting=rows, reconnect_seconds=0)
         settings = GenerationSettings(max_new_tokens=TOKENS)
         replica = Replica(m, driver, options, NAME, settings, speech, MediaSettings())
         prepare(replica)
         replica.start()
         try:
             with in_thread(replica) as url:
-                _at_once(url, 1, 1)
-                for n in clients:
-                    rows.append(_row(n, *_at_once(url, n, n * rounds)))
+                return measure(replica, url, rounds, clients)
         finally:
             replica.stop()
-    return rows
 
 
-def _row(clients: int, found: Sequence[ReplyTiming], took: float) -> dict[str, float]:
-    firsts = sorted(h.first for h in found)
-    return {
-        "clients": clients, "first sound p50, s": statistics.median(firsts),
-        "first sound p95, s": firsts[min(len(firsts) - 1, round(0.95 * len(firsts)))],
-        "without a gap, %": 100 * statistics.fmean(h.gap < 0.01 for h in found),
-        "real-time factor": statistics.fmean(h.whole / h.audio for h in found), "replies a second": len(found) / took,
-    }  # fmt: skip
+def markdown(found: Figures) -> str:
+    """Both tables as they stand in the docs."""
+    said = {None: "", True: "yes", False: "no"}
+    lines = [
+        "| what | clients | first sound p50, s | p95, s | without a gap, % | real-time factor | replies a second |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {r.what} | {r.clients} | {r.first_p50:.3g} | {r.first_p95:.3g} | {r.flowing:.3g} | {r.real_time:.3g} "
+            f"| {r.rate:.3g} |"
+            for r in found.rows
+        ),
+        "",
+        "| figure | value | goal | met |",
+        "|---|---|---|---|",
+        *(f"| {g.figure} | {g.value:.3g} | {g.goal} | {said[g.holds]} |" for g in goals(found)),
+    ]
+    return "\n".join(lines)
 
 
 def main(model: str | None, seconds: float, rounds: int, as_json: bool, quantize: Quantize | None = None) -> None:
     """The command behind `omni-jax bench serve`."""
     where = machine()
-    rows = run(model, seconds, rounds, quantize=quantize)
+    found = run(model, seconds, rounds, quantize=quantize)
     if as_json:
-        print(json.dumps({"machine": where, "model": model or "nano, random", "rows": rows}))
+        tables = {"rows": [vars(r) for r in found.rows], "goals": [vars(g) for g in goals(found)]}
+        print(json.dumps({"machine": where, "model": model or "nano, random", **tables}))
         return
-    names = list(rows[0])
     print(
         f"{model or 'nano, random weights'}: {rounds} replies to each client, at most {seconds:g} s of speech; "
-        f"{where['cpu']}, {where['cores']} cores, jax {where['jax']}\n\n| {' | '.join(names)} |\n|{'---|' * len(names)}"
+        f"{where['cpu']}, {where['cores']} cores, jax {where['jax']}\n\n{markdown(found)}"
     )
-    for row in rows:
-        print(f"| {' | '.join(f'{row[n]:.3g}' for n in names)} |")

@@ -51,7 +51,8 @@ def bench(
     `live`: a streamed, spoken reply: times to the first token, code and PCM, gaps, and the error of windowed speech.
     `batch`: continuous against static batching, on replies of unequal length.
     `turns`: from the end of a turn to the first token, after 10 s and after 5 min of audio.
-    `serve`: spoken replies through the server to 1, 4 and 16 clients: first sound, gaps, replies a second.
+    `serve`: spoken replies through the server to 1, 4, 8 and 16 clients, over HTTP and in realtime sessions: first
+    sound, gaps, replies a second; sound after a cancellation; what the server adds to the engine; and its goals.
 
     Args:
       what: Which one.
