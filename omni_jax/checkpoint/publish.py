@@ -24,7 +24,7 @@ REFERENCE_FRAMES = (310, 257)  # of the two voices' reference mels: about three 
 HEAD_STD = 3.0  # of the logits: argmax is no tie, and sampling still chooses among several tokens
 
 
-def _deviation(name: str, shape: tuple[int, ...], cfg: OmniConfig) -> tuple[float, float]:
+def deviation(name: str, shape: tuple[int, ...], cfg: OmniConfig) -> tuple[float, float]:
     """Mean and standard deviation of a random tensor, such that signals keep about unit size through every part."""
     if name.endswith(".bias"):
         return 0.0, 0.05
@@ -69,7 +69,7 @@ def random_blocks(
         return
     digest = np.frombuffer(hashlib.sha256(name.encode()).digest(), np.uint32)
     rng = np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed, *digest.tolist()])))
-    mean, std = _deviation(name, shape, cfg)
+    mean, std = deviation(name, shape, cfg)
     left = math.prod(shape)
     if name == keys.CODEC_HEAD and cfg.talker is not None and cfg.token2wav is not None:
         # A trained Talker never draws an id that Token2Wav has no embedding for; a logit of 0 keeps these unlikely.
