@@ -36,7 +36,7 @@ from omni_jax.processing import images
 from omni_jax.runtime import memory_model as M
 from omni_jax.runtime import slots as S
 from omni_jax.runtime.driver import EngineDriver
-from omni_jax.runtime.engine import LISTENING_STEPS
+from omni_jax.runtime.engine_options import LISTENING_STEPS
 from omni_jax.runtime.vocoder_stream import Schedule
 from omni_jax.settings import GenerationSettings, SpeechSettings
 
