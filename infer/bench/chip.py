@@ -42,8 +42,8 @@ from omni_jax.settings import GenerationSettings, SpeechSettings
 
 PROGRAMS = ("decode", "prefill", "towers", "talker", "dit", "vocoder", "conversation")
 ROWS = (1, 8, 32, 64)
-SLOTS = 4096  # of the Thinker's cache in decode steps
-PROMPT, PROMPT_SLOTS = 6144, 8192
+SLOTS = SESSION_TOKENS  # of the Thinker's cache
+PROMPT = 6144
 PICTURES = ((448, 448), (1920, 1080))  # width, height
 REFERENCE_FRAMES = 300
 REPLY_TOKENS, REPLY_CODES = 40, 60
@@ -178,11 +178,12 @@ class ChipBench:
     def reading(self) -> Iterator[Case]:
         """The Thinker reads a long prompt, and the tail of a turn."""
         program, params, rng = S.thinker_program(self.cfg.thinker), self.model.params["thinker"], self._rng
-        state = S.make_slots(program, params, 1, capacity=PROMPT_SLOTS, cache_dtype=self.model.cache_dtype)
-        held = {"state": _with_length(state, SLOTS)}
+        state = S.make_slots(program, params, 1, capacity=SLOTS, cache_dtype=self.model.cache_dtype)
+        held = {"state": state}
 
         def run(tokens: S.Tokens, first: bool) -> Any:
-            state = held["state"] if first else _with_length(held["state"], SLOTS)
+            behind = SLOTS - tokens.x.shape[1]
+            state = held["state"] if first else _with_length(held["state"], behind)
             held["state"], _, hidden = S.extend(program, params, state, tokens, first=first)
             return hidden
 
@@ -195,8 +196,8 @@ class ChipBench:
                 media = self._random(buckets.MEDIA[0], self.cfg.thinker.text.hidden_size, dtype=self.model.dtype)
                 tokens = dataclasses.replace(tokens, media=media, media_index=heard)
             # A first prefill reads no cache; causal attention sees half of its own places on average.
-            work = self.count.extend("thinker", 1, count, count // 2 if first else PROMPT_SLOTS, "")
-            what = f"{count} tokens, " + ("a first prompt" if first else f"behind {SLOTS} of {PROMPT_SLOTS} slots")
+            work = self.count.extend("thinker", 1, count, count // 2 if first else SLOTS, "")
+            what = f"{count} tokens, " + ("a first prompt" if first else f"the last of {SLOTS} slots")
             yield Case("prefill", what, functools.partial(run, tokens, first), 1, (work,))
 
     # Towers
@@ -348,8 +349,8 @@ def run(
     """
     if unknown := sorted(set(programs) - set(PROGRAMS)):
         raise InputError(f"unknown programs {unknown}; known are {', '.join(PROGRAMS)}")
-    if repeats < 1:
-        raise InputError("bench chip needs --pairs of at least 1")
+    if repeats < 1 or min(rows, default=0) < 1:
+        raise InputError("bench chip needs --pairs and --batches of at least 1")
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     model = random_model(truncate_layers(C.preset(preset), layers), dtype)
     chip = chip_of(jax.devices()[0].device_kind)
@@ -364,24 +365,20 @@ def run(
 
 def line(t: Timing) -> str:
     """A line of the table in Markdown."""
-
-    def shown(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    counted, share = (None, None) if t.counted is None else (1e3 * t.counted, 100 * t.counted / t.measured)
-    rate = None if t.rate is None else t.rate / 1e9
-    return (
-        f"| {t.program} | {t.what} | {1e3 * t.measured:.3f} | {shown(counted, '.3f')} | {shown(share, '.0f')} % "
-        f"| {shown(rate, '.0f')} | {t.first:.1f} |"
-    )
+    counted = share = rate = ""
+    if t.counted is not None:
+        counted, share = f"{1e3 * t.counted:.3f}", f"{100 * t.counted / t.measured:.0f} %"
+    if t.rate is not None:
+        rate = f"{t.rate / 1e9:.0f}"
+    return f"| {t.program} | {t.what} | {1e3 * t.measured:.3f} | {counted} | {share} | {rate} | {t.first:.1f} |"
 
 
-HEAD = (
-    "| program | what | measured ms | counted ms | counted / measured | GB/s | first run s |\n|---|---|---|---|---|---|---|"
-)
+HEAD = "| program | what | measured ms | counted ms | counted / measured | GB/s | first run s |\n" + 7 * "|---" + "|"
 
 
-def main(preset: str, programs: Sequence[str], rows: Sequence[int], repeats: int, layers: int | None, as_json: bool) -> None:  # fmt: skip
+def main(
+    preset: str, programs: Sequence[str], rows: Sequence[int], repeats: int, layers: int | None, as_json: bool
+) -> None:
     """The command behind `omni-jax bench chip`; prints each line when it is there."""
     where, device = machine(), jax.devices()[0].device_kind
     found = run(preset, programs, rows=rows, repeats=repeats, layers=layers)

@@ -22,11 +22,12 @@ BENCH_OPTIONS = {
     "batch": ("model", "quantize", "requests", "rows", "pairs"),
     "turns": ("model", "quantize", "pairs"),
     "serve": ("model", "quantize", "seconds", "pairs"),
+    "chip": ("programs", "preset", "batches", "pairs", "layers"),
 }
 
 
 def bench(
-    what: tyro.conf.Positional[Literal["reference", "live", "batch", "turns", "serve"]] = "reference",
+    what: tyro.conf.Positional[Literal["reference", "live", "batch", "turns", "serve", "chip"]] = "reference",
     *,
     stages: tuple[Literal["decode", "prefill", "audio", "vision", "talker", "dit", "vocoder", "token2wav"], ...] = (
         "decode",
@@ -37,7 +38,17 @@ def bench(
         "dit",
         "vocoder",
     ),
+    programs: tuple[Literal["decode", "prefill", "towers", "talker", "dit", "vocoder", "conversation"], ...] = (
+        "decode",
+        "prefill",
+        "towers",
+        "talker",
+        "dit",
+        "vocoder",
+        "conversation",
+    ),
     preset: Literal["3b", "7b", "nano"] = "3b",
+    batches: tuple[int, ...] = (1, 8, 32, 64),
     pairs: int = 7,
     layers: int | None = None,
     mesh: str | None = None,
@@ -53,16 +64,23 @@ def bench(
     `turns`: from the end of a turn to the first token, after 10 s and after 5 min of audio.
     `serve`: spoken replies through the server to 1, 4, 8 and 16 clients, over HTTP and in realtime sessions: first
     sound, gaps, replies a second; sound after a cancellation; what the server adds to the engine; and its goals.
+    `chip`: the programs of a conversation on the default device, each alone, on random weights of a preset's sizes:
+    medians beside the least times that `omni-jax plan --live` counts for it.
 
     Args:
       what: Which one.
       stages: Of reference. token2wav, the whole way from codes to sound, takes minutes a pair.
-      preset: Of reference: whose shapes.
-      pairs: Interleaved pairs; of live, replies; of serve, replies to each client.
-      layers: Of reference: cut every stack to this many layers; by default none is cut.
+      programs: Of chip. conversation: turns of one listener, through the engine.
+      preset: Of reference and chip: whose shapes.
+      batches: Of chip: rows of decode steps and of speech, one table row each.
+      pairs: Interleaved pairs; of live, replies; of serve, replies to each client; of chip, runs of each program.
+      layers: Of reference and chip: cut every stack to this many layers; by default none is cut.
       mesh: Of reference: chips to lay ours over (2x2, 2x4, …), or axes (data=2,tensor=4); the reference stays as it is.
     """
-    given = {"stages": stages, "preset": preset, "pairs": pairs, "layers": layers, "mesh": mesh}
+    given = {
+        "stages": stages, "programs": programs, "preset": preset, "batches": batches, "pairs": pairs, "layers": layers,
+        "mesh": mesh,
+    }  # fmt: skip
     defaults = {name: p.default for name, p in inspect.signature(bench).parameters.items()}
     for name in [n for n, value in given.items() if value != defaults[n]] + list(changed(live)):
         if name not in BENCH_OPTIONS[what]:
@@ -88,6 +106,10 @@ def bench(
         from omni_jax.infer.bench import serve
 
         return serve.main(live.model, live.seconds, pairs, as_json, live.quantize)
+    if what == "chip":
+        from omni_jax.infer.bench import chip
+
+        return chip.main(preset, programs, batches, pairs, layers, as_json)
     from omni_jax.infer.bench import text as benchmark
 
     benchmark.main(stages, preset, pairs, layers, as_json, mesh)
