@@ -5,7 +5,6 @@ B rows, N codes, L mel frames, M frames of a reference mel, S samples. Always fl
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -16,13 +15,14 @@ from flax import struct
 from omni_jax.config import BigVGANConfig, DiTConfig
 from omni_jax.model import bigvgan, dit
 from omni_jax.model.layers import Params
+from omni_jax.processing.codec import SpeechMel, mel_bands
 
 # (window = FFT size, hop), as Parallel WaveGAN takes them.
 RESOLUTIONS = ((512, 128), (1024, 256), (2048, 512))
-# Of the mel loss: 80 bands at 24 kHz, as BigVGAN's own recipe for that rate.
-MEL_FFT, MEL_HOP, MEL_BANDS, MEL_RATE = 1024, 256, 80, 24000
+# Of the mel loss, as BigVGAN's own recipe for 24 kHz.
+MEL = SpeechMel(rate=24000, n_fft=1024, hop=256, bands=80, floor=1e-5)
 MEL_WEIGHT = 45.0
-POWER_FLOOR, MEL_FLOOR = 1e-7, 1e-5
+POWER_FLOOR = 1e-7
 
 
 @struct.dataclass
@@ -115,24 +115,12 @@ def spectrum(wave: jax.Array, size: int, hop: int) -> jax.Array:
     return jnp.sqrt(jnp.maximum(jnp.square(bins.real) + jnp.square(bins.imag), POWER_FLOOR))
 
 
-@functools.cache
-def mel_bands() -> np.ndarray:
-    """[bands, bins] triangles of equal area, evenly spaced on the HTK mel scale from 0 to half the rate."""
-    top = 2595 * np.log10(1 + MEL_RATE / 2 / 700)
-    edges = 700 * (10 ** (np.linspace(0, top, MEL_BANDS + 2) / 2595) - 1)
-    bins = np.linspace(0, MEL_RATE / 2, MEL_FFT // 2 + 1)
-    rise = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    fall = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
-    area = 2 / (edges[2:] - edges[:-2])[:, None]
-    return (np.maximum(0, np.minimum(rise, fall)) * area).astype(np.float32)
-
-
 def mel_loss(made: jax.Array, wave: jax.Array) -> jax.Array:
     """[B]: mean absolute difference of natural-log mels."""
 
     def log_mel(x: jax.Array) -> jax.Array:
-        bands = jnp.einsum("btf,mf->btm", spectrum(x, MEL_FFT, MEL_HOP), mel_bands())
-        return jnp.log(jnp.maximum(bands, MEL_FLOOR))
+        bands = jnp.einsum("btf,mf->btm", spectrum(x, MEL.n_fft, MEL.hop), mel_bands(MEL))
+        return jnp.log(jnp.maximum(bands, MEL.floor))
 
     return jnp.mean(jnp.abs(log_mel(made) - log_mel(wave)), axis=(1, 2))
 

@@ -16,10 +16,11 @@ from omni_jax.checkpoint.safetensors_io import INDEX, CheckpointError
 from omni_jax.checkpoint.speakers import PACK_FILE, SPEAKERS_FILE
 from omni_jax.config import load_config
 from omni_jax.errors import InputError
+from omni_jax.processing.codec import FILE as CODEC_FILE
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # The small files beside the weights. Nothing else is downloaded or copied: other pickles have no use here.
-SMALL_FILES = ("*.json", "*.txt", "*.jinja", "*.md", "LICENSE*", SPEAKERS_FILE, PACK_FILE)
+SMALL_FILES = ("*.json", "*.txt", "*.jinja", "*.md", "LICENSE*", SPEAKERS_FILE, PACK_FILE, CODEC_FILE)
 ADAPTER = "adapter"
 MAX_SMALL = 256 << 20
 PUBLISHED = "give a checkpoint in the published layout (safetensors), such as Qwen/Qwen2.5-Omni-3B"

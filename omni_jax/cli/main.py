@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("serve", "Serve a model over OpenAI's interfaces, with a page to try it."),
     "batch": ("batch", "Answer the conversations of a file."),
     "warmup": ("warmup", "Compile the programs of requests of a given size ahead."),
+    "encode": ("speech", "Encode recordings as the codec ids that a Talker learns."),
     "vocode": ("speech", "Synthesize audio from codec ids."),
     "voices": ("speech", "List the voices of a checkpoint or of a voice file."),
     "init": ("checkpoints", "Make a checkpoint with random weights, for trying things out."),

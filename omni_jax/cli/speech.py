@@ -1,15 +1,68 @@
-"""The commands about speech: `omni-jax vocode`, `voices`."""
+"""The commands about speech: `omni-jax encode`, `vocode`, `voices`."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
+import sys
 
 import tyro
+from rich.console import Console
 
 from omni_jax.cli.arguments import array_file, codes_file
 from omni_jax.cli.flags import Flags
 from omni_jax.settings import ModelSource, SpeechSettings, VocoderSettings
+
+
+def encode(
+    recordings: tyro.conf.Positional[tuple[pathlib.Path, ...]],
+    *,
+    model: pathlib.Path,
+    mels: pathlib.Path | None = None,
+) -> None:
+    """Encode recordings as the codec ids that a Talker learns; prints one JSON object a recording.
+
+    Only checkpoints that hold `codec.safetensors` can do this: the published model's encoder was never released.
+
+    Args:
+      recordings: Sound files, or clips with sound.
+      model: Checkpoint folder, or the folder of a codec.
+      mels: Folder for the mel frames that Token2Wav learns from: one .npy a recording, named in its object.
+    """
+    import json
+
+    import numpy as np
+    from rich.progress import track
+
+    from omni_jax.files import replacing
+    from omni_jax.processing.audio import load_audio
+    from omni_jax.processing.codec import CodecError, load_codec, speech_mel
+    from omni_jax.processing.media import MediaError
+
+    if not recordings:
+        raise MediaError("no recording is given; name at least one")
+    codec = load_codec(model)
+    if mels is not None:
+        names = [r.stem for r in recordings]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise CodecError(
+                f"two recordings are called {twice[0]}, and their mel frames would be one file; rename one"
+            )
+        mels.mkdir(parents=True, exist_ok=True)
+    shown = sys.stderr.isatty() and not sys.stdout.isatty()
+    for recording in track(recordings, "encode", console=Console(stderr=True), disable=not shown):
+        try:
+            samples = load_audio(str(recording), codec.mel.rate)
+            found = {"audio": str(recording), "codes": codec.encode(samples).tolist()}
+        except CodecError as e:
+            raise MediaError(f"{recording}: {e}") from None
+        if mels is not None:
+            file = mels / f"{recording.stem}.npy"
+            frames = speech_mel(samples, codec.mel)[: len(found["codes"]) * codec.frames]
+            with replacing(file) as out:
+                np.save(out, frames)
+            found["mel"] = str(file)
+        print(json.dumps(found))
 
 
 def vocode(
@@ -56,7 +109,6 @@ def voices(path: tyro.conf.Positional[pathlib.Path]) -> None:
     Args:
       path: Checkpoint folder, spk_dict.pt or voice pack.
     """
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 

@@ -30,6 +30,7 @@ PARSED_ONLY = {
     "chat": "waits for lines; tests/cli/test_chat.py holds conversations",
     "serve": "serves until it is ended; tests/infer/serve talk to it",
     "warmup": "tests/runtime/test_warmup.py runs it",
+    "encode": "takes a checkpoint with a codec; tests/cli/test_encode.py runs it",
     "vocode": "takes codes of a file; tests/cli/test_main.py runs it",
     "voices": "tests/cli/test_main.py runs it",
 }

@@ -86,9 +86,9 @@ def _torch_spectrum(x, size, hop):
 
 
 def _torch_vocoder_loss(made, wave):
-    bands = torch.tensor(S.mel_bands())
+    bands = torch.tensor(S.mel_bands(S.MEL))
     mels = [
-        torch.log(torch.clamp(_torch_spectrum(x, S.MEL_FFT, S.MEL_HOP) @ bands.T, min=S.MEL_FLOOR))
+        torch.log(torch.clamp(_torch_spectrum(x, S.MEL.n_fft, S.MEL.hop) @ bands.T, min=S.MEL.floor))
         for x in (made, wave)
     ]
     loss = S.MEL_WEIGHT * (mels[0] - mels[1]).abs().mean()

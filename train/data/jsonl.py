@@ -30,6 +30,7 @@ from omni_jax.train.data.lines import DataError, Lines
 
 KEYS = {
     "thinker": ({"messages"}, {"codes", "voice", "tools"}),
+    "ctc": ({"messages"}, {"codes", "voice", "tools"}),
     "talker": ({"messages", "codes"}, {"voice", "tools"}),
     "dpo": ({"messages", "chosen", "rejected"}, {"chosen_codes", "rejected_codes", "voice", "tools"}),
     "talker_dpo": ({"messages", "chosen", "rejected", "chosen_codes", "rejected_codes"}, {"voice", "tools"}),
@@ -114,7 +115,11 @@ class Reader:
         keys = set(record) - {"name"}
         if missing := sorted(must - keys):
             codes = any(name.endswith("codes") for name in missing)
-            why = "; they must be supplied: nothing makes codes of a recording (docs/training.md)" if codes else ""
+            why = (
+                "; they must be supplied: `omni-jax encode` makes them where the checkpoint has a codec"
+                if codes
+                else ""
+            )
             raise DataError(f"it lacks {', '.join(missing)}, which the task {self.task!r} needs{why}")
         if unknown := sorted(keys - must - may):
             raise DataError(f"it has {', '.join(unknown)}; known are {', '.join(sorted(must | may))}")
@@ -125,7 +130,7 @@ class Reader:
         for name in ("mel", "audio"):
             if name in must and not (self.folder / str(record[name])).is_file():
                 raise DataError(f"{name} {self.folder / str(record[name])} does not exist; correct the path")
-        speaks = self.task not in ("thinker", "dpo")
+        speaks = self.task not in ("thinker", "ctc", "dpo")
         if speaks and "voice" in record and record["voice"] not in self.voices:
             raise DataError(f"voice {record['voice']!r} is unknown; the checkpoint has {', '.join(self.voices)}")
 
