@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from omni_jax.errors import InputError
 from omni_jax.settings import Quantize
 
-Task = Literal["thinker", "talker", "dpo", "talker_dpo", "token2wav", "vocoder"]
+Task = Literal["thinker", "ctc", "talker", "dpo", "talker_dpo", "token2wav", "vocoder"]
 DType = Literal["bfloat16", "float32"]
 Remat = Literal["none", "dots", "full"]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -117,12 +117,15 @@ class Run:
     Attributes:
       model: folder of the checkpoint to begin with.
       out: folder of the run: checkpoints, metrics, curves.
-      task: what is learned: text, codes (`talker`), preferences on either, the DiT (`token2wav`) or BigVGAN.
+      task: what is learned: text, what the towers hear and see without the decoder (`ctc`), codes (`talker`),
+        preferences on either, the DiT (`token2wav`) or BigVGAN.
       rates: highest learning rate of each part, by prefix of the parameters' names ("thinker.visual"); the longest
         prefix counts. What no prefix covers is frozen.
       lora: adapters instead of whole weights; None for full fine-tuning.
       quantize: with adapters, which of the frozen weights are int8 (`omni_jax.load`); None: those that MODEL holds so.
       text_weight: of the text's own loss beside the codes' (`talker`).
+      corrupt: share of the codes before each place that are exchanged for random ones (`talker`), so that the Talker
+        relies more on the text.
       beta: of preferences.
       drop: share of rows without condition (`token2wav`).
       new_tokens: added to the tokenizer, each a token of its own in texts and replies; their rows are learned with the
@@ -148,6 +151,7 @@ class Run:
     quantize: Quantize | None = None
     optimizer: Optimizer = Optimizer()
     text_weight: float = 0.0
+    corrupt: float = 0.0
     beta: float = 0.1
     drop: float = 0.2
     new_tokens: tuple[str, ...] = ()
@@ -185,6 +189,8 @@ class Run:
             raise RunError("data.evaluate is given, but evaluate_every is 0, so nothing would be evaluated; set both")
         if d.evaluate is None and (self.evaluate_every or self.answers):
             raise RunError("evaluate_every and answers need data.evaluate; name its JSONL, or set both to 0")
+        if self.corrupt and self.task != "talker":
+            raise RunError("corrupt is for the task 'talker'; set it to 0, or task to 'talker'")
         if list(d.sizes) != sorted(set(d.sizes)) or (d.sizes and d.sizes[-1] > d.sequence):
             raise RunError(f"data.sizes {d.sizes} must rise and stay within data.sequence {d.sequence}")
 
@@ -197,8 +203,9 @@ class Run:
 _RANGES = {
     "steps": (1, math.inf), "save_every": (1, math.inf), "keep": (1, math.inf), "log_every": (1, math.inf),
     "evaluate_every": (0, math.inf), "answers": (0, math.inf), "text_weight": (0, math.inf), "beta": (0, math.inf),
-    "drop": (0, 1), "data.sequence": (1, math.inf), "data.batch": (1, math.inf), "data.accumulate": (1, math.inf),
-    "data.threads": (1, math.inf), "data.workers": (0, math.inf), "data.prefetch": (1, math.inf),
+    "corrupt": (0, 1), "drop": (0, 1), "data.sequence": (1, math.inf), "data.batch": (1, math.inf),
+    "data.accumulate": (1, math.inf), "data.threads": (1, math.inf),
+    "data.workers": (0, math.inf), "data.prefetch": (1, math.inf),
     "data.crop": (1, math.inf), "data.skip_limit": (0, math.inf), "epochs": (1e-9, math.inf),
     "lora.rank": (1, math.inf), "optimizer.warmup": (0, math.inf),
     "optimizer.final": (0, 1), "optimizer.clip": (0, math.inf), "optimizer.weight_decay": (0, math.inf),

@@ -102,7 +102,7 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
         raise RunError(
             f"{run.model} holds int8 weights: they can carry adapters; give lora, or the original checkpoint"
         )
-    named = run.new_tokens or run.task not in ("thinker", "dpo")
+    named = run.new_tokens or run.task not in ("thinker", "ctc", "dpo")
     voices = load_voices(files) if named and stored.token2wav is not None else {}
     added = add_tokens(files, stored, run.new_tokens, (v.bos_token for v in voices.values()))
     cfg = added.config

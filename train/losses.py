@@ -6,11 +6,13 @@ B rows, T tokens, P codes, D hidden, V vocabulary. Every sum runs in float32.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from omni_jax.config import DecoderConfig, OmniConfig, TalkerConfig, ThinkerConfig
@@ -86,6 +88,35 @@ def decode(
     return hidden
 
 
+def ctc_loss(
+    cfg: OmniConfig, params: Mapping[str, Params], batch: Batch, total: Metrics, how: ForwardOptions
+) -> tuple[jax.Array, Metrics]:
+    """This micro batch's part of the mean, by the token, of the connectionist temporal classification loss.
+
+    It teaches the audio tower what the assistant writes: its outputs lie among the Thinker's embeddings, so their
+    products with these are the scores, and no head is added. The padding token, which texts never hold, is the blank.
+    One conversation a row. Rows without audio, or with more tokens than audio, count as 0.
+
+    Source: Graves et al. 2006, as `optax.ctc_loss`.
+    """
+    tree, tokens = params["thinker"], batch.tokens
+    vectors = media_vectors(cfg.thinker, tree, batch.media, how)
+    if vectors is None or tokens.media_index is None:
+        return jnp.zeros(()), {}
+    heard, written = tokens.media_index >= 0, tokens.labels >= 0
+    x = vectors[jnp.maximum(tokens.media_index, 0)].astype(jnp.float32)
+    table = tree["model"]["embed_tokens"]["weight"].astype(jnp.float32)
+    scores = jnp.einsum("btd,vd->btv", x, table) / math.sqrt(x.shape[-1])
+    # Labels to the front of their rows, without the ending mark, which is the last of them.
+    order = jnp.argsort(~written, axis=1, stable=True)
+    labels = jnp.take_along_axis(tokens.labels, order, axis=1)
+    count = jnp.sum(written, axis=1) - 1
+    padding = jnp.arange(labels.shape[1]) >= count[:, None]
+    loss = optax.ctc_loss(scores, ~heard, jnp.where(padding, 0, labels), padding, blank_id=cfg.thinker.pad_token_id)
+    fits = (count > 0) & (jnp.sum(heard, axis=1) >= count)
+    return jnp.sum(jnp.where(fits, loss, 0.0)) / total["tokens"], {}
+
+
 def media_vectors(cfg: ThinkerConfig, params: Params, media: Media, how: ForwardOptions) -> jax.Array | None:
     """All the towers' outputs one after another, [M, D], which `Tokens.media_index` points into."""
     remat = how.remat != "none"
@@ -156,6 +187,15 @@ def text_logprobs(
 def _of_text(tree: Params, hidden: jax.Array, tokens: Tokens, how: ForwardOptions) -> tuple[jax.Array, jax.Array]:
     with how.layout_for("thinker", *tokens.ids.shape):
         return token_logprobs(tree.get("lm_head", tree["model"]["embed_tokens"]), hidden, tokens.labels)
+
+
+def corrupted(speech: Speech, share: float, codes: int, key: jax.Array) -> Speech:
+    """The Talker's places with a share of the codes that they hear exchanged for random ones of `codes`."""
+    chance, other = jax.random.split(key)
+    shape = speech.codec.shape
+    hit = (speech.codec >= 0) & (speech.codec < codes) & jax.random.bernoulli(chance, share, shape)
+    heard = jnp.where(hit, jax.random.randint(other, shape, 0, codes), speech.codec)
+    return dataclasses.replace(speech, codec=heard)
 
 
 def code_logprobs(

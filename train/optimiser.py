@@ -41,7 +41,7 @@ def trained(names: Mapping[str, Any], rates: Mapping[str, float]) -> list[str]:
 
 def schedule(run: Run, rate: float) -> optax.Schedule:
     """Linear warm-up, then a cosine that ends at `final` × the rate with the last step."""
-    opt, warmup = run.optimizer, min(run.optimizer.warmup, run.steps)
+    opt, warmup = run.optimizer, min(run.optimizer.warmup, max(run.steps - 1, 0))
     return optax.warmup_cosine_decay_schedule(0.0 if warmup else rate, rate, warmup, run.steps, rate * opt.final)
 
 

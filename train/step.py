@@ -30,8 +30,8 @@ from omni_jax.train.config import Run, RunError
 
 Flat = dict[str, Any]
 PARTS = {
-    "thinker": ("thinker",), "dpo": ("thinker",), "talker": ("thinker", "talker"), "talker_dpo": ("thinker", "talker"),
-    "token2wav": ("token2wav",), "vocoder": ("token2wav",),
+    "thinker": ("thinker",), "ctc": ("thinker",), "dpo": ("thinker",), "talker": ("thinker", "talker"),
+    "talker_dpo": ("thinker", "talker"), "token2wav": ("token2wav",), "vocoder": ("token2wav",),
 }  # fmt: skip
 STACKS = ("layers", "blocks", "transformer_blocks")
 ROWS = ("data", "fsdp")  # the mesh axes that rows are split over
@@ -313,8 +313,10 @@ class Trainer:
             raise RunError(f"{self.run.model} has no Token2Wav, which the task {self.run.task!r} trains")
         return self.cfg.token2wav
 
-    def loss(self, tree: Any, base: Any, batch: Any, total: Any, key: jax.Array) -> tuple[jax.Array, losses.Metrics]:
-        """One micro batch's part of the step's loss."""
+    def loss(
+        self, tree: Any, base: Any, batch: Any, total: Any, key: jax.Array, learning: bool = True
+    ) -> tuple[jax.Array, losses.Metrics]:
+        """One micro batch's part of the step's loss; codes are corrupted only while `learning`."""
         run, cfg, how = self.run, self.cfg, self.how
         if run.task == "token2wav":
             with jax.default_matmul_precision("highest"), how.layout_for("dit", len(batch.codes)):
@@ -328,7 +330,14 @@ class Trainer:
             speaks = run.task == "talker_dpo"
             return losses.dpo_loss(cfg, tree, base, batch, total, how, beta=run.beta, codes=speaks)
         if run.task == "talker":
+            if run.corrupt and learning:
+                codes = self.token2wav.dit.num_embeds
+                batch = batch.replace(speech=losses.corrupted(batch.speech, run.corrupt, codes, key))
             return losses.speech_loss(cfg, tree, batch, total, how, run.text_weight)
+        if run.task == "ctc":
+            if cfg.thinker.pad_token_id is None:
+                raise RunError(f"{run.model} has no pad_token_id, which the task 'ctc' takes as the blank; set it")
+            return losses.ctc_loss(cfg, tree, batch, total, how)
         return losses.text_loss(cfg, tree, batch, total, how)
 
     def gradients(
@@ -388,7 +397,7 @@ class Trainer:
             if "dpo" in self.run.task:
                 reference = self.assemble({} if base is None else base, frozen)
             micro = jax.tree.map(lambda x: x[0], batch)
-            loss, metrics = self.loss(self.assemble(trained, frozen), reference, micro, total, key)
+            loss, metrics = self.loss(self.assemble(trained, frozen), reference, micro, total, key, learning=False)
             weight = total if not isinstance(total, dict) else total["codes" if self.run.task == "talker" else "tokens"]
             return {"loss": loss, "weight": weight} | metrics
 
