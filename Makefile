@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # make test PYTEST="tests/checkpoint/test_keys.py -x"
 PYTEST ?= -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: reference demo test soak clients ray browser lint docs bench footprint full-size solvers bench-training aot plans plan-fit plan-check clean
+.PHONY: reference demo test nano soak clients ray browser lint docs bench footprint full-size solvers bench-training aot plans plan-fit plan-check clean
 .DELETE_ON_ERROR:
 
 # Stamps: installation is skipped until pyproject.toml changes.
@@ -95,6 +95,12 @@ solvers: $(VENV)/.installed out/3b/config.json
 # The figures of docs/checkpoints.md: needs 40 GB of disk, 12 GiB of memory and 5 to 15 minutes, by the disk.
 full-size: $(VENV)/.installed-test out/3b/config.json
 	$(BIN)/python -m tests.full_size out/3b
+
+# Nano: data, every part, and the checkpoint in out/nano/release. Runs that stop go on. Debian's flite, espeak-ng and npm
+# must be there; on a GPU it takes minutes, on two cores a day.
+nano: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[nano]'
+	$(BIN)/python -m omni_jax.train.nano
 
 # The speed in docs/training.md.
 bench-training: $(VENV)/.installed-test

@@ -97,6 +97,7 @@ def write_random(
     seed: int = 0,
     dtype: str = "bfloat16",
     max_shard_bytes: int = 5_000_000_000,
+    corpus: str | None = None,
     progress: bool = False,
 ) -> OmniConfig:
     """Makes a complete checkpoint folder in the published layout, with random weights. This is `omni-jax init`.
@@ -116,6 +117,7 @@ def write_random(
       seed: of the weights.
       dtype: "bfloat16" or "float32", of Thinker and Talker; Token2Wav is float32 as published.
       max_shard_bytes: largest size of one shard's data.
+      corpus: text that the tokenizer is trained on; the package's own where none is given.
       progress: show a bar on stderr.
     Returns:
       The configuration as written.
@@ -125,7 +127,7 @@ def write_random(
     """
     if dtype not in ("bfloat16", "float32"):
         raise CheckpointError(f"dtype {dtype!r} is not supported; use bfloat16 or float32")
-    cfg, texts = tokenizer_files.make_files(cfg)
+    cfg, texts = tokenizer_files.make_files(cfg, corpus)
     texts["config.json"] = json.dumps(to_dict(cfg) | {"torch_dtype": dtype}, indent=2) + "\n"
     types = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
     tensors = {

@@ -1,7 +1,7 @@
 """The tokenizer and processor files of a made checkpoint: a small Qwen-like byte-level BPE under the Omni names.
 
-The tokenizer is trained on a text that the package carries (`corpus.txt`), so it is the same everywhere. Its special
-tokens have the published ids where the vocabulary reaches that far, else ids at the end of the vocabulary.
+By default the tokenizer is trained on a text that the package carries (`corpus.txt`), so it is the same everywhere. Its
+special tokens have the published ids where the vocabulary reaches that far, else ids at the end of the vocabulary.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def voice_token_ids(cfg: OmniConfig) -> dict[str, int]:
     return {"Chelsie": cfg.thinker.text.vocab_size - 1, "Ethan": cfg.thinker.text.vocab_size - 3}
 
 
-def _train(pieces: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _train(pieces: int, corpus: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """A byte-level BPE of at most `pieces` pieces: vocabulary and merges."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -57,7 +57,6 @@ def _train(pieces: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    corpus = (importlib.resources.files("omni_jax.checkpoint") / "corpus.txt").read_text("utf-8")
     tokenizer.train_from_iterator(corpus.splitlines(keepends=True), trainer)
     model = json.loads(tokenizer.to_str())["model"]
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
@@ -109,11 +108,12 @@ def _processor_files(cfg: OmniConfig) -> dict[str, dict[str, Any]]:
     return {"preprocessor_config.json": processor, "chat_template.json": {"chat_template": built_in_template()}}
 
 
-def make_files(cfg: OmniConfig) -> tuple[OmniConfig, dict[str, str]]:
+def make_files(cfg: OmniConfig, corpus: str | None = None) -> tuple[OmniConfig, dict[str, str]]:
     """Trains the tokenizer for a configuration and writes out the small files beside the weights.
 
     Args:
       cfg: any configuration; its special-token ids are replaced by the tokenizer's.
+      corpus: text that the tokenizer is trained on; the package's own where none is given.
     Returns:
       The configuration with those ids (and eos, pad), and file name → text: `tokenizer.json`, `vocab.json`,
       `merges.txt`, `tokenizer_config.json`, `preprocessor_config.json`, `chat_template.json`,
@@ -127,7 +127,9 @@ def make_files(cfg: OmniConfig) -> tuple[OmniConfig, dict[str, str]]:
     if pieces < 256 + 16:
         need = 256 + 16 + len(SPECIAL) + NAMELESS
         raise ConfigError(f"a vocabulary of {size} is too small for a byte-level tokenizer; it needs {need}")
-    vocab, merges = _train(pieces)
+    if corpus is None:
+        corpus = (importlib.resources.files("omni_jax.checkpoint") / "corpus.txt").read_text("utf-8")
+    vocab, merges = _train(pieces, corpus)
     user = 872 if len(vocab) > 872 and size > FIRST_SPECIAL else vocab.get("user", 0)
     by_id = {i: piece for piece, i in vocab.items()}
     if "user" in vocab and vocab["user"] != user:  # ids carry no meaning in a BPE: exchange two

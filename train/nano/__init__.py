@@ -1,0 +1,1 @@
+"""The recipe of the small trained model: its data, its codec, its configuration."""
