@@ -22,20 +22,20 @@ $(VENV)/.installed-test: pyproject.toml $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
-out/nano/config.json: | $(VENV)/.installed
-	$(BIN)/omni-jax init out/nano --preset nano
+out/tiny/config.json: | $(VENV)/.installed
+	$(BIN)/omni-jax init out/tiny --preset tiny
 
 # The main job on real input: a photograph, speech, and a clip with its sound.
-demo: $(VENV)/.installed out/nano/config.json
-	$(BIN)/omni-jax generate --model out/nano --max-new-tokens 32 --image docs/media/cat.jpg \
+demo: $(VENV)/.installed out/tiny/config.json
+	$(BIN)/omni-jax generate --model out/tiny --max-new-tokens 32 --image docs/media/cat.jpg \
 	  --text 'What is in this picture?'
-	$(BIN)/omni-jax generate --model out/nano --max-new-tokens 32 --audio docs/media/speech.flac \
+	$(BIN)/omni-jax generate --model out/tiny --max-new-tokens 32 --audio docs/media/speech.flac \
 	  --text 'What does the voice say?'
-	$(BIN)/omni-jax generate --model out/nano --max-new-tokens 32 --video docs/media/clip.mp4 --use-audio-in-video \
+	$(BIN)/omni-jax generate --model out/tiny --max-new-tokens 32 --video docs/media/clip.mp4 --use-audio-in-video \
 	  --text 'What happens, and what is said?'
-	$(BIN)/omni-jax generate --model out/nano --max-new-tokens 32 --image docs/media/cat.jpg \
+	$(BIN)/omni-jax generate --model out/tiny --max-new-tokens 32 --image docs/media/cat.jpg \
 	  --audio docs/media/speech.flac --video docs/media/clip.mp4 --text 'Do they belong together?' --json
-	$(BIN)/omni-jax generate --model out/nano --max-new-tokens 32 --image docs/media/cat.jpg \
+	$(BIN)/omni-jax generate --model out/tiny --max-new-tokens 32 --image docs/media/cat.jpg \
 	  --audio docs/media/speech.flac --text 'Do they belong together?' --speech out/answer.wav --max-codes 250
 
 lint: $(VENV)/.installed-test

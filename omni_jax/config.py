@@ -476,9 +476,9 @@ def _nano() -> OmniConfig:
 
 
 def preset(name: str) -> OmniConfig:
-    """A configuration by name: `3b`, `7b` (the published ones) or `nano` (tests and demos).
+    """A configuration by name: `3b`, `7b` (the published ones) or `tiny` (tests and demos).
 
-    `nano` keeps the published special-token ids out of range on purpose: whoever makes a nano checkpoint replaces
+    `tiny` keeps the published special-token ids out of range on purpose: whoever makes a tiny checkpoint replaces
     them by its tokenizer's (`checkpoint.publish`). Raises ConfigError for an unknown name.
     """
     text7 = DecoderConfig()
@@ -495,6 +495,6 @@ def preset(name: str) -> OmniConfig:
             num_key_value_heads=2, head_dim=64, mrope_section=(16, 16, 0),
         )  # fmt: skip
         return _published(text3, TalkerConfig(decoder=talker, embedding_size=2048))
-    if name == "nano":
+    if name == "tiny":
         return _nano()
-    raise ConfigError(f"unknown preset {name!r}; known are 3b, 7b, nano")
+    raise ConfigError(f"unknown preset {name!r}; known are 3b, 7b, tiny")

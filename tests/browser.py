@@ -63,7 +63,7 @@ window.WebSocket = class extends Socket {
 def serving() -> Iterator[str]:
     """The URL of a server over small random weights, whose answers take seconds to hear."""
     with tempfile.TemporaryDirectory() as folder:
-        write_random(folder, C.preset("nano"), seed=1, dtype="float32")
+        write_random(folder, C.preset("tiny"), seed=1, dtype="float32")
         model = load(folder, parts=PARTS, dtype="float32")
     speech = SpeechSettings(
         temperature=0.0, max_codes=300, ode_steps=2, ode_solver="euler", watchdog=None, mode="windowed"

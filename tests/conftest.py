@@ -46,11 +46,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> pathlib.Path:
-    """A nano checkpoint in the published layout, float32."""
+    """A tiny checkpoint in the published layout, float32."""
     from omni_jax.checkpoint.publish import write_random
     from tests import tiny
 
-    path = tmp_path_factory.mktemp("checkpoints") / "nano"
+    path = tmp_path_factory.mktemp("checkpoints") / "tiny"
     write_random(path, tiny.shallow_config(), seed=1, dtype="float32")
     return path
 

@@ -186,9 +186,9 @@ def side_by_side(checkpoint: pathlib.Path, folder: pathlib.Path, model: api.Omni
 
 def benchmark() -> dict[str, Any]:
     """Ours over eight devices, the reference on one: all stages but the long ones, and where a weight lies."""
-    cfg = config.preset("nano")
+    cfg = config.preset("tiny")
     head = reference.SharedWeights(cfg, "thinker.").tree(meshes.place(cfg, "2x4"))["lm_head"]["weight"]
-    rows = text.run(BENCHED, preset="nano", pairs=1, layers=2, mesh="2x4", progress=False)
+    rows = text.run(BENCHED, preset="tiny", pairs=1, layers=2, mesh="2x4", progress=False)
     return {"stages": [r.stage for r in rows], "seconds": [r.summary()["jax_s"] for r in rows],
             "head": str(head.sharding.spec), "sum": float(np.asarray(head, np.float64).sum()),
             "want": float(reference.SharedWeights(cfg, "thinker.lm_head.").arrays["thinker.lm_head.weight"]

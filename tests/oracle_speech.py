@@ -88,5 +88,5 @@ def answer(
     )  # fmt: skip
 
 
-# The nano preset's codec pad and end.
+# The tiny preset's codec pad and end.
 TALKER_ENDS = [260, 262]

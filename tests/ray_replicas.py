@@ -49,11 +49,11 @@ def free_port() -> int:
 @contextlib.contextmanager
 def cluster(folder: pathlib.Path):
     """The process of `serve run`, and the URL of the application."""
-    write_random(folder / "nano", C.preset("nano"), seed=1, dtype="float32")
+    write_random(folder / "tiny", C.preset("tiny"), seed=1, dtype="float32")
     config = yaml.safe_load(CONFIG.read_text("utf-8"))
     config["http_options"]["port"] = port = free_port()
     config["applications"][0]["args"] = {
-        "model": {"model": str(folder / "nano"), "dtype": "float32"},
+        "model": {"model": str(folder / "tiny"), "dtype": "float32"},
         "options": {"max_sessions": 2, "context": 1024},
         "generation": {"max_new_tokens": 16}, "media": {"max_pixels": 4000}, "speech": {"max_codes": 50},
     }  # fmt: skip
@@ -89,7 +89,7 @@ def wait_until(what: str, process: subprocess.Popen, done, seconds: float = 1800
 
 
 def ask(client: openai.OpenAI, number: int) -> str:
-    return client.chat.completions.create(model="nano", messages=QUESTIONS[number]).choices[0].message.content
+    return client.chat.completions.create(model="tiny", messages=QUESTIONS[number]).choices[0].message.content
 
 
 class Load:
@@ -126,7 +126,7 @@ class Load:
 def come_back(url: str, number: int) -> bool:
     """Whether a realtime client finds its session again by the header that names it."""
     where, headers = f"{url.replace('http', 'ws')}/v1/realtime", {"x-session-id": f"client-{number}"}
-    with connect(f"{where}?model=nano", additional_headers=headers, open_timeout=60) as talk:
+    with connect(f"{where}?model=tiny", additional_headers=headers, open_timeout=60) as talk:
         name = json.loads(talk.recv(timeout=60))["session"]["id"]
     with connect(f"{where}?session_id={name}", additional_headers=headers, open_timeout=60) as talk:
         return json.loads(talk.recv(timeout=60)).get("session", {}).get("id") == name

@@ -10,7 +10,7 @@ from transformers.models.qwen2_5_omni import configuration_qwen2_5_omni as their
 from omni_jax import config as C
 from tests.tiny import tiny_config
 
-PRESETS = ["3b", "7b", "nano"]
+PRESETS = ["3b", "7b", "tiny"]
 CLASSES = {
     C.VisionConfig: theirs.Qwen2_5OmniVisionEncoderConfig,
     C.AudioConfig: theirs.Qwen2_5OmniAudioEncoderConfig,
@@ -101,21 +101,21 @@ def test_published_figures():
     assert three.thinker.vision.window_patches == 8
     assert three.thinker.vision.patch_dim == 1176
     assert three.thinker.audio.chunk_frames == 200
-    with pytest.raises(C.ConfigError, match="unknown preset '5b'; known are 3b, 7b, nano"):
+    with pytest.raises(C.ConfigError, match="unknown preset '5b'; known are 3b, 7b, tiny"):
         C.preset("5b")
 
 
 def test_both_spellings_of_the_dit():
-    raw = C.to_dict(C.preset("nano"))
+    raw = C.to_dict(C.preset("tiny"))
     dit = raw["token2wav_config"]["dit_config"]
     names = (("hidden_size", "dim"), ("num_hidden_layers", "depth"), ("num_attention_heads", "heads"))
     for name, short in names:
         dit[short] = dit.pop(name)
-    assert C.from_dict(raw) == C.preset("nano")
+    assert C.from_dict(raw) == C.preset("tiny")
     for name, short in names:  # where both are there, the class's own spelling counts
         dit[name] = dit[short]
         dit[short] = 3
-    assert C.from_dict(raw) == C.preset("nano")
+    assert C.from_dict(raw) == C.preset("tiny")
 
 
 def test_both_spellings_of_the_media_tokens():
@@ -194,7 +194,7 @@ def test_files_that_cannot_be_read(tmp_path):
     ],
 )
 def test_wrong_fields(part, field, value, message):
-    raw = C.to_dict(C.preset("nano"))
+    raw = C.to_dict(C.preset("tiny"))
     raw["thinker_config"][part][field] = value
     if message is None:
         C.from_dict(raw)
@@ -204,19 +204,19 @@ def test_wrong_fields(part, field, value, message):
 
 
 def test_quantized_checkpoints_and_a_byte_order_mark(tmp_path):
-    raw = C.to_dict(C.preset("nano"))
+    raw = C.to_dict(C.preset("tiny"))
     (tmp_path / "config.json").write_text(json.dumps(raw), "utf-8-sig")
-    assert C.load_config(tmp_path) == C.preset("nano")
+    assert C.load_config(tmp_path) == C.preset("tiny")
     quantized = {"quantization_config": {"quant_method": "fp8"}}
     for more in (quantized, {"thinker_config": raw["thinker_config"] | quantized}):
         with pytest.raises(C.ConfigError, match="the checkpoint is quantized with 'fp8', fp8; GPTQ and AWQ of 4 bits"):
             C.from_dict(raw | more)
     four_bits = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}
-    assert C.from_dict(raw | four_bits) == C.preset("nano")
+    assert C.from_dict(raw | four_bits) == C.preset("tiny")
 
 
 def test_convolutions_of_the_vocoder_have_a_middle():
-    raw = C.to_dict(C.preset("nano"))
+    raw = C.to_dict(C.preset("tiny"))
     raw["token2wav_config"]["bigvgan_config"]["resblock_kernel_sizes"] = [3, 8, 11]
     with pytest.raises(C.ConfigError, match=r"resblock_kernel_sizes is '\[3, 8, 11\]', where a list of odd sizes"):
         C.from_dict(raw)
@@ -224,7 +224,7 @@ def test_convolutions_of_the_vocoder_have_a_middle():
 
 def test_any_value_of_another_kind_is_an_error_or_ignored():
     """Every field in turn takes values of every JSON kind; only ConfigError may come of it."""
-    raw = C.to_dict(C.preset("nano"))
+    raw = C.to_dict(C.preset("tiny"))
 
     def places(tree, path=()):
         for key, value in tree.items():

@@ -8,13 +8,13 @@ from omni_jax import config as C
 
 
 def shallow_config() -> C.OmniConfig:
-    """The nano preset with as few layers as show every kind of them: most of what the tests take is compiling.
+    """The tiny preset with as few layers as show every kind of them: most of what the tests take is compiling.
 
     Two layers each of the decoders and towers (of vision, one in windows and one over whole frames), three DiT layers
     (one that looks back, one that looks ahead, one that does neither), and a vocoder of two stages, whose rates make
     240 samples of a frame as the six of the preset do. tests/model/test_bigvgan.py holds those six to the oracle.
     """
-    cfg = C.preset("nano")
+    cfg = C.preset("tiny")
     assert cfg.talker is not None
     assert cfg.token2wav is not None
     dit = dataclasses.replace(cfg.token2wav.dit, num_hidden_layers=3, look_ahead_layers=(1,), look_backward_layers=(0,))
@@ -31,8 +31,8 @@ def shallow_config() -> C.OmniConfig:
 
 
 def tiny_config(**thinker: object) -> C.OmniConfig:
-    """The nano preset with the special-token ids moved into its small vocabulary."""
-    cfg = C.preset("nano")
+    """The tiny preset with the special-token ids moved into its small vocabulary."""
+    cfg = C.preset("tiny")
     ids = {
         "audio_token_id": 1200, "image_token_id": 1201, "video_token_id": 1202, "audio_start_token_id": 1203,
         "audio_end_token_id": 1204, "vision_start_token_id": 1205, "vision_end_token_id": 1206, "user_token_id": 1207,

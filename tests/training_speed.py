@@ -28,16 +28,16 @@ RATE, CLIP = 1e-4, 1.0
 
 
 def small(layers: int = 6, hidden: int = 512) -> C.OmniConfig:
-    """A decoder of Qwen2.5's proportions beside nano towers, which take no part."""
-    nano = C.preset("nano")
+    """A decoder of Qwen2.5's proportions beside tiny towers, which take no part."""
+    tiny = C.preset("tiny")
     text = dataclasses.replace(
-        nano.thinker.text, vocab_size=8192, hidden_size=hidden, intermediate_size=hidden * 11 // 2,
+        tiny.thinker.text, vocab_size=8192, hidden_size=hidden, intermediate_size=hidden * 11 // 2,
         num_hidden_layers=layers, num_attention_heads=hidden // 64, num_key_value_heads=2, head_dim=64,
         mrope_section=(8, 12, 12),
     )  # fmt: skip
     thinker = dataclasses.replace(
-        nano.thinker, text=text, vision=dataclasses.replace(nano.thinker.vision, out_hidden_size=hidden),
-        audio=dataclasses.replace(nano.thinker.audio, output_dim=hidden),
+        tiny.thinker, text=text, vision=dataclasses.replace(tiny.thinker.vision, out_hidden_size=hidden),
+        audio=dataclasses.replace(tiny.thinker.audio, output_dim=hidden),
     )  # fmt: skip
     return C.OmniConfig(thinker)
 

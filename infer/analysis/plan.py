@@ -31,7 +31,7 @@ from omni_jax.runtime import memory_model as M
 from omni_jax.runtime.speech import TALKER_CACHE_STEP, cache_slots
 from omni_jax.settings import KVCacheDtype, Quantize
 
-PRESETS = ("3b", "7b", "nano")
+PRESETS = ("3b", "7b", "tiny")
 CODES_PER_SECOND = 50
 # Of clips whose own rate is not given: it only rounds the number of their frames.
 NATIVE_FPS = 30.0

@@ -101,10 +101,10 @@ def main(model: str | None, count: int, rows: int, pairs: int, as_json: bool, qu
     where = machine()
     table = run(model, count, rows, pairs, quantize=quantize)
     if as_json:
-        print(json.dumps({"machine": where, "model": model or "nano, random"} | table))
+        print(json.dumps({"machine": where, "model": model or "tiny, random"} | table))
         return
     print(
-        f"{model or 'nano, random weights'}: {count} replies on {rows} rows, {pairs} interleaved pairs; "
+        f"{model or 'tiny, random weights'}: {count} replies on {rows} rows, {pairs} interleaved pairs; "
         f"{where['cpu']}, {where['cores']} cores, jax {where['jax']}. The goal is {GOAL:g}.\n\n"
         "| what | figure |\n|---|---|"
     )

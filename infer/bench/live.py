@@ -77,8 +77,8 @@ def opened(model: str | None, quantize: Quantize | None = None) -> Iterator[Omni
         yield load(model, parts=PARTS, quantize=quantize)
         return
     with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder, "nano")
-        write_random(path, C.preset("nano"), seed=0)
+        path = pathlib.Path(folder, "tiny")
+        write_random(path, C.preset("tiny"), seed=0)
         yield load(path, parts=PARTS, quantize=quantize)
 
 
@@ -219,10 +219,10 @@ def main(
     began, where = time.perf_counter(), machine()
     table = run(model, seconds, repeats, timeline, SPEECH, quantize)
     if as_json:
-        print(json.dumps({"machine": where, "model": model or "nano, random"} | table))
+        print(json.dumps({"machine": where, "model": model or "tiny, random"} | table))
         return
     print(
-        f"{model or 'nano, random weights'}: {repeats} replies of {TOKENS} tokens and {seconds:g} s of speech; "
+        f"{model or 'tiny, random weights'}: {repeats} replies of {TOKENS} tokens and {seconds:g} s of speech; "
         f"{where['cpu']}, {where['cores']} cores, jax {where['jax']}; {time.perf_counter() - began:.0f} s\n"
     )
     print(markdown(table))

@@ -252,9 +252,9 @@ def main(model: str | None, seconds: float, rounds: int, as_json: bool, quantize
     found = run(model, seconds, rounds, quantize=quantize)
     if as_json:
         tables = {"rows": [vars(r) for r in found.rows], "goals": [vars(g) for g in goals(found)]}
-        print(json.dumps({"machine": where, "model": model or "nano, random", **tables}))
+        print(json.dumps({"machine": where, "model": model or "tiny, random", **tables}))
         return
     print(
-        f"{model or 'nano, random weights'}: {rounds} replies to each client, at most {seconds:g} s of speech; "
+        f"{model or 'tiny, random weights'}: {rounds} replies to each client, at most {seconds:g} s of speech; "
         f"{where['cpu']}, {where['cores']} cores, jax {where['jax']}\n\n{markdown(found)}"
     )

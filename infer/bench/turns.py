@@ -89,10 +89,10 @@ def main(model: str | None, pairs: int, as_json: bool, quantize: Quantize | None
     where = machine()
     table = run(model, pairs, quantize=quantize)
     if as_json:
-        print(json.dumps({"machine": where, "model": model or "nano, random"} | table))
+        print(json.dumps({"machine": where, "model": model or "tiny, random"} | table))
         return
     print(
-        f"{model or 'nano, random weights'}: {pairs} interleaved pairs; {where['cpu']}, {where['cores']} cores, "
+        f"{model or 'tiny, random weights'}: {pairs} interleaved pairs; {where['cpu']}, {where['cores']} cores, "
         f"jax {where['jax']}. The goal is a ratio within 0.8 – 1.2.\n\n| what | figure |\n|---|---|"
     )
     for name, figure in table.items():

@@ -28,7 +28,7 @@ def report(verb: str, target: str, size: int, began: float, as_json: bool) -> No
 def init(
     path: tyro.conf.Positional[pathlib.Path],
     *,
-    preset: Literal["nano", "3b", "7b"] = "nano",
+    preset: Literal["tiny", "3b", "7b"] = "tiny",
     seed: int = 0,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
 ) -> None:
@@ -36,7 +36,7 @@ def init(
 
     Args:
       path: Folder to make; it must not exist.
-      preset: Size: nano (tests and demos), 3b or 7b (the published shapes; their tokenizer is only a stand-in).
+      preset: Size: tiny (tests and demos), 3b or 7b (the published shapes; their tokenizer is only a stand-in).
       seed: Of the weights.
       dtype: Of the stored weights; Token2Wav is always float32.
     """

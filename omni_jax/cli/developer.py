@@ -47,7 +47,7 @@ def bench(
         "vocoder",
         "conversation",
     ),
-    preset: Literal["3b", "7b", "nano"] = "3b",
+    preset: Literal["3b", "7b", "tiny"] = "3b",
     batches: tuple[int, ...] = (1, 8, 32, 64),
     pairs: int = 7,
     layers: int | None = None,
@@ -121,7 +121,7 @@ def footprint(
     stages: tuple[Literal["imports", "generate", "vision", "speech"], ...] = (
         "imports", "generate", "vision", "speech",
     ),
-    preset: Literal["3b", "7b", "nano"] = "3b",
+    preset: Literal["3b", "7b", "tiny"] = "3b",
     layers: int | None = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -167,7 +167,7 @@ def solvers(
 
 def aot(
     *,
-    preset: Literal["3b", "7b", "nano"] = "3b",
+    preset: Literal["3b", "7b", "tiny"] = "3b",
     topology: str = "v5e:2x4",
     mesh: str | None = None,
     layers: int | None = None,
@@ -215,7 +215,7 @@ def plan(
     Compiles nothing and needs no accelerator. Exit code 0: it fits; 1: it does not.
 
     Args:
-      model: Checkpoint folder (its config.json is read), or 3b, 7b, nano.
+      model: Checkpoint folder (its config.json is read), or 3b, 7b, tiny.
       chip: Kind of device: v5e, v6e, v5p, h100, h200.
       mesh: Mesh to shard the model over, as in generate: 1, 2x2, 2x4, …, or axes (data=2,tensor=4).
       speech_mesh: A mesh of its own for the speech parts.

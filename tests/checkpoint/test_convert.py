@@ -34,17 +34,17 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @pytest.fixture(scope="module")
-def nano(tmp_path_factory) -> pathlib.Path:
+def tiny(tmp_path_factory) -> pathlib.Path:
     """A published folder of several shards, bf16 and float32."""
-    folder = tmp_path_factory.mktemp("convert") / "nano"
-    write_random(folder, C.preset("nano"), max_shard_bytes=2_000_000)
+    folder = tmp_path_factory.mktemp("convert") / "tiny"
+    write_random(folder, C.preset("tiny"), max_shard_bytes=2_000_000)
     return folder
 
 
 @pytest.fixture(scope="module")
-def converted(nano) -> pathlib.Path:
-    folder = nano.parent / "converted"
-    convert(nano, folder)
+def converted(tiny) -> pathlib.Path:
+    folder = tiny.parent / "converted"
+    convert(tiny, folder)
     return folder
 
 
@@ -73,21 +73,21 @@ def rewrite(source: pathlib.Path, target: pathlib.Path, change) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("dtype", ["keep", "float32"])
-def test_there_and_back_is_the_same_files(nano, converted, tmp_path, dtype):
+def test_there_and_back_is_the_same_files(tiny, converted, tmp_path, dtype):
     folder = converted if dtype == "keep" else tmp_path / "float32"
     if dtype != "keep":
-        convert(nano, folder, dtype=dtype)
+        convert(tiny, folder, dtype=dtype)
         assert {t.dtype for t in load_tensors(folder).values()} == {np.dtype(np.float32)}
     export(folder, tmp_path / "back")
-    names = sorted(f.name for f in nano.iterdir())
+    names = sorted(f.name for f in tiny.iterdir())
     assert sorted(f.name for f in (tmp_path / "back").iterdir()) == names
     assert sum(name.endswith(".safetensors") for name in names) > 2
-    assert filecmp.cmpfiles(nano, tmp_path / "back", names, shallow=False)[0] == names
+    assert filecmp.cmpfiles(tiny, tmp_path / "back", names, shallow=False)[0] == names
 
 
-def test_metadata_of_the_index_come_back(nano, tmp_path):
+def test_metadata_of_the_index_come_back(tiny, tmp_path):
     """transformers 5 writes total_parameters as well."""
-    source = shutil.copytree(nano, tmp_path / "source")
+    source = shutil.copytree(tiny, tmp_path / "source")
     index = json.loads((source / INDEX).read_text())
     index["metadata"] = {"total_parameters": 123, "total_size": index["metadata"]["total_size"]}
     (source / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -103,29 +103,29 @@ def load_tensors(folder):
     return orbax_io.read_arrays(folder, read_manifest(folder))
 
 
-def test_layout_of_transformers_5_and_new_shards(nano, converted, tmp_path):
+def test_layout_of_transformers_5_and_new_shards(tiny, converted, tmp_path):
     spell = lambda tensors: {keys.spelled(n, layout="transformers5"): t for n, t in tensors.items()}  # noqa: E731
-    convert(rewrite(nano, tmp_path / "five", spell), tmp_path / "c")
+    convert(rewrite(tiny, tmp_path / "five", spell), tmp_path / "c")
     assert "thinker.model.language_model.norm.weight" in state(tmp_path / "five")
     assert read_manifest(tmp_path / "c")["tensors"].keys() == read_manifest(converted)["tensors"].keys()
     export(tmp_path / "c", tmp_path / "e")
-    assert same_bytes(state(tmp_path / "e"), state(nano))
+    assert same_bytes(state(tmp_path / "e"), state(tiny))
     assert [f.name for f in (tmp_path / "e").glob("*.safetensors")] == [SINGLE]
     export(tmp_path / "c", tmp_path / "cut", max_shard_bytes=3_000_000)
-    assert same_bytes(state(tmp_path / "cut"), state(nano))
+    assert same_bytes(state(tmp_path / "cut"), state(tiny))
     assert len(list((tmp_path / "cut").glob("model-*.safetensors"))) == 3
-    assert read_index(tmp_path / "cut").keys() == state(nano).keys()
+    assert read_index(tmp_path / "cut").keys() == state(tiny).keys()
     # A converted folder can be converted again, and still knows where it came from.
     convert(converted, tmp_path / "again", dtype="float32")
     export(tmp_path / "again", tmp_path / "back")
-    assert same_bytes(state(tmp_path / "back"), state(nano))
-    assert (tmp_path / "back" / INDEX).read_bytes() == (nano / INDEX).read_bytes()
+    assert same_bytes(state(tmp_path / "back"), state(tiny))
+    assert (tmp_path / "back" / INDEX).read_bytes() == (tiny / INDEX).read_bytes()
 
 
-def test_thinker_saved_alone(nano, tmp_path):
+def test_thinker_saved_alone(tiny, tmp_path):
     bare = lambda tensors: {n[8:]: t for n, t in tensors.items() if n.startswith("thinker.")}  # noqa: E731
-    source = rewrite(nano, tmp_path / "bare", bare)
-    raw = json.loads((nano / "config.json").read_text())["thinker_config"]
+    source = rewrite(tiny, tmp_path / "bare", bare)
+    raw = json.loads((tiny / "config.json").read_text())["thinker_config"]
     (source / "config.json").write_text(json.dumps(raw))
     (source / "spk_dict.pt").unlink()
     convert(source, tmp_path / "c")
@@ -136,7 +136,7 @@ def test_thinker_saved_alone(nano, tmp_path):
         convert(source, tmp_path / "x", parts=("thinker", "talker"))
 
 
-def test_bfloat16_leaves_token2wav_alone(nano, tmp_path, checkpoint):
+def test_bfloat16_leaves_token2wav_alone(tiny, tmp_path, checkpoint):
     convert(checkpoint, tmp_path / "c", dtype="bfloat16")  # its Thinker and Talker are float32
     export(tmp_path / "c", tmp_path / "e")
     got, want = state(tmp_path / "e"), state(checkpoint)
@@ -151,14 +151,14 @@ def test_bfloat16_leaves_token2wav_alone(nano, tmp_path, checkpoint):
     assert json.loads((tmp_path / "e" / "config.json").read_text()) == config | {"torch_dtype": "bfloat16"}
 
 
-def test_layers_of_different_dtypes_come_back(nano, tmp_path):
+def test_layers_of_different_dtypes_come_back(tiny, tmp_path):
     norms = ("thinker.model.layers.1.input_layernorm.weight", "talker.model.norm.weight")
 
     def mix(tensors):
         extra = {n: tensors[n].astype(np.float32) + np.float32(1e-4) for n in norms}
         return tensors | extra | {"thinker.visual.merger.ln_q.weight": np.ones(64, np.float16)}
 
-    source = rewrite(nano, tmp_path / "mixed", mix)
+    source = rewrite(tiny, tmp_path / "mixed", mix)
     convert(source, tmp_path / "c")
     assert load_tensors(tmp_path / "c")["thinker.model.layers.0.input_layernorm.weight"].dtype == np.float32
     export(tmp_path / "c", tmp_path / "e")
@@ -166,18 +166,18 @@ def test_layers_of_different_dtypes_come_back(nano, tmp_path):
 
 
 @pytest.mark.parametrize("parts", [("thinker",), ("thinker", "talker"), ("thinker", "token2wav")])
-def test_partial_models(nano, tmp_path, parts):
-    convert(nano, tmp_path / "c", parts=parts)
+def test_partial_models(tiny, tmp_path, parts):
+    convert(tiny, tmp_path / "c", parts=parts)
     cfg = C.load_config(tmp_path / "c")
     assert [p for p in keys.PARTS if getattr(cfg, p) is not None] == list(parts)
     loaded = load_params(tmp_path / "c", cfg, parts=parts, unroll=False)
     assert set(loaded) == set(parts)
     assert set(inspect(tmp_path / "c", verify=True)["parts"]) == set(parts)
     export(tmp_path / "c", tmp_path / "e")
-    assert same_bytes(state(tmp_path / "e"), {n: t for n, t in state(nano).items() if keys.part_of(n) in parts})
+    assert same_bytes(state(tmp_path / "e"), {n: t for n, t in state(tiny).items() if keys.part_of(n) in parts})
     # transformers knows the whole model or text only.
     assert json.loads((tmp_path / "e" / "config.json").read_text())["enable_audio_output"] is False
-    assert (tmp_path / "e" / "spk_dict.pt").read_bytes() == (nano / "spk_dict.pt").read_bytes()
+    assert (tmp_path / "e" / "spk_dict.pt").read_bytes() == (tiny / "spk_dict.pt").read_bytes()
     load_params(tmp_path / "e", C.load_config(tmp_path / "e"), unroll=False)
 
 
@@ -203,18 +203,18 @@ def test_a_partial_model_answers_the_same(checkpoint, model, oracle_thinker, tmp
             load(folder, parts=PARTS)
 
 
-def test_parts_that_make_no_model(nano, tmp_path):
+def test_parts_that_make_no_model(tiny, tmp_path):
     for parts in (("token2wav",), (), ("thinker", "vision")):
         with pytest.raises(CheckpointError, match="must be some of thinker,talker,token2wav, the Thinker among them"):
-            convert(nano, tmp_path / "c", parts=parts)
+            convert(tiny, tmp_path / "c", parts=parts)
     assert not list(tmp_path.iterdir())
 
 
-def test_tied_head_and_absent_buffer(nano, tmp_path):
-    raw = json.loads((nano / "config.json").read_text())
+def test_tied_head_and_absent_buffer(tiny, tmp_path):
+    raw = json.loads((tiny / "config.json").read_text())
     raw["thinker_config"]["text_config"]["tie_word_embeddings"] = True
     source = rewrite(
-        nano, tmp_path / "tied", lambda t: {n: a for n, a in t.items() if n not in (keys.LM_HEAD, keys.INV_FREQ)}
+        tiny, tmp_path / "tied", lambda t: {n: a for n, a in t.items() if n not in (keys.LM_HEAD, keys.INV_FREQ)}
     )
     (source / "config.json").write_text(json.dumps(raw))
     convert(source, tmp_path / "c")
@@ -245,69 +245,69 @@ def test_transformers_answers_the_same_ids(checkpoint, model, oracle_thinker, tm
     assert ours.token_ids == model.generate(messages, max_new_tokens=8).token_ids
 
 
-def test_a_folder_that_exists_or_is_no_checkpoint(nano, converted, tmp_path):
+def test_a_folder_that_exists_or_is_no_checkpoint(tiny, converted, tmp_path):
     with pytest.raises(CheckpointError, match="exists already; give a new folder"):
-        convert(nano, converted)
+        convert(tiny, converted)
     with pytest.raises(CheckpointError, match="exists already"):
-        export(converted, nano)
+        export(converted, tiny)
     with pytest.raises(CheckpointError, match=r"has no omni_jax\.json; give a folder that `omni-jax convert` made"):
-        export(nano, tmp_path / "e")
+        export(tiny, tmp_path / "e")
     with pytest.raises(C.ConfigError, match=r"config\.json does not exist"):
         convert(tmp_path / "none", tmp_path / "c")
     with pytest.raises(CheckpointError, match="is a URL"):
         export(converted, "gs://bucket/x")
     (tmp_path / "empty").mkdir()
-    convert(nano, tmp_path / "empty", parts=("thinker",))  # an empty folder is no loss
+    convert(tiny, tmp_path / "empty", parts=("thinker",))  # an empty folder is no loss
     assert (tmp_path / "empty" / MANIFEST).is_file()
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
 
 
-def test_two_conversions_to_one_place(nano, tmp_path):
+def test_two_conversions_to_one_place(tiny, tmp_path):
     with module.building(tmp_path / "c", 0) as place:
         (pathlib.Path(place) / "file").write_text("")
         with pytest.raises(CheckpointError, match="is being made by another process"):
-            convert(nano, tmp_path / "c")
+            convert(tiny, tmp_path / "c")
     with pytest.raises(CheckpointError, match="c exists already"):
-        convert(nano, tmp_path / "c")
+        convert(tiny, tmp_path / "c")
 
 
-def test_a_link_in_the_place_of_what_an_earlier_run_left(nano, tmp_path):
+def test_a_link_in_the_place_of_what_an_earlier_run_left(tiny, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("keep")
     (tmp_path / ".c.partial").symlink_to(tmp_path / "mine")
     with pytest.raises(CheckpointError, match="c cannot be written"):
-        convert(nano, tmp_path / "c")
+        convert(tiny, tmp_path / "c")
     assert (tmp_path / "mine" / "file").read_text() == "keep"
 
 
-def test_a_place_that_cannot_be_renamed_to(nano, tmp_path, monkeypatch):
+def test_a_place_that_cannot_be_renamed_to(tiny, tmp_path, monkeypatch):
     (tmp_path / "disk").mkdir()
     (tmp_path / "c").symlink_to(tmp_path / "disk")
-    convert(nano, tmp_path / "c", parts=("thinker",))  # a link to an empty folder means that folder
+    convert(tiny, tmp_path / "c", parts=("thinker",))  # a link to an empty folder means that folder
     assert (tmp_path / "disk" / MANIFEST).is_file()
     assert (tmp_path / "c").is_symlink()
     (tmp_path / "volume").mkdir()
     monkeypatch.setattr("os.path.ismount", lambda path: str(path).endswith("volume"))
     with pytest.raises(CheckpointError, match="volume is a mount point, which cannot be renamed to; give a folder in"):
-        convert(nano, tmp_path / "volume")
+        convert(tiny, tmp_path / "volume")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "disk", "volume"]
 
 
-def test_progress_shows_bytes_and_rate(nano, tmp_path, monkeypatch, capfd):
+def test_progress_shows_bytes_and_rate(tiny, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes stderr for a terminal
     monkeypatch.setenv("COLUMNS", "120")
-    convert(nano, tmp_path / "c", progress=True)
+    convert(tiny, tmp_path / "c", progress=True)
     out, err = capfd.readouterr()
     assert out == ""
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err)
     assert re.search(r"converting \S+ (\d+\.\d)/\1 MB \d+\.\d MB/s", plain), plain[-500:]
 
 
-def test_no_room_on_the_disk(nano, tmp_path, monkeypatch):
+def test_no_room_on_the_disk(tiny, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match=r"c takes \d\.\d MB, and its disk has 1\.0 MB left; make room"):
-        convert(nano, tmp_path / "c")
+        convert(tiny, tmp_path / "c")
     assert not list(tmp_path.iterdir())
 
 
@@ -321,9 +321,9 @@ main()
 
 
 @pytest.mark.parametrize("verb", ["convert", "export"])
-def test_a_disk_that_fills_up_is_one_line(nano, converted, tmp_path, verb):
+def test_a_disk_that_fills_up_is_one_line(tiny, converted, tmp_path, verb):
     """No file may outgrow 100 kB, less than one tensor: the system refuses in the middle, as where a disk is full."""
-    source = nano if verb == "convert" else converted
+    source = tiny if verb == "convert" else converted
     command = [sys.executable, "-c", FULL, verb, str(source), str(tmp_path / "out")]
     run = subprocess.run(command, capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (2, "")
@@ -337,7 +337,7 @@ def test_a_disk_that_fills_up_is_one_line(nano, converted, tmp_path, verb):
     assert orbax_io.reason(full) == "No space left on device"
 
 
-def test_at_a_url(nano, converted, tmp_path, monkeypatch):
+def test_at_a_url(tiny, converted, tmp_path, monkeypatch):
     """Where nothing can be renamed, as in a bucket; here under file://."""
     url = f"file://{tmp_path}/bucket/model"
     whole = orbax_io.put_file
@@ -349,22 +349,22 @@ def test_at_a_url(nano, converted, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "put_file", breaks)
     with pytest.raises(CheckpointError, match="quota"):
-        convert(nano, url)
+        convert(tiny, url)
     assert not [f for f in tmp_path.rglob("*") if f.is_file()]
     monkeypatch.setattr(module, "put_file", whole)
-    convert(nano, url)
+    convert(tiny, url)
     with pytest.raises(CheckpointError, match="has files already"):
-        convert(nano, url)
+        convert(tiny, url)
     assert inspect(url, verify=True)["verified"] == inspect(converted, verify=True)["verified"]
     export(url, tmp_path / "back")
-    assert same_bytes(state(tmp_path / "back"), state(nano))
+    assert same_bytes(state(tmp_path / "back"), state(tiny))
     (tmp_path / "bucket" / "model" / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match=r"has files, but no omni_jax\.json: a conversion may have ended there"):
-        convert(nano, url)
+        convert(tiny, url)
     with pytest.raises(CheckpointError, match=r"holds no omni_jax\.json"):
         inspect(url)
     with pytest.raises(CheckpointError, match="cannot be re"):
-        convert(nano, "nonsense://bucket/model")
+        convert(tiny, "nonsense://bucket/model")
 
 
 KILLED = """
@@ -478,7 +478,7 @@ print(size, peak("VmHWM") - start)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_what_is_in_flight(tmp_path):
     """With slices of 4 MiB and 16 in flight, one of 230 MB takes little more than TensorStore itself."""
-    cfg = C.preset("nano")
+    cfg = C.preset("tiny")
     text = dataclasses.replace(
         cfg.thinker.text, vocab_size=64000, hidden_size=512, intermediate_size=4096, num_hidden_layers=8
     )

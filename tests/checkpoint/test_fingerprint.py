@@ -19,16 +19,16 @@ from omni_jax.checkpoint.safetensors_io import INDEX, CheckpointError
 
 
 @pytest.fixture(scope="module")
-def nano(tmp_path_factory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("fingerprint") / "nano"
-    write_random(folder, C.preset("nano"), max_shard_bytes=2_000_000)
+def tiny(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("fingerprint") / "tiny"
+    write_random(folder, C.preset("tiny"), max_shard_bytes=2_000_000)
     return folder
 
 
 @pytest.fixture(scope="module")
-def converted(nano) -> pathlib.Path:
-    folder = nano.parent / "converted"
-    convert(nano, folder)
+def converted(tiny) -> pathlib.Path:
+    folder = tiny.parent / "converted"
+    convert(tiny, folder)
     return folder
 
 
@@ -41,13 +41,13 @@ def edit_json(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def test_every_copy_is_the_same_model(nano, converted, tmp_path):
-    want = fingerprint(nano)
+def test_every_copy_is_the_same_model(tiny, converted, tmp_path):
+    want = fingerprint(tiny)
     assert fingerprint(converted) == want
     export(converted, tmp_path / "back")
     assert fingerprint(tmp_path / "back") == want
     # Other shards, the names of transformers 5, other words about the origin.
-    other = copy(nano, tmp_path / "other")
+    other = copy(tiny, tmp_path / "other")
     tensors = {}
     for shard in sorted(other.glob("*.safetensors")):
         tensors |= safetensors.numpy.load_file(shard)
@@ -62,12 +62,12 @@ def test_every_copy_is_the_same_model(nano, converted, tmp_path):
     assert str(fingerprint(other)) == str(want)
 
 
-def test_another_model_is_told_apart_and_how(nano, tmp_path):
+def test_another_model_is_told_apart_and_how(tiny, tmp_path):
     """The headers of a fine-tuned model are those of its base."""
-    want = fingerprint(nano)
+    want = fingerprint(tiny)
 
     def differs(name, change):
-        twin = copy(nano, tmp_path / name)
+        twin = copy(tiny, tmp_path / name)
         change(twin)
         assert str(fingerprint(twin)) != str(want)
         return fingerprint(twin).differences(want)
@@ -95,11 +95,11 @@ def test_another_model_is_told_apart_and_how(nano, tmp_path):
     assert want.differences(want) == ()
 
 
-def test_converted_folders_with_other_values_are_other_models(nano, converted, tmp_path):
-    convert(nano, tmp_path / "wide", dtype="float32")  # holds every value
-    assert fingerprint(tmp_path / "wide") == fingerprint(nano)
+def test_converted_folders_with_other_values_are_other_models(tiny, converted, tmp_path):
+    convert(tiny, tmp_path / "wide", dtype="float32")  # holds every value
+    assert fingerprint(tmp_path / "wide") == fingerprint(tiny)
     convert(tmp_path / "wide", tmp_path / "narrow", dtype="bfloat16")
-    assert fingerprint(tmp_path / "narrow").differences(fingerprint(nano)) == ("weights",)
+    assert fingerprint(tmp_path / "narrow").differences(fingerprint(tiny)) == ("weights",)
     # One of an earlier version, which has the checksums alone.
     old = [copy(converted, tmp_path / f"old{i}") for i in range(2)]
     for folder in old:
@@ -112,10 +112,10 @@ def test_converted_folders_with_other_values_are_other_models(nano, converted, t
     assert fingerprint(old[0]).differences(fingerprint(old[1])) == ("weights",)
 
 
-def test_unsound_folders_are_one_line(nano, tmp_path):
+def test_unsound_folders_are_one_line(tiny, tmp_path):
     with pytest.raises(C.ConfigError, match=r"config\.json does not exist"):
         fingerprint(tmp_path / "none")
-    broken = copy(nano, tmp_path / "broken")
+    broken = copy(tiny, tmp_path / "broken")
     next(iter(sorted(broken.glob("*.safetensors")))).unlink()
     with pytest.raises(CheckpointError, match="lacks this shard"):
         fingerprint(broken)

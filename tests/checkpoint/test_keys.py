@@ -14,7 +14,7 @@ from omni_jax.model import parameters
 
 # sha256 over the sorted lines "name [shape]" of the published 3B checkpoint: 2,544 tensors.
 PUBLISHED_3B = "9c982c2392345bbe8be7a9eadc4cb5bbb17cfa4f456154d663e0d313830029c1"
-NAMES = {name: list(keys.tensor_shapes(C.preset(name))) for name in ("3b", "7b", "nano")}
+NAMES = {name: list(keys.tensor_shapes(C.preset(name))) for name in ("3b", "7b", "tiny")}
 
 
 def test_published_3b():
@@ -68,7 +68,7 @@ def test_oracle_state_dict_has_the_same_keys():
     from transformers import Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration
 
     for change in ({}, {"enc_res2net_scale": 4, "ff_mult": 3}):
-        cfg = C.preset("nano")
+        cfg = C.preset("tiny")
         dit = dataclasses.replace(cfg.token2wav.dit, **change)
         cfg = dataclasses.replace(cfg, token2wav=dataclasses.replace(cfg.token2wav, dit=dit))
         with torch.device("meta"):
@@ -130,7 +130,7 @@ def test_transformers5_spelling():
 
 
 def test_parts_and_tied_head():
-    cfg = C.preset("nano")
+    cfg = C.preset("tiny")
     alone = dataclasses.replace(cfg, talker=None, token2wav=None)
     assert {keys.part_of(n) for n in keys.tensor_shapes(alone)} == {"thinker"}
     text = dataclasses.replace(cfg.thinker.text, tie_word_embeddings=True)

@@ -344,7 +344,7 @@ print(json.dumps({"model": sum(leaves), "leaf": max(leaves), "peak": peak - resi
 def test_peak_memory_is_the_model(tmp_path):
     from omni_jax.checkpoint.publish import write_random
 
-    cfg = C.preset("nano")
+    cfg = C.preset("tiny")
     text = dataclasses.replace(cfg.thinker.text, vocab_size=32000, hidden_size=640, intermediate_size=4096)
     text = dataclasses.replace(text, num_hidden_layers=8)
     vision = dataclasses.replace(cfg.thinker.vision, out_hidden_size=640)

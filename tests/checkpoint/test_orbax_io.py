@@ -86,7 +86,7 @@ print(f"restored {len(want)}:", ", ".join(sorted({str(a.dtype) for a in want.val
 
 def test_stock_orbax_restores_it(tmp_path):
     published, converted = tmp_path / "published", tmp_path / "converted"
-    write_random(published, C.preset("nano"))  # bfloat16, and float32 in Token2Wav
+    write_random(published, C.preset("tiny"))  # bfloat16, and float32 in Token2Wav
     convert(published, converted)
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", STOCK, str(converted), str(published / "model.safetensors")]

@@ -45,7 +45,7 @@ def pack(method, q, zeros, scales, groups):
 
 
 def write(checkpoint, folder, method, *, shuffled=False):
-    """The nano checkpoint with the Thinker's projections in 4 bits, and what they stand for, by name: float64."""
+    """The tiny checkpoint with the Thinker's projections in 4 bits, and what they stand for, by name: float64."""
     rng, tensors, exact = np.random.default_rng(0), {}, {}
     for shard in sorted(checkpoint.glob("*.safetensors")):
         if shard.name.startswith("model"):

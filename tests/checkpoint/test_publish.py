@@ -36,17 +36,17 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def nano(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("publish") / "nano"
-    return folder, write_random(folder, C.preset("nano"), max_shard_bytes=2_000_000)
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("publish") / "tiny"
+    return folder, write_random(folder, C.preset("tiny"), max_shard_bytes=2_000_000)
 
 
 def digests(folder):
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
 
 
-def test_files(nano):
-    folder, cfg = nano
+def test_files(tiny):
+    folder, cfg = tiny
     assert C.load_config(folder) == cfg
     names = {f.name for f in folder.iterdir()}
     assert {
@@ -60,23 +60,23 @@ def test_files(nano):
         assert tensor.dtype == (np.float32 if name.startswith("token2wav") else ml_dtypes.bfloat16)
 
 
-def test_same_arguments_same_bytes(nano, tmp_path):
-    folder, _ = nano
-    write_random(tmp_path / "again", C.preset("nano"), max_shard_bytes=2_000_000)
+def test_same_arguments_same_bytes(tiny, tmp_path):
+    folder, _ = tiny
+    write_random(tmp_path / "again", C.preset("tiny"), max_shard_bytes=2_000_000)
     assert digests(tmp_path / "again") == digests(folder)
-    write_random(tmp_path / "other", C.preset("nano"), max_shard_bytes=2_000_000, seed=1)
+    write_random(tmp_path / "other", C.preset("tiny"), max_shard_bytes=2_000_000, seed=1)
     mine, other = digests(folder), digests(tmp_path / "other")
     weights = {n for n in mine if n.endswith(".safetensors")}
     assert {n for n in mine if mine[n] != other[n]} == weights | {"spk_dict.pt"}
 
 
-def test_whole_or_absent(tmp_path, nano, monkeypatch):
+def test_whole_or_absent(tmp_path, tiny, monkeypatch):
     from omni_jax.checkpoint import publish
 
     with pytest.raises(CheckpointError, match="exists already"):
-        write_random(nano[0], C.preset("nano"))
+        write_random(tiny[0], C.preset("tiny"))
     with pytest.raises(CheckpointError, match="dtype 'int8'"):
-        write_random(tmp_path / "x", C.preset("nano"), dtype="int8")
+        write_random(tmp_path / "x", C.preset("tiny"), dtype="int8")
 
     def full_disk(name, *args):
         if "talker" in name:
@@ -86,12 +86,12 @@ def test_whole_or_absent(tmp_path, nano, monkeypatch):
     random_blocks = publish.random_blocks
     monkeypatch.setattr(publish, "random_blocks", full_disk)
     with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):
-        write_random(tmp_path / "x", C.preset("nano"))
+        write_random(tmp_path / "x", C.preset("tiny"))
     assert not list(tmp_path.iterdir())
 
 
-def test_transformers_loads_the_whole_model(nano):
-    folder, cfg = nano
+def test_transformers_loads_the_whole_model(tiny):
+    folder, cfg = tiny
     model = Qwen2_5OmniForConditionalGeneration.from_pretrained(folder)
     _, info = PreTrainedModel.from_pretrained.__func__(
         Qwen2_5OmniForConditionalGeneration, folder, output_loading_info=True
@@ -115,14 +115,14 @@ def test_transformers_loads_the_whole_model(nano):
         assert mine.std() > 0 or name == "token2wav.code2wav_bigvgan_model.conv_post.weight" or mine.size == 1
 
 
-def test_transformers_loads_the_thinker(nano):
-    _, info = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(nano[0], output_loading_info=True)
+def test_transformers_loads_the_thinker(tiny):
+    _, info = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(tiny[0], output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
 
 
-def test_tokenizer_is_the_same_everywhere(nano):
-    folder, cfg = nano
+def test_tokenizer_is_the_same_everywhere(tiny):
+    folder, cfg = tiny
     ours = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     for fast in (True, False):
         theirs = AutoTokenizer.from_pretrained(folder, use_fast=fast)
@@ -137,7 +137,7 @@ def test_tokenizer_is_the_same_everywhere(nano):
     assert ours.decode(ours.encode(TEXTS[1]).ids) == TEXTS[1]
 
 
-@pytest.mark.parametrize("preset", ["nano", "3b", "7b"])
+@pytest.mark.parametrize("preset", ["tiny", "3b", "7b"])
 def test_special_tokens_fit_the_configuration(preset):
     before = C.preset(preset)
     cfg, files = tokenizer_files.make_files(before)
@@ -158,21 +158,21 @@ def test_special_tokens_fit_the_configuration(preset):
     nameless += voices.values()
     assert len(set(nameless)) == 5
     assert all(tokenizer.id_to_token(i) is None and i < size for i in nameless)
-    if preset != "nano":  # the published ids, so the published configuration
+    if preset != "tiny":  # the published ids, so the published configuration
         kept = dataclasses.replace(t, eos_token_id=(), pad_token_id=None)
         assert dataclasses.replace(cfg, thinker=kept) == before
         assert voices == {"Chelsie": 151872, "Ethan": 151870}
 
 
 def test_a_vocabulary_that_is_too_small():
-    cfg = C.preset("nano")
+    cfg = C.preset("tiny")
     text = dataclasses.replace(cfg.thinker.text, vocab_size=300)
     with pytest.raises(C.ConfigError, match=r"300 is too small .* needs 310"):
         tokenizer_files.make_files(dataclasses.replace(cfg, thinker=dataclasses.replace(cfg.thinker, text=text)))
 
 
-def test_processor_files(nano):
-    folder, cfg = nano
+def test_processor_files(tiny):
+    folder, cfg = tiny
     image = Qwen2VLImageProcessor.from_pretrained(folder)
     assert (image.min_pixels, image.max_pixels, image.patch_size, image.merge_size) == (3136, 12845056, 14, 2)
     assert image.image_mean == Qwen2VLImageProcessor().image_mean
@@ -183,9 +183,9 @@ def test_processor_files(nano):
     assert GenerationConfig.from_pretrained(folder).eos_token_id[0] == cfg.thinker.eos_token_id[0]
 
 
-def test_chat_template(nano):
-    tokenizer = AutoTokenizer.from_pretrained(nano[0])
-    stored = json.loads((nano[0] / "chat_template.json").read_text())["chat_template"]
+def test_chat_template(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny[0])
+    stored = json.loads((tiny[0] / "chat_template.json").read_text())["chat_template"]
     assert tokenizer.chat_template == stored
     items = [{"type": "image", "image": "a"}, {"type": "audio", "audio": "b"}, {"type": "text", "text": "Hi"}]
     prompt = tokenizer.apply_chat_template(
@@ -199,9 +199,9 @@ def test_chat_template(nano):
     )
 
 
-def test_signals_keep_their_size(nano):
+def test_signals_keep_their_size(tiny):
     """The deviations follow the fan-in, so that no part of the random model saturates or fades."""
-    folder, cfg = nano
+    folder, cfg = tiny
     params = load_params(folder, cfg, parts=("thinker", "talker", "token2wav"), dtype=np.float32, unroll=False)
     head = np.asarray(params["thinker"]["lm_head"]["weight"])
     assert 2.8 < head.std() * np.sqrt(head.shape[1]) < 3.2
@@ -216,9 +216,9 @@ def test_signals_keep_their_size(nano):
     np.testing.assert_allclose(inv_freq, 10000.0 ** -(np.arange(0, 16, 2) / 16), rtol=4e-3)
 
 
-def test_no_code_without_an_embedding_is_likely(nano):
+def test_no_code_without_an_embedding_is_likely(tiny):
     """The rows of the Talker's head that Token2Wav could not speak are silent, but for those that end the speech."""
-    folder, cfg = nano
+    folder, cfg = tiny
     head = np.asarray(load_params(folder, cfg, parts=("talker",), unroll=False)["talker"]["codec_head"]["weight"])
     mute = np.flatnonzero(~head.any(axis=1))
     ends = {cfg.talker.tts_codec_pad_token_id, cfg.talker.tts_codec_end_token_id}

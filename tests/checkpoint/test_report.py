@@ -49,7 +49,7 @@ def test_both_kinds(checkpoint, converted):
 
 
 def test_defaults_are_marked():
-    raw = C.to_dict(C.preset("nano"))
+    raw = C.to_dict(C.preset("tiny"))
     assert C.absent_fields(raw) == {"thinker.eos_token_id", "thinker.pad_token_id"}
     del raw["thinker_config"]["text_config"]["rope_theta"], raw["thinker_config"]["vision_config"]
     del raw["talker_config"]["rope_scaling"], raw["token2wav_config"]["dit_config"]["mel_dim"]
@@ -60,7 +60,7 @@ def test_defaults_are_marked():
         "talker.decoder.mrope_section", "token2wav.dit.mel_dim", "thinker.audio.d_model",
     } <= marked  # fmt: skip
     assert not {"thinker.text.hidden_size", "talker.decoder.rope_theta", "thinker.audio_token_id"} & marked
-    alone = C.to_dict(C.preset("nano"))["thinker_config"]
+    alone = C.to_dict(C.preset("tiny"))["thinker_config"]
     assert C.absent_fields(alone) == {"thinker.eos_token_id", "thinker.pad_token_id"}
 
 
@@ -93,7 +93,7 @@ def changed(raw, path, value):
 
 def test_odd_values_anywhere_in_the_configuration():
     """Each of them is one line, or a table of tensors that can be listed."""
-    raw = C.to_dict(C.preset("nano"))
+    raw = C.to_dict(C.preset("tiny"))
     lines, tries = [], 0
     for path in places(raw):
         for value in ODD:
@@ -114,7 +114,7 @@ def test_odd_values_anywhere_in_the_configuration():
 def test_fuzzed_folders_are_one_line_or_sound(tmp_path):
     """Headers, index, configuration and voices of a whole folder, through all that `inspect` does."""
     rng = random.Random(0)
-    write_random(tmp_path / "m", C.preset("nano"), max_shard_bytes=1_000_000)
+    write_random(tmp_path / "m", C.preset("tiny"), max_shard_bytes=1_000_000)
     folder = tmp_path / "m"
     shards = sorted(folder.glob("*.safetensors"))
     whole = [folder / "model.safetensors.index.json", folder / "config.json", folder / "spk_dict.pt"]

@@ -24,7 +24,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The few answers of the hub that a download of one model needs. `server.folder` holds the model org/nano."""
+    """The few answers of the hub that a download of one model needs. `server.folder` holds the model org/tiny."""
 
     protocol_version = "HTTP/1.1"
 
@@ -45,13 +45,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         path, server = self.path.split("?")[0], self.server
         files = {f.name: f for f in server.folder.iterdir()}
-        if re.fullmatch(r"/api/models/org/nano(/revision/main)?", path):
+        if re.fullmatch(r"/api/models/org/tiny(/revision/main)?", path):
             # The index names more than is wanted: what is not asked for must not be fetched.
             names = [*files, "evil.pt", "training_args.bin", "pytorch_model.bin"]
-            info = {"id": "org/nano", "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
+            info = {"id": "org/tiny", "sha": COMMIT, "siblings": [{"rfilename": n} for n in names]}
             self.answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
             return
-        match = re.fullmatch(rf"/org/nano/resolve/(?:main|{COMMIT})/(.+)", path)
+        match = re.fullmatch(rf"/org/tiny/resolve/(?:main|{COMMIT})/(.+)", path)
         if match is None or match[1] not in files:
             server.refused.append(path)
             self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound" if match else "RepoNotFound"})
@@ -128,18 +128,18 @@ def test_convert_by_hub_id(hub, checkpoint, tmp_path):
         process.kill()
 
     hub.troubles[:] = [kill, lambda: None]
-    process = start(hub, tmp_path, "convert", "org/nano", tmp_path / "c", "--json")
+    process = start(hub, tmp_path, "convert", "org/tiny", tmp_path / "c", "--json")
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not hub.ranges
     assert not (tmp_path / "c").exists()
-    done = command(hub, tmp_path, "convert", "org/nano", tmp_path / "c", "--json")
+    done = command(hub, tmp_path, "convert", "org/tiny", tmp_path / "c", "--json")
     assert not hub.troubles
     if done.returncode:  # the library may give up at a broken connection: then the next run goes on
         assert done.returncode == 2
         assert done.stderr.count("omni-jax: ") == 1
         assert not (tmp_path / "c").exists()
-        done = command(hub, tmp_path, "convert", "org/nano", tmp_path / "c", "--json")
+        done = command(hub, tmp_path, "convert", "org/tiny", tmp_path / "c", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["path"] == str(tmp_path / "c")
     # What had come was not fetched again: neither by the next process, nor after the broken connection.
@@ -150,13 +150,13 @@ def test_convert_by_hub_id(hub, checkpoint, tmp_path):
     export(tmp_path / "c", tmp_path / "e")
     assert same_bytes(state(tmp_path / "e"), state(checkpoint))
     # In the hub's cache each file bears its SHA-256 as its name.
-    seen = command(hub, tmp_path, "inspect", "org/nano", "--verify", "--json")
+    seen = command(hub, tmp_path, "inspect", "org/tiny", "--verify", "--json")
     assert json.loads(seen.stdout)["verified"]["checksums"] == "SHA-256"
     blob = next(f for f in (tmp_path / "home").rglob("blobs/*") if f.stat().st_size > 1_000_000)
     data = bytearray(blob.read_bytes())
     data[-1] ^= 1
     blob.write_bytes(data)
-    spoilt = command(hub, tmp_path, "inspect", "org/nano", "--verify")
+    spoilt = command(hub, tmp_path, "inspect", "org/tiny", "--verify")
     assert spoilt.returncode == 2
     assert "has not the SHA-256 that the hub gave for it" in spoilt.stderr
 
@@ -174,10 +174,10 @@ def test_a_model_that_is_not_there(hub, tmp_path):
 
 
 def test_a_folder_goes_before_the_hub(tmp_path, monkeypatch):
-    (tmp_path / "org" / "nano").mkdir(parents=True)
+    (tmp_path / "org" / "tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with local_files("org/nano") as (folder, url):
-        assert (folder.resolve(), url) == (tmp_path / "org" / "nano", None)
+    with local_files("org/tiny") as (folder, url):
+        assert (folder.resolve(), url) == (tmp_path / "org" / "tiny", None)
     with local_files("out/3b/more") as (folder, _):  # no hub id: nothing is asked
         assert not folder.exists()
 
@@ -194,11 +194,11 @@ def test_what_cannot_be_read_is_refused_before_weights_are_fetched(hub, checkpoi
     )
     if config is not None:
         (hub.folder / "config.json").write_text(json.dumps(raw))
-    done = command(hub, tmp_path, "convert", "org/nano", tmp_path / "c")
+    done = command(hub, tmp_path, "convert", "org/tiny", tmp_path / "c")
     said = {
         "quantised": "of bitsandbytes, which only that library reads; GPTQ and AWQ of 4 bits are read: give",
         "another": "model_type 'llama' is not Qwen2.5-Omni",
-        None: "org/nano holds GGUF files, of llama.cpp; give a checkpoint in the published layout",
+        None: "org/tiny holds GGUF files, of llama.cpp; give a checkpoint in the published layout",
     }[config]
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr

@@ -82,5 +82,5 @@ def test_shown_commands_run(page, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
     if page == "README.md":
         assert (tmp_path / "out" / "answer.wav").stat().st_size > 1000
-        published, original = tmp_path / "out" / "nano-published", tmp_path / "out" / "nano"
+        published, original = tmp_path / "out" / "tiny-published", tmp_path / "out" / "tiny"
         assert all(p.read_bytes() == (published / p.name).read_bytes() for p in original.iterdir())

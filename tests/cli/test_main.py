@@ -169,7 +169,7 @@ def test_a_checkpoint_lacking_a_shard(command, checkpoint, tmp_path):
     from omni_jax.checkpoint.publish import write_random
 
     broken = tmp_path / "broken"
-    write_random(broken, C.preset("nano"), max_shard_bytes=2_000_000)
+    write_random(broken, C.preset("tiny"), max_shard_bytes=2_000_000)
     shard = sorted(broken.glob("model-*.safetensors"))[1]
     shard.unlink()
     code, out, err = command("--text", "hi", model=broken)

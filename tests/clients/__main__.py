@@ -81,7 +81,7 @@ def install(name: str, client: Client, keep: pathlib.Path) -> list[str]:
 def serving() -> Iterator[str]:
     """The URL of a server over small random weights, which asks for KEY."""
     with tempfile.TemporaryDirectory() as folder:
-        write_random(folder, C.preset("nano"), seed=1, dtype="float32")
+        write_random(folder, C.preset("tiny"), seed=1, dtype="float32")
         model = load(folder, parts=PARTS, dtype="float32")
     driver = model.driver(2, capacity=2048, sizes=SIZES, max_codes=SPOKEN.max_codes)
     options = ServeOptions(port=0, reconnect_seconds=0, api_key=(KEY,))

@@ -86,7 +86,7 @@ def test_a_step_on_eight_chips(pod):
 
 @needs_compiler
 def test_the_command_prints_json_or_markdown(monkeypatch, capsys):
-    line = ["omni-jax", "aot", "--preset", "nano", "--topology", "v5e:1x1", "--only", "talker 1"]
+    line = ["omni-jax", "aot", "--preset", "tiny", "--topology", "v5e:1x1", "--only", "talker 1"]
     monkeypatch.setattr(sys, "argv", [*line, "--json"])
     main.main()
     out, _ = capsys.readouterr()
@@ -109,7 +109,7 @@ def test_the_command_prints_json_or_markdown(monkeypatch, capsys):
     assert set(program) == fields | {"ratio"}
     text = aot.tables(result)
     assert f"| talker decode | {program['what']} |" in text
-    assert text.startswith("**nano on v5e:1x1** (one chip)")
+    assert text.startswith("**tiny on v5e:1x1** (one chip)")
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_an_h100():
 
 def test_the_loader_and_the_programs_hold_layers_alike():
     """On CPU as on a GPU the layers are apart, whole and in order."""
-    cfg = truncate_layers(C.preset("nano"), 3)
+    cfg = truncate_layers(C.preset("tiny"), 3)
     placement = meshes.place(cfg, "1", devices=jax.devices()[:1])
     tree = programs.weights(cfg, placement, "thinker", jnp.bfloat16)
     stacked = param_specs(cfg, ("thinker",))["thinker"]

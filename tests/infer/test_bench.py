@@ -1,4 +1,4 @@
-"""The benchmark's parts at the nano size: both sides get the same weights, and the table says what was run."""
+"""The benchmark's parts at the tiny size: both sides get the same weights, and the table says what was run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from omni_jax.model.layers import unstack
 def test_both_sides_share_their_weights():
     import torch
 
-    weights = reference.SharedWeights(C.preset("nano"), "thinker.visual.")
+    weights = reference.SharedWeights(C.preset("tiny"), "thinker.visual.")
     tree, state = weights.tree(), weights.state_dict(torch)
     assert isinstance(tree["blocks"], tuple)
     ours = tree["blocks"][2]["mlp"]["down_proj"]["weight"]
@@ -29,7 +29,7 @@ def test_both_sides_share_their_weights():
 
 
 def test_every_stage_runs(capsys):
-    text.main((*text.STAGES, "talker", "dit", "vocoder"), "nano", 1, 2, as_json=True)
+    text.main((*text.STAGES, "talker", "dit", "vocoder"), "tiny", 1, 2, as_json=True)
     out = json.loads(capsys.readouterr().out)
     assert [r["stage"] for r in out["rows"]] == [
         "decode", "prefill", "audio", "vision", "talker", "dit", "dit", "vocoder",
@@ -37,10 +37,10 @@ def test_every_stage_runs(capsys):
     for row in out["rows"]:
         assert row["ratio"] == pytest.approx(row["torch_s"] / row["jax_s"])
         assert row["jax_s"] > 0
-    table = text.markdown(out["rows"], "nano")
+    table = text.markdown(out["rows"], "tiny")
     assert table.count("\n| ") == 9
     with pytest.raises(InputError, match="decode, prefill, audio, vision"):
-        text.run(["decode", "singer"], preset="nano")
+        text.run(["decode", "singer"], preset="tiny")
 
 
 def test_weights_and_cache(model):
@@ -69,12 +69,12 @@ def test_cut_stacks_keep_their_widths():
 
 
 def test_footprint_of_speech(monkeypatch, capsys):
-    """Nano shapes, both sides in processes of their own."""
+    """Tiny shapes, both sides in processes of their own."""
     monkeypatch.setattr(footprint, "SPEECH_SECONDS", (1, 2))
     monkeypatch.setattr(footprint, "PEAK_SECONDS", 1)
-    footprint.main(None, "nano", None, ["speech"], as_json=True)
+    footprint.main(None, "tiny", None, ["speech"], as_json=True)
     found = json.loads(capsys.readouterr().out)["speech"]
     assert found["growth"] == found["evaluation_long_s"] / found["evaluation_short_s"]
     assert min(found["peak_ours_bytes"], found["peak_reference_bytes"]) > 100 << 20
     with pytest.raises(InputError, match="--model"):
-        footprint.main(None, "nano", None, ["generate"], as_json=True)
+        footprint.main(None, "tiny", None, ["generate"], as_json=True)

@@ -39,10 +39,10 @@ def small(monkeypatch):
 def test_programs_beside_what_is_counted(monkeypatch, capsys):
     monkeypatch.setattr(chip, "chip_of", lambda kind: "h100")
     programs = ("decode", "prefill", "towers", "talker", "dit", "vocoder")
-    sizes = ("--preset", "nano", "--layers", "1", "--batches", "2", "--pairs", "1")
+    sizes = ("--preset", "tiny", "--layers", "1", "--batches", "2", "--pairs", "1")
     _, out, _ = run(monkeypatch, capsys, "bench", "chip", *sizes, "--programs", *programs, "--json")
     found = json.loads(out)
-    assert found["preset"] == "nano"
+    assert found["preset"] == "tiny"
     rows = found["rows"]
     assert [(r["program"], r["what"]) for r in rows] == [
         ("decode", "a step of 32, 2 × 1024 slots"), ("decode", "a step of 4, 2 × 1024 slots"),
@@ -102,7 +102,7 @@ def test_a_line_of_an_unknown_device():
 def test_weights_have_the_shapes_of_a_checkpoint():
     import jax
 
-    cfg = C.preset("nano")
+    cfg = C.preset("tiny")
     specs = jax.tree.map(lambda s: tuple(s.shape), param_specs(cfg))
     made = random_params(cfg, "float32", unroll=False)
     assert jax.tree.map(lambda a: a.shape, made) == specs
@@ -127,4 +127,4 @@ def test_what_makes_no_sense_is_refused(arguments, line, capsys, monkeypatch):
 
 def test_an_unknown_program():
     with pytest.raises(InputError, match="known are decode"):
-        next(chip.run("nano", ["singer"]))
+        next(chip.run("tiny", ["singer"]))

@@ -36,7 +36,7 @@ HELLO = [{"role": "user", "content": "Hello there"}]
 
 
 def other_size() -> C.OmniConfig:
-    """A Thinker between nano and 3B whose sizes no coefficient was fitted to."""
+    """A Thinker between tiny and 3B whose sizes no coefficient was fitted to."""
     cfg = C.preset("3b")
     text = dataclasses.replace(
         cfg.thinker.text, hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_hidden_layers=28
@@ -67,7 +67,7 @@ def test_the_sum_is_the_compilers(row, config):
 @needs_compiler
 @pytest.mark.parametrize(("topology", "mesh"), [("v5e:1x1", "1"), ("v5e:2x4", "2x4"), ("v5e:2x4", "fsdp=2,tensor=4")])
 def test_weights_and_caches_are_exact(topology, mesh):
-    cfg = C.preset("nano")
+    cfg = C.preset("tiny")
     place = meshes.place(cfg, mesh, devices=programs.topology(topology))
     sizes = dict(place.thinker.shape)
 
@@ -93,9 +93,9 @@ def test_weights_and_caches_are_exact(topology, mesh):
 
 def test_the_fit_finds_the_coefficients_that_made_the_figures(monkeypatch):
     """The least squares themselves: figures made of known coefficients give these back."""
-    cfg = C.preset("nano")
+    cfg = C.preset("tiny")
     uses = {
-        plan_fit.Case("audio", "nano", "none", "", (n,)): memory_model.audio(cfg, memory_model.ONE_CHIP, n, 2)
+        plan_fit.Case("audio", "tiny", "none", "", (n,)): memory_model.audio(cfg, memory_model.ONE_CHIP, n, 2)
         for n in (1, 4, 8, 32)
     }
     exact = {case: use.own - use.working for case, use in uses.items()}
@@ -146,7 +146,7 @@ def test_a_sound_costs_what_the_processor_gives_it(model, seconds):
 
 
 def test_the_calls_are_the_towers_own():
-    cfg = C.preset("nano").thinker
+    cfg = C.preset("tiny").thinker
     grids = [(1, 32, 32), (5, 20, 30), (3, 32, 32), (1, 8, 60)]
     pictures = [(np.zeros((math.prod(g), cfg.vision.patch_dim), np.float32), g) for g in grids]
     mels = [np.zeros((n, cfg.audio.num_mel_bins), np.float32) for n in (1003, 3, 202, 401)]
@@ -264,7 +264,7 @@ def test_what_does_not_fit_exits_with_1(monkeypatch, capsys):
 )
 def test_bad_input_is_one_line(monkeypatch, capsys, arguments, message):
     code, out, err = run(
-        monkeypatch, capsys, "plan", *(() if "--model" in arguments else ("--model", "nano")), *arguments
+        monkeypatch, capsys, "plan", *(() if "--model" in arguments else ("--model", "tiny")), *arguments
     )
     assert (code, out) == (2, "")
     assert err.count("\n") == 1

@@ -131,7 +131,7 @@ def test_rows_one_by_one_are_the_same(monkeypatch):
 @needs_compiler
 def test_on_a_mesh_each_chip_has_its_rows():
     """Four rows on four chips: nothing is said between them but the result."""
-    cfg = C.preset("nano")
+    cfg = C.preset("tiny")
     short = dataclasses.replace(cfg.token2wav.bigvgan, upsample_rates=(5, 3), upsample_kernel_sizes=(11, 7))
     cfg = dataclasses.replace(cfg, token2wav=dataclasses.replace(cfg.token2wav, bigvgan=short))
     place = meshes.place(cfg, "data=4", devices=programs.topology("v5e:2x2"))

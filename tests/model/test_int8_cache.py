@@ -90,7 +90,7 @@ def test_dead_slots_are_not_read():
 @pytest.mark.parametrize("unroll", [True, False], ids=["loop", "scan"])
 def test_a_prompt_may_be_read_in_pieces(unroll):
     """What is attended to is what the cache holds: so pieces make no difference, the first one neither."""
-    cfg = truncate_layers(C.preset("nano"), 2).thinker
+    cfg = truncate_layers(C.preset("tiny"), 2).thinker
     params = jax.jit(lambda key: thinker.init(cfg, key)["model"])(jax.random.key(0))
     params = params | {"layers": layers.unstack(params["layers"])} if unroll else params
     ids = np.arange(20, dtype=np.int32)[None] * 3

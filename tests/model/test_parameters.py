@@ -13,7 +13,7 @@ from omni_jax.model import audio, declare, parameters, talker, thinker, token2wa
 from omni_jax.model.declare import ParamSpec
 from omni_jax.parallel.sharding import check_names
 
-CONFIGS = {name: C.preset(name) for name in ("3b", "7b", "nano")}
+CONFIGS = {name: C.preset(name) for name in ("3b", "7b", "tiny")}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -42,7 +42,7 @@ def test_every_published_tensor_has_its_place(name):
 
 
 def test_what_is_initialised_is_what_is_declared():
-    cfg = CONFIGS["nano"]
+    cfg = CONFIGS["tiny"]
     made = {
         "thinker": jax.eval_shape(lambda key: thinker.init(cfg.thinker, key), jax.random.key(0)),
         "talker": jax.eval_shape(lambda key: talker.init(cfg.talker, key), jax.random.key(0)),
@@ -53,7 +53,7 @@ def test_what_is_initialised_is_what_is_declared():
 
 def test_modules_declare_what_is_declared_for_them():
     """`Module.init` and `parameters` give one tree, but for the table that is only carried."""
-    cfg, key = CONFIGS["nano"].thinker, jax.random.key(0)
+    cfg, key = CONFIGS["tiny"].thinker, jax.random.key(0)
     shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)  # noqa: E731
     made = jax.eval_shape(vision.VisionTower(cfg.vision).init, key, *vision.vision_shapes(cfg.vision, 1, 1))
     assert shapes(made["params"]) == shapes(parameters.vision(cfg.vision))
@@ -64,7 +64,7 @@ def test_modules_declare_what_is_declared_for_them():
 
 
 def test_initial_values():
-    key, rotary = jax.random.key(0), parameters.dit(CONFIGS["nano"].token2wav.dit)["rotary_embed"]
+    key, rotary = jax.random.key(0), parameters.dit(CONFIGS["tiny"].token2wav.dit)["rotary_embed"]
     made = declare.init(declare.stacked(declare.dense(64, 128), 3), key)
     assert made["weight"].shape == (3, 64, 128)
     assert float(made["weight"].std()) == pytest.approx(declare.INIT_STDDEV, rel=0.05)
@@ -79,7 +79,7 @@ def test_initial_values():
 
 def test_matrices_that_are_multiplied_by():
     """What LoRA may adapt and int8 may quantize: no table, no convolution, no vector."""
-    specs = {".".join(path): spec for path, spec in declare.walk(parameters.param_specs(CONFIGS["nano"]))}
+    specs = {".".join(path): spec for path, spec in declare.walk(parameters.param_specs(CONFIGS["tiny"]))}
     found = {name for name, spec in specs.items() if spec.matmul}
     assert all(name.endswith(".weight") and specs[name].axes[-2:] != (None, "table") for name in found)
     multiplied = (

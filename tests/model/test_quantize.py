@@ -58,7 +58,7 @@ def test_a_product_is_that_of_the_dequantized_weight(rows, dtype, cpu):
 
 def test_modes_cover_what_they_say():
     assert set(parameters.QUANTIZED) == set(get_args(Quantize))
-    specs = parameters.param_specs(C.preset("nano"))
+    specs = parameters.param_specs(C.preset("tiny"))
 
     def covered(mode):
         return {p for p, s in declare.walk(specs) if parameters.is_quantized(p, s, mode)}
@@ -77,7 +77,7 @@ def test_modes_cover_what_they_say():
 
 @pytest.mark.parametrize("mode", get_args(Quantize))
 def test_specs_keep_shapes_and_axes(mode):
-    specs = parameters.param_specs(C.preset("nano"))
+    specs = parameters.param_specs(C.preset("tiny"))
     loaded, count = quantized_specs(specs, mode), 0
     for path, spec in declare.walk(specs):
         node = loaded
@@ -97,7 +97,7 @@ def test_specs_keep_shapes_and_axes(mode):
 @pytest.mark.parametrize("unroll", [True, False], ids=["loop", "scan"])
 def test_a_decoder_with_int8_weights(unroll):
     """Its hidden states are those of the dequantized weights, and near those of the originals."""
-    cfg = truncate_layers(C.preset("nano"), 1).thinker
+    cfg = truncate_layers(C.preset("tiny"), 1).thinker
     params = jax.jit(lambda key: thinker.init(cfg, key)["model"])(jax.random.key(0))
     specs = quantized_specs(parameters.thinker(cfg), "int8", ("thinker",))["model"]
     ids = np.arange(12, dtype=np.int32)[None]

@@ -312,7 +312,7 @@ def test_commands_say_so_in_one_line(monkeypatch, capsys, checkpoint, tmp_path, 
         "speech": (*model, "--text", "Hi", "--mesh", "1", "--speech-mesh", mesh, "--speech", tmp_path / "x.wav"),
         "vocode": (*model, "--codes", tmp_path / "codes.json", tmp_path / "x.wav", "--mesh", mesh),
         "batch": (tmp_path / "in.jsonl", tmp_path / "out.jsonl", *model, "--mesh", mesh),
-        "bench": ("--preset", "nano", "--stages", "decode", "--mesh", mesh),
+        "bench": ("--preset", "tiny", "--stages", "decode", "--mesh", mesh),
     }[command]
     code, out, err = run("generate" if command == "speech" else command, monkeypatch, capsys, arguments)
     assert (code, out, err.count("\n")) == (2, "", 1), err

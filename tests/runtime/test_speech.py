@@ -55,7 +55,7 @@ def run(monkeypatch, capsys, *args: object) -> tuple[int, str, str]:
 @pytest.fixture(scope="module")
 def textual(tmp_path_factory):
     """A checkpoint without Talker."""
-    path = tmp_path_factory.mktemp("textual") / "nano"
+    path = tmp_path_factory.mktemp("textual") / "tiny"
     write_random(path, dataclasses.replace(tiny.shallow_config(), talker=None, token2wav=None), dtype="float32")
     return path
 

@@ -13,9 +13,9 @@ from omni_jax.checkpoint.publish import write_random
 
 @pytest.fixture(scope="session")
 def short_checkpoint(tmp_path_factory) -> pathlib.Path:
-    """All parts of a nano checkpoint, each with the fewest layers, for tests of the loop and not of the model: it
+    """All parts of a tiny checkpoint, each with the fewest layers, for tests of the loop and not of the model: it
     compiles in a fraction of the time. The tests of the losses hold the whole of it to the oracle."""
-    cfg = C.preset("nano")
+    cfg = C.preset("tiny")
     assert cfg.talker is not None
     assert cfg.token2wav is not None
     stages = {
@@ -32,6 +32,6 @@ def short_checkpoint(tmp_path_factory) -> pathlib.Path:
     dit = dataclasses.replace(cfg.token2wav.dit, num_hidden_layers=1, look_ahead_layers=(0,), look_backward_layers=(0,))
     sound = C.Token2WavConfig(dit, dataclasses.replace(cfg.token2wav.bigvgan, **stages))
     short = C.OmniConfig(thinker, dataclasses.replace(cfg.talker, decoder=decoder), sound)
-    folder = tmp_path_factory.mktemp("short") / "nano"
+    folder = tmp_path_factory.mktemp("short") / "tiny"
     write_random(folder, short, seed=1, dtype="float32")
     return folder

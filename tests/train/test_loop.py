@@ -219,7 +219,7 @@ def _as_documented(folder):
         (folder / name).write_text(block)
     (folder / "docs").symlink_to(ROOT / "docs")
     (folder / "out").mkdir()
-    (init,) = re.findall(r"^    omni-jax (init out/nano.*)$", text, re.MULTILINE)
+    (init,) = re.findall(r"^    omni-jax (init out/tiny.*)$", text, re.MULTILINE)
     (commands,) = re.findall(r"\nThen\n\n((?:    omni-jax .*\n)+)", text)
     return [init.split(), *(shlex.split(line)[1:] for line in commands.splitlines())]
 

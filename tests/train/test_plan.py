@@ -18,7 +18,7 @@ def test_the_command_prints_a_plan(checkpoint, tmp_path, monkeypatch, capsys):
     file = tmp_path / "run.py"
     file.write_text(
         "from omni_jax.train.config import *\ndef get_config():\n"
-        "    return Run('nano', 'o', Data('x.jsonl', sequence=4096), "
+        "    return Run('tiny', 'o', Data('x.jsonl', sequence=4096), "
         "{'thinker.model': 1e-5}, mesh='fsdp=4')\n"
     )
     monkeypatch.setattr(sys, "argv", ["omni-jax", "finetune", "--config", str(file), "--plan", "v5e:2x2"])

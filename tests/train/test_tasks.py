@@ -36,7 +36,7 @@ def short_checkpoint(tmp_path_factory):
         "resblock_kernel_sizes": (3,), "resblock_dilation_sizes": ((3,),),
     }  # fmt: skip
     sound = dataclasses.replace(cfg.token2wav, bigvgan=dataclasses.replace(cfg.token2wav.bigvgan, **stages))
-    folder = tmp_path_factory.mktemp("short") / "nano"
+    folder = tmp_path_factory.mktemp("short") / "tiny"
     write_random(folder, dataclasses.replace(cfg, token2wav=sound), seed=1, dtype="float32")
     return folder
 

@@ -22,7 +22,7 @@ from omni_jax.runtime.turn import Request
 from omni_jax.settings import GenerationSettings, MediaSettings, SpeechSettings
 from tests.compile_counter import count_compiles
 
-NAME = "nano"
+NAME = "tiny"
 SPOKEN = SpeechSettings(
     temperature=0.0, max_codes=26, ode_steps=2, ode_solver="euler", watchdog=None, mode="windowed"
 )  # fmt: skip

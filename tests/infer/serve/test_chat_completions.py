@@ -156,7 +156,7 @@ def test_streamed_speech(client, replica):
 @pytest.mark.parametrize(
     ("body", "status", "param", "named"),
     [
-        ({"model": "gpt-9"}, 404, "model", "served are nano"),
+        ({"model": "gpt-9"}, 404, "model", "served are tiny"),
         ({"messages": []}, 400, "messages", "empty"),
         ({"messages": "x"}, 400, "messages", "list"),
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages", "robot"),

@@ -24,7 +24,7 @@ def medium(kind, value):
 
 # Field → values that cannot be; the error names the field, or one within it.
 CHAT = {
-    "model": ["gpt", 3, [], {}, "../nano", "NANO", ""],
+    "model": ["gpt", 3, [], {}, "../tiny", "TINY", ""],
     "messages": [
         3, "x", {}, [], [3], [None], ["x"], [{}], [[]], [{"role": "user"}], [{"content": "x"}],
         [{"role": 3, "content": "x"}], [{"role": [], "content": "x"}], [{"role": "robot", "content": "x"}],
