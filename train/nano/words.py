@@ -55,6 +55,8 @@ SMALL = (
 VOCABULARY = tuple(dict.fromkeys(
     (*SMALL, *COLOURS, *SHAPES, *NUMBERS, *DIRECTIONS, *THINGS, *PEOPLE, *PLACES, *VERBS, *ADJECTIVES, *TIMES)
 ))  # fmt: skip
+# All words that occur: those that are drawn one by one, and one that only phrases have.
+WORDS = (*VOCABULARY, "hear")
 
 SPLITS = ("train", "validation", "test")
 SHARES = (0.94, 0.03, 0.03)
