@@ -97,7 +97,7 @@ full-size: $(VENV)/.installed-test out/3b/config.json
 	$(BIN)/python -m tests.full_size out/3b
 
 # Nano: data, every part, and the checkpoint in out/nano/release. Runs that stop go on. Debian's flite, espeak-ng and npm
-# must be there; on a GPU it takes minutes, on two cores a day.
+# must be there, and a GPU: without one, the runs are as long as its steps are slow.
 nano: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[nano]'
 	$(BIN)/python -m omni_jax.train.nano

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from scipy import ndimage
 
 import omni_jax
 from omni_jax.config import load_config
@@ -59,7 +61,6 @@ def test_everything_asked_and_answered_is_vocabulary():
 
 def test_drawn_shapes_are_what_they_say():
     """As many pieces of the pen's colour as are counted, and the same picture for the same state."""
-    ndimage = pytest.importorskip("scipy.ndimage", reason="counts connected pieces of pixels")
     for seed in range(12):
         image, shown = pictures.shapes(np.random.default_rng(seed))
         again, _ = pictures.shapes(np.random.default_rng(seed))
@@ -112,6 +113,13 @@ def test_every_run_trains_its_part(monkeypatch):
     parts = [whole[name] for name in ("joint", "talker", "vocoder", "flow")]
     assert sum(map(len, parts)) == len(set.union(*parts))
     assert set.union(*parts) <= set(flatten(param_specs(cfg, ("thinker", "talker", "token2wav"))))
+
+
+def test_runs_are_processes_of_their_own():
+    """And what is wrong there is one line here."""
+    assert driver.alone(os.getpid) != os.getpid()
+    with pytest.raises(RunError, match="names no run"):
+        driver.alone(load, f"{pathlib.Path(__file__).parents[2]}/configs/nano.py:singer")
 
 
 def test_sizes_allow_the_wheel():

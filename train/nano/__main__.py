@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pathlib
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -25,6 +28,12 @@ RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "talker": (("talker",), ("joint",)),
 }
 FINETUNED = ("vocoder", "flow")
+
+
+def alone(work: Callable[..., Any], *args: Any) -> Any:
+    """Calls in a process of its own: `resident.train` begins others as copies of it, and jax must be unused by then."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *args).result()
 
 
 def make_data(processes: int) -> None:
@@ -91,7 +100,7 @@ def main(
     """
     make_data(processes)
     for name in RUNS:
-        learn(config, name, processes)
+        alone(learn, config, name, processes)
     for name in FINETUNED:
         finetune(load(f"{config}:{name}"), name)
     if not (OUT / "release").exists():
