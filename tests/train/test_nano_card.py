@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from omni_jax.errors import InputError
 from omni_jax.train.nano import card, scores, words
 from omni_jax.train.nano.card import Answer
 
@@ -74,3 +75,23 @@ def test_rows_say_what_is_missed():
     text = card.table(made)
     assert "| digit | ≥ 97.0% | 98.0% | 200 | 96.0% | 12.0% |" in text
     assert "| codes to sound | ≤ 8.0% | 8.5% **missed** | 50 |  | – |" in text
+
+
+def test_the_second_recogniser_has_a_limit_of_its_own():
+    seeds = [{"originals, Whisper base": (0.25, 9, None), "codes to sound, Whisper base": (0.32, 9, None)}]
+    (_, row) = card.rows(seeds)
+    assert (row.goal, row.met) == ("≤ 33.0%", True)
+
+
+def test_what_an_open_recogniser_writes_is_brought_into_the_vocabulary():
+    assert scores.plain_words(" The Gray cat's 3 colours, 12 boats.") == "the grey cats three colours twelve boats"
+
+
+def test_the_table_goes_between_the_marks(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text("before\n<!-- card -->\nold\n<!-- /card -->\nafter\n")
+    card.into_card("| new |", file)
+    assert file.read_text() == "before\n<!-- card -->\n| new |\n<!-- /card -->\nafter\n"
+    file.write_text("before")
+    with pytest.raises(InputError, match="<!-- card -->"):
+        card.into_card("| new |", file)

