@@ -160,9 +160,8 @@ class ModelSource:
     """Which checkpoint, and over what it is laid."""
 
     model: str = option(
-        "nano", "Checkpoint folder, published or converted; a hub id; the URL of a converted folder; or nano, the "
-        "small trained model that is installed with the package.",
-    )  # fmt: skip
+        dataclasses.MISSING, "Checkpoint folder, published or converted; a hub id; or the URL of a converted folder."
+    )
     mesh: str | None = option(
         None, "Mesh to shard the model over: chips (2x2, 2x4, …) or axes (data=2,tensor=4). Default: one device."
     )

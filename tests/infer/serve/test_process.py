@@ -159,15 +159,9 @@ def test_the_command(checkpoint, tmp_path):
     assert any(programs.iterdir())
 
 
-def blocks_of_docs(language):
-    """The page's blocks of code, which name the included model, for the model that is served here."""
-    text = PAGE_OF_DOCS.read_text("utf-8").replace('"nano"', f'"{NAME}"').replace("model=nano", f"model={NAME}")
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
-
-
 def test_the_python_of_the_docs_runs(url, capsys):
     names = {"url": url}
-    blocks = blocks_of_docs("python")
+    blocks = re.findall(r"```python\n(.*?)```", PAGE_OF_DOCS.read_text("utf-8"), re.DOTALL)
     assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "docs/serving.md", "exec"), names)
@@ -190,7 +184,8 @@ CURLS = [
 def test_the_curl_of_the_docs_runs(url, tmp_path):
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     (tmp_path / "out").mkdir()
-    words = shlex.split("\n".join(blocks_of_docs("bash")), comments=True)
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE_OF_DOCS.read_text("utf-8"), re.DOTALL)
+    words = shlex.split("\n".join(blocks))
     begins = [i for i, word in enumerate(words) if word == "curl"] + [len(words)]
     assert len(begins) == len(CURLS) + 1
     for begin, end, (path, fits) in zip(begins, begins[1:], CURLS, strict=False):
