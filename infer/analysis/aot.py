@@ -87,7 +87,9 @@ def listed(
     if cfg.token2wav is not None:
         sound = f"{SPEECH_CODES / 50:g} s"
         run["dit"] = lambda: said(
-            P.dit_flow(cfg, placement, 1, SPEECH_CODES), f"{sound}, {Flow().evaluations} evaluations"
+            P.dit_flow(cfg, placement, 1, SPEECH_CODES),
+            f"{sound}, {Flow().evaluations} evaluations",
+            Flow().evaluations,
         )
         # On a mesh every chip runs one row whole: the program of one chip.
         one = meshes.place(cfg, "1", devices=list(placement.speech.devices.flat[:1]))

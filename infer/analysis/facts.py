@@ -116,6 +116,13 @@ def _read_in_full(weights: Any) -> int:
     return total
 
 
+def _ideal(program: P.Program, steps: int) -> float:
+    """Bytes that have to move: all weights once, those of each step in the others, and the cache in every step."""
+    once = _read_in_full(program.weights)
+    again = once if program.each_step is None else _read_in_full(program.each_step)
+    return once + (steps - 1) * again + steps * program.share * whole_bytes(program.cache)
+
+
 def facts(program: P.Program, what: str, steps: int = 1, keep: pathlib.Path | None = None) -> Facts:
     """Compiles a program and reads the facts out of its optimised HLO.
 
@@ -130,7 +137,7 @@ def facts(program: P.Program, what: str, steps: int = 1, keep: pathlib.Path | No
     compiled = compile_program(program, keep)
     if compiled.error is not None:
         return dataclasses.replace(base, error=compiled.error, seconds=compiled.seconds)
-    module = Module(compiled.text)
+    module = Module(compiled.text, program.branches)
     shards, weights = ([x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(tree)]
                        for tree in (program.cache, program.weights))  # fmt: skip
     # A stacked cache has its layers in front; `k` and `v` of one layer alone are copies of it as well.
@@ -145,7 +152,7 @@ def facts(program: P.Program, what: str, steps: int = 1, keep: pathlib.Path | No
         temp=compiled.temp,
         peak=compiled.peak,
         moved=module.hbm_bytes(steps),
-        ideal=steps * (_read_in_full(program.weights) + program.share * whole_bytes(program.cache)) / devices,
+        ideal=_ideal(program, steps) / devices,
         copies=tuple(module.copies({*shards, *layers})) if shards else (),
         weight_copies=tuple(weight_copies(module, set(weights))),
         replicas=devices * base.cache / whole_bytes(program.cache) if shards else None,

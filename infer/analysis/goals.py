@@ -106,9 +106,10 @@ def _ratios(found: dict[str, Facts], *, one: bool) -> list[Goal]:
         "extend 32k": ("HBM bytes / ideal, further tokens", 0.99, 1.10),
         "talker 1": ("HBM bytes / ideal, Talker step", 0.99, 1.05),
         "talker 32": ("HBM bytes / ideal, Talker step", 0.99, 1.05),
+        "dit": ("HBM bytes / ideal, DiT", 0.99, 1.5),
     }
     if not one:
-        bounds = {name: bound for name, bound in bounds.items() if not name.startswith(("talker", "extend"))}
+        bounds = {name: bound for name, bound in bounds.items() if not name.startswith(("talker", "extend", "dit"))}
     out = []
     for name, (metric, low, high) in bounds.items():
         if name in found:

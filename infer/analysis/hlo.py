@@ -2,7 +2,8 @@
 
 XLA's own `cost_analysis` counts a loop's body once and prefetches several times. Here loop bodies count as often as
 they run, a slice counts as a slice, what lies in another memory space (VMEM, semaphores) counts nothing, and an
-asynchronous copy counts once. Where a conditional chooses, the dearer branch counts.
+asynchronous copy counts once. Where a conditional chooses, each branch counts by how often it is taken, where that is
+said, else the dearer one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 BITS = {
@@ -166,11 +167,14 @@ class Module:
 
     Attributes:
       text: what `compiled.as_text()` gives.
+      branches: of a conditional with as many branches, how often each is taken, as shares of all times. With none, or
+        where the number differs, the dearer branch counts.
       computations: by name; `entry` is the program.
     """
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, branches: Sequence[float] = ()):
         self.text = text
+        self.branches = tuple(branches)
         self.computations: dict[str, Computation] = {}
         current: Computation | None = None
         for line in text.splitlines():
@@ -211,7 +215,10 @@ class Module:
             return turns * sum(self._computation_bytes(self.computations[c], trips) for c in inner)
         if i.opcode == "conditional":
             branches = called.get("branch_computations") or re.findall(r"_computation=%([\w.\-]+)", i.text)
-            return max(self._computation_bytes(self.computations[c], trips) for c in branches)
+            moved = [self._computation_bytes(self.computations[c], trips) for c in branches]
+            if len(moved) == len(self.branches):
+                return round(sum(share * size for share, size in zip(self.branches, moved, strict=True)))
+            return max(moved)
         if i.opcode == "call":
             return sum(self._computation_bytes(self.computations[c], trips) for c in called["to_apply"])
         if i.opcode == "async-start":

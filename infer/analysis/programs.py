@@ -13,11 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from omni_jax.config import DecoderConfig, OmniConfig
+from omni_jax.config import DecoderConfig, DiTConfig, OmniConfig
 from omni_jax.infer.analysis.targets import topology as topology  # of the devices that a Placement is made on
-from omni_jax.model import audio, token2wav, token2wav_stream, vision
+from omni_jax.model import audio, dit, token2wav, token2wav_stream, vision
 from omni_jax.model.kv_cache import CACHE_AXES, KVCache
 from omni_jax.model.parameters import param_specs, stack_of
 from omni_jax.model.quantize import QuantizedArray, quantized_specs
@@ -41,6 +42,8 @@ class Program:
       args, kwargs: shapes with shardings, and static values.
       weights: the parameters among them; `cache`: the keys and values, where there are any.
       share: of the cache that it has to read.
+      branches: how often each branch of its conditionals is taken (`hlo.Module`).
+      each_step: the weights that every step of its loop reads; None: all.
     """
 
     name: str
@@ -51,6 +54,8 @@ class Program:
     weights: Any
     cache: tuple = ()
     share: float = 1.0
+    branches: tuple[float, ...] = ()
+    each_step: Any = None
 
     def lower(self) -> Any:
         """The program, lowered for the platform of its mesh."""
@@ -264,7 +269,21 @@ def dit_flow(
         _struct(layout, (batch, reference, d.mel_dim), f), row,
         _struct(layout, (batch, n * d.repeats, d.mel_dim), f, "batch", None, None), flow,
     )  # fmt: skip
-    return Program("dit", layout, token2wav.sample_mel, args, {}, params)
+    return Program(
+        "dit", layout, token2wav.sample_mel, args, {}, params, branches=_kinds(d), each_step=_flowing(params)
+    )
+
+
+def _flowing(params: Any) -> Any:
+    """The weights of the DiT that each evaluation reads; those of its conditions and modulations are read once."""
+    layers = {name: tree for name, tree in params["transformer_blocks"].items() if name != "attn_norm"}
+    return layers | {"proj_out": params["proj_out"]}
+
+
+def _kinds(cfg: DiTConfig) -> tuple[float, ...]:
+    """How often a layer of the DiT takes each branch of its attention."""
+    which = dit.layer_kinds(cfg)[1]
+    return tuple(np.bincount(which) / len(which))
 
 
 def dit_window(
@@ -286,7 +305,7 @@ def dit_window(
     )  # fmt: skip
     laid = jax.tree.map(lambda s: _struct(layout, s.shape, s.dtype, *[None] * 6, "act_heads", None), states)
     args = (params, d, whole(layout, modulations), laid, whole(layout, given), flow, blocks)
-    return Program("dit window", layout, token2wav_stream.draw_window, args, {}, params)
+    return Program("dit window", layout, token2wav_stream.draw_window, args, {}, params, branches=_kinds(d))
 
 
 def bigvgan_call(cfg: OmniConfig, placement: Placement, batch: int, codes: int) -> Program:

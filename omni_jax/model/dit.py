@@ -1,8 +1,8 @@
 """The DiT of Token2Wav: how a mel spectrogram flows out of noise, given codes and a voice. Always float32.
 
 Attention is blockwise. Frames come in blocks of `block_size`; most layers see their own block, a look-back layer also
-the block before, a look-ahead layer also the block after. Each block therefore attends over a window of three blocks
-under a mask that is a scanned array, and the cost grows with the length, not with its square.
+the block before, a look-ahead layer also the block after. Each kind of layer is a branch of its own, chosen by a
+scanned number, and the cost grows with the length, not with its square.
 
 What does not depend on the state is computed once: `condition` (codes, speaker, rotary angles, masks) and
 `modulations` (time embedding and AdaLN projections of every evaluation time). `velocity` is what an ODE step costs.
@@ -15,7 +15,9 @@ block, D hidden, H heads, C head size, T times.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -97,6 +99,12 @@ def layer_windows(cfg: DiTConfig) -> Bool[np.ndarray, "layers 3"]:
     """Which of the blocks before, at and after its own each layer sees."""
     layers = range(cfg.num_hidden_layers)
     return np.array([(i in cfg.look_backward_layers, True, i in cfg.look_ahead_layers) for i in layers])
+
+
+def layer_kinds(cfg: DiTConfig) -> tuple[Bool[np.ndarray, "kinds 3"], Int[np.ndarray, " layers"]]:
+    """The different rows of `layer_windows`, and which of them each layer has."""
+    kinds, which = np.unique(layer_windows(cfg), axis=0, return_inverse=True)
+    return kinds, which.reshape(-1).astype(np.int32)
 
 
 def look_back_layers(cfg: DiTConfig) -> tuple[int, ...]:
@@ -203,16 +211,22 @@ def _split_projection(cfg: DiTConfig, weight: jax.Array) -> list[jax.Array]:
     return jnp.split(weight, np.cumsum(sizes), axis=1)
 
 
-def windows(x: jax.Array, before: jax.Array | None = None) -> jax.Array:
+def windows(x: jax.Array, before: jax.Array | None = None, kind: Sequence[bool] = (True, True, True)) -> jax.Array:
     """[B, N, Q, ...] blocks to [B, N, 3Q, ...]: each with the block before and the block after.
 
     Before the first is `before` [B, Q, ...] where it is given; else, and after the last, there are zeros.
+
+    Args:
+      kind: which of the three are wanted: the one before, its own, the one after.
     """
     edge = jnp.zeros_like(x[:, :1])
     first = edge if before is None else before[:, None]
-    return jnp.concatenate(
-        [jnp.concatenate([first, x[:, :-1]], axis=1), x, jnp.concatenate([x[:, 1:], edge], axis=1)], axis=2
+    parts = (
+        lambda: jnp.concatenate([first, x[:, :-1]], axis=1),
+        lambda: x,
+        lambda: jnp.concatenate([x[:, 1:], edge], axis=1),
     )
+    return jnp.concatenate([part() for part, wanted in zip(parts, kind, strict=True) if wanted], axis=2)
 
 
 def rotate_first_head(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -234,36 +248,35 @@ def blockwise_attention(
     k: Float32[Array, "R N Q H C"],
     v: Float32[Array, "R N Q H C"],
     visible: Bool[Array, "R N 3*Q"],
-    window: Bool[Array, " 3"],
+    kinds: Bool[np.ndarray, "kinds 3"],
+    kind: Int[Array, ""],
     before: KeysValues | None = None,
 ) -> Float32[Array, "R N Q H C"]:
     """Each block attends to itself and to those of its two neighbours that its layer sees.
 
-    Most layers see no neighbour. They take a branch that never gathers any: the three-block form moves and multiplies
-    three times as much.
+    Each kind of layer has a branch of its own, which gathers the blocks that it sees and no others: most layers see no
+    neighbour, and gathering is most of what moves in those that do.
 
     Args:
       visible: which keys of the block before, its own and the one after exist.
-      window: a row of `layer_windows`.
+      kinds, kind: of `layer_kinds`, and the layer's place among them.
       before: [R, Q, H, C], those of the block before the first, where `visible` says that there is one.
     Returns:
       frames that see nothing get a finite value without meaning.
     """
-    size = q.shape[2]
     q = q * q.shape[-1] ** -0.5
-
-    def attend(k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
-        scores = jnp.einsum("rnqhc,rnkhc->rnhqk", q, k)
-        # Finite, so that a block of pure padding does not become NaN.
-        scores = jnp.where(visible[:, :, None, None], scores, jnp.finfo(scores.dtype).min)
-        return jnp.einsum("rnhqk,rnkhc->rnqhc", jax.nn.softmax(scores, axis=-1), v)
-
     k_before, v_before = before or (None, None)
-    return lax.cond(
-        window[0] | window[2],
-        lambda: attend(windows(k, k_before), windows(v, v_before), visible & jnp.repeat(window, size)),
-        lambda: attend(k, v, visible[:, :, size : 2 * size]),
-    )
+    each = visible.reshape(*visible.shape[:2], 3, -1)
+
+    def attend(seen: np.ndarray) -> jax.Array:
+        keys, values = windows(k, k_before, seen), windows(v, v_before, seen)
+        exist = jnp.concatenate([each[:, :, i] for i in np.flatnonzero(seen)], axis=-1)
+        scores = jnp.einsum("rnqhc,rnkhc->rnhqk", q, keys)
+        # Finite, so that a block of pure padding does not become NaN.
+        scores = jnp.where(exist[:, :, None, None], scores, jnp.finfo(scores.dtype).min)
+        return jnp.einsum("rnhqk,rnkhc->rnqhc", jax.nn.softmax(scores, axis=-1), values)
+
+    return lax.switch(kind, [functools.partial(attend, seen) for seen in kinds])
 
 
 def dit_layer(
@@ -271,7 +284,7 @@ def dit_layer(
     cfg: DiTConfig,
     x: Float32[Array, "R L D"],
     modulation: Float32[Array, "6 *rows D"],
-    window: Bool[Array, " 3"],
+    kind: Int[Array, ""],
     given: Condition,
     before: KeysValues | None = None,
 ) -> tuple[Float32[Array, "R L D"], KeysValues]:
@@ -279,7 +292,7 @@ def dit_layer(
 
     Args:
       modulation: of this layer at this time.
-      window: a row of `layer_windows`.
+      kind: the layer's, by `layer_kinds`.
       before: see `blockwise_attention`.
     Returns:
       the state, and the layer's keys and values [R, N, Q, H, C].
@@ -296,8 +309,9 @@ def dit_layer(
     )
     q, k = rotate_first_head(q, given.cos, given.sin), rotate_first_head(k, given.cos, given.sin)
     y = constrain(
-        blockwise_attention(q, k, v, visible, window, before).reshape(rows, frames, -1), "batch", "length", "act_proj"
-    )
+        blockwise_attention(q, k, v, visible, layer_kinds(cfg)[0], kind, before).reshape(rows, frames, -1),
+        "batch", "length", "act_proj",
+    )  # fmt: skip
     x = constrain(x + gate * dense(attn["to_out"]["0"], y), "batch", "length", "act_embed")
 
     ff, y = params["ff"]["ff"], _norm(x) * (1 + ff_scale) + ff_shift
@@ -325,9 +339,9 @@ def velocity(
     """
 
     def body(layer: Params, h: jax.Array, inputs: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-        return dit_layer(layer, cfg, h, inputs["modulation"], inputs["window"], given)[0], None
+        return dit_layer(layer, cfg, h, inputs["modulation"], inputs["kind"], given)[0], None
 
-    per_layer = {"modulation": modulation[0], "window": jnp.asarray(layer_windows(cfg))}
+    per_layer = {"modulation": modulation[0], "kind": jnp.asarray(layer_kinds(cfg)[1])}
     h, _ = run_layers(body, params["transformer_blocks"], _embedded(params, cfg, x, given), per_layer)
     return _guided_velocity(params, x, h, modulation[1], guidance)
 
@@ -354,11 +368,11 @@ def velocity_after(
 
     def body(layer: Params, h: jax.Array, inputs: dict[str, jax.Array]) -> tuple[jax.Array, KeysValues]:
         before = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, inputs["place"], 0, False), past)
-        h, states = dit_layer(layer, cfg, h, inputs["modulation"], inputs["window"], given, before)
+        h, states = dit_layer(layer, cfg, h, inputs["modulation"], inputs["kind"], given, before)
         return h, jax.tree.map(lambda a: a[:, keep], states)
 
     places = [layers.index(i) if i in layers else 0 for i in range(cfg.num_hidden_layers)]
-    per_layer = {"modulation": modulation[0], "window": jnp.asarray(layer_windows(cfg)), "place": jnp.array(places)}
+    per_layer = {"modulation": modulation[0], "kind": jnp.asarray(layer_kinds(cfg)[1]), "place": jnp.array(places)}
     h, states = run_layers(body, params["transformer_blocks"], _embedded(params, cfg, x, given), per_layer)
     kept = [states[i] if isinstance(states, list) else jax.tree.map(lambda a, i=i: a[i], states) for i in layers]
     return _guided_velocity(params, x, h, modulation[1], guidance), jax.tree.map(lambda *a: jnp.stack(a), *kept)

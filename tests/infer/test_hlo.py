@@ -75,6 +75,23 @@ def test_a_loop_whose_turns_are_data(one):
         m.hbm_bytes()
 
 
+def test_branches_that_a_loop_takes_unequally(one):
+    """One layer of four multiplies twice. Without word of it every layer counts as that one."""
+    n, layers = N // 2, 4
+
+    def turn(c, layer):
+        w, v, twice = layer
+        once = jnp.tanh(c @ w)
+        return lax.cond(twice, lambda: jnp.tanh(once @ v), lambda: once), None
+
+    shapes = (((8, n), jnp.bfloat16), *[((layers, n, n), jnp.bfloat16)] * 2, ((layers,), jnp.bool_))
+    args = [jax.ShapeDtypeStruct(s, dtype, sharding=one) for s, dtype in shapes]
+    text = jax.jit(lambda x, *stacks: lax.scan(turn, x, stacks)[0]).lower(*args).compile().as_text()
+    assert Module(text).hbm_bytes() == pytest.approx(2 * layers * 2 * n * n, rel=0.01)
+    assert Module(text, (0.75, 0.25)).hbm_bytes() == pytest.approx((layers + 1) * 2 * n * n, rel=0.01)
+    assert Module(text, (0.2, 0.3, 0.5)).hbm_bytes() == Module(text).hbm_bytes(), "another conditional is meant"
+
+
 def update(buffer, row):
     return lax.dynamic_update_slice(buffer, row, (5, 0))
 

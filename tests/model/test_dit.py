@@ -48,6 +48,9 @@ def test_windows_are_the_oracles():
     blocks = reference.code2wav_dit_model.transformer_blocks
     want = [(b.look_backward_block == 1, True, b.look_ahead_block == 1) for b in blocks]
     np.testing.assert_array_equal(dit.layer_windows(CFG), want)
+    kinds, which = dit.layer_kinds(CFG)
+    np.testing.assert_array_equal(kinds[which], want)
+    assert len(kinds) == len(set(want))
 
 
 @pytest.mark.parametrize("index", range(CFG.num_hidden_layers))
@@ -60,8 +63,8 @@ def test_each_layer_equals_oracle(index):
     x = np.random.default_rng(index).normal(size=(2, padded, CFG.hidden_size)).astype(np.float32)
     time = np.array([0.3], np.float32)
     modulation = _modulations(params, time)[0][0, index]
-    window = jnp.asarray(dit.layer_windows(CFG)[index])
-    got = _layer(params["transformer_blocks"][index], x, modulation, window, given)
+    kind = jnp.asarray(dit.layer_kinds(CFG)[1][index])
+    got = _layer(params["transformer_blocks"][index], x, modulation, kind, given)
     h = tiny.as_torch(x[:, :frames])
     with torch.no_grad():
         want = reference.transformer_blocks[index](
