@@ -32,7 +32,8 @@ from omni_jax.processing.voice_activity import TurnDetector
 from omni_jax.runtime.admission import AdmissionControl, check_weights
 from omni_jax.runtime.async_session import AsyncSession
 from omni_jax.runtime.driver import EngineDriver
-from omni_jax.runtime.engine import Engine, EngineOptions
+from omni_jax.runtime.engine import Engine
+from omni_jax.runtime.engine_options import EngineOptions
 from omni_jax.runtime.hosts import HostDriver
 from omni_jax.runtime.loaded import LoadedModel
 from omni_jax.runtime.memory_model import thinker_slots

@@ -25,7 +25,7 @@ from omni_jax.model import bigvgan, token2wav, token2wav_stream
 from omni_jax.model.talker import EXTRA
 from omni_jax.parallel import meshes
 from omni_jax.runtime import memory_model as M
-from omni_jax.runtime.engine import LISTENING_STEPS, READ_TOKENS
+from omni_jax.runtime.engine_options import LISTENING_STEPS, READ_TOKENS
 from omni_jax.runtime.speech import TALKER_CACHE_STEP, cache_slots
 from omni_jax.runtime.vocoder_stream import Schedule
 

@@ -23,6 +23,7 @@ from omni_jax.errors import InputError
 from omni_jax.files import read_json
 from omni_jax.infer.analysis.asked import Asked as Asked
 from omni_jax.model import bigvgan, token2wav
+from omni_jax.model.parameters import PARTS
 from omni_jax.model.talker import EXTRA
 from omni_jax.parallel import meshes
 from omni_jax.processing import audio, images, video_sampling
@@ -386,7 +387,7 @@ def run(
     quantize = quantize if folder is None else quantization_of(folder, quantize)
     sizes = meshes.axis_sizes(mesh, cfg)
     at = M.Meshes(sizes, None if speech_mesh is None else meshes.axis_sizes(speech_mesh, cfg))
-    parts = tuple(p for p in M.PARTS if p == "thinker" or asked.speech)
+    parts = tuple(p for p in PARTS if p == "thinker" or asked.speech)
     if at.has_speech_mesh and not asked.speech:
         raise InputError("--speech-mesh goes with --speech SECONDS")
     media = read_media(asked, cfg.thinker, folder)

@@ -88,7 +88,8 @@ def _answers(model: Any, job: Job, windows: Iterable[Sequence[Request | dict[str
 
 def _engine(model: Any, job: Job, first: Request) -> Any:
     """An engine of as many rows as the job asks for; their room grows with what comes."""
-    from omni_jax.runtime.engine import Engine, EngineOptions
+    from omni_jax.runtime.engine import Engine
+    from omni_jax.runtime.engine_options import EngineOptions
 
     rows = buckets.bucket(job.batch_size, buckets.BATCH)
     need = min(len(first.prompt.ids) + first.settings.max_new_tokens, model.context)

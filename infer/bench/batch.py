@@ -19,7 +19,8 @@ from omni_jax.events import ErrorEvent
 from omni_jax.infer.bench.live import endless, opened
 from omni_jax.infer.bench.text import machine
 from omni_jax.processing.processor import Prompt
-from omni_jax.runtime.engine import Engine, EngineOptions
+from omni_jax.runtime.engine import Engine
+from omni_jax.runtime.engine_options import EngineOptions
 from omni_jax.runtime.memory_model import thinker_slots
 from omni_jax.runtime.turn import Request
 from omni_jax.settings import GenerationSettings, Quantize

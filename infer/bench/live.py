@@ -27,7 +27,8 @@ from omni_jax.infer.bench import spans, windowed
 from omni_jax.infer.bench.text import machine
 from omni_jax.model.token2wav import SAMPLE_RATE, Flow
 from omni_jax.processing.processor import Prompt
-from omni_jax.runtime.engine import Engine, EngineOptions
+from omni_jax.runtime.engine import Engine
+from omni_jax.runtime.engine_options import EngineOptions
 from omni_jax.runtime.turn import Request
 from omni_jax.settings import GenerationSettings, Quantize, SpeechSettings
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from omni_jax.runtime.engine import CapacityError
+from omni_jax.runtime.engine_options import CapacityError
 
 RETRY = {"Retry-After": "1"}
 

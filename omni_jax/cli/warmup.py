@@ -75,7 +75,8 @@ def _engines(loaded: Any, asked: Asked, options: WarmupOptions) -> Iterator[tupl
     from omni_jax import buckets
     from omni_jax.infer.analysis.plan import media_of, padded
     from omni_jax.model.token2wav import Flow
-    from omni_jax.runtime.engine import Engine, EngineOptions
+    from omni_jax.runtime.engine import Engine
+    from omni_jax.runtime.engine_options import EngineOptions
     from omni_jax.runtime.memory_model import thinker_slots
     from omni_jax.runtime.warmup import Workload, tower_shapes
 

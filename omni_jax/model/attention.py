@@ -165,15 +165,15 @@ def _chosen(on_tpu: Any, elsewhere: Any, on_gpu: Any = None) -> Any:
     layout = active_layout()
 
     @jax.custom_vjp
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, rest: tuple) -> jax.Array:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, rest: tuple[Any, ...]) -> jax.Array:
         return lax.platform_dependent(q, k, v, *rest, **forms)
 
-    def forward(q: jax.Array, k: jax.Array, v: jax.Array, rest: tuple) -> tuple[jax.Array, tuple]:
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array, rest: tuple[Any, ...]) -> tuple[jax.Array, tuple[Any, ...]]:
         return attend(q, k, v, rest), (q, k, v, rest)
 
-    def backward(saved: tuple, given: jax.Array) -> tuple:
+    def backward(saved: tuple[Any, ...], given: jax.Array) -> tuple[Any, ...]:
         def pull(form: Any) -> Any:
-            def run(given: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> tuple:
+            def run(given: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> tuple[Any, ...]:
                 return jax.vjp(lambda q, k, v: form(q, k, v, *rest), q, k, v)[1](given)
 
             return run

@@ -221,12 +221,8 @@ def windows(x: jax.Array, before: jax.Array | None = None, kind: Sequence[bool] 
     """
     edge = jnp.zeros_like(x[:, :1])
     first = edge if before is None else before[:, None]
-    parts = (
-        lambda: jnp.concatenate([first, x[:, :-1]], axis=1),
-        lambda: x,
-        lambda: jnp.concatenate([x[:, 1:], edge], axis=1),
-    )
-    return jnp.concatenate([part() for part, wanted in zip(parts, kind, strict=True) if wanted], axis=2)
+    three = jnp.concatenate([first, x[:, :-1]], axis=1), x, jnp.concatenate([x[:, 1:], edge], axis=1)
+    return jnp.concatenate([part for part, wanted in zip(three, kind, strict=True) if wanted], axis=2)
 
 
 def rotate_first_head(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -268,7 +264,7 @@ def blockwise_attention(
     k_before, v_before = before or (None, None)
     each = visible.reshape(*visible.shape[:2], 3, -1)
 
-    def attend(seen: np.ndarray) -> jax.Array:
+    def attend(seen: Sequence[bool]) -> jax.Array:
         keys, values = windows(k, k_before, seen), windows(v, v_before, seen)
         exist = jnp.concatenate([each[:, :, i] for i in np.flatnonzero(seen)], axis=-1)
         scores = jnp.einsum("rnqhc,rnkhc->rnhqk", q, keys)
@@ -276,7 +272,7 @@ def blockwise_attention(
         scores = jnp.where(exist[:, :, None, None], scores, jnp.finfo(scores.dtype).min)
         return jnp.einsum("rnhqk,rnkhc->rnqhc", jax.nn.softmax(scores, axis=-1), values)
 
-    return lax.switch(kind, [functools.partial(attend, seen) for seen in kinds])
+    return lax.switch(kind, [functools.partial(attend, tuple(map(bool, seen))) for seen in kinds])
 
 
 def dit_layer(

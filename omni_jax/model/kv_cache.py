@@ -130,9 +130,9 @@ def _offset(axis: str, size: int) -> Any:
 
 
 def _write(
-    old: tuple, new: tuple, rows: jax.Array, start: jax.Array, counts: jax.Array, *, first: bool, axis: int,
-    offset: Any = 0,
-) -> tuple:  # fmt: skip
+    old: tuple[Any, ...], new: tuple[Any, ...], rows: jax.Array, start: jax.Array, counts: jax.Array, *, first: bool,
+    axis: int, offset: Any = 0,
+) -> tuple[Any, ...]:  # fmt: skip
     """Row by row: `new[..., i, :, t, :]` to slot `start[i] - offset + t` of row `rows[i]`, for t below `counts[i]`.
 
     The rows are axis `axis` of each array; behind it lie heads, slots and, but for scales, features.
@@ -142,7 +142,7 @@ def _write(
     width = min(tokens, capacity)
     known_start = first and isinstance(offset, int)
 
-    def one(i: Any, old: tuple) -> tuple:
+    def one(i: Any, old: tuple[Any, ...]) -> tuple[Any, ...]:
         # The window of slots that the tokens fall into, moved where it would reach beyond the cache; and of the tokens
         # those that fall into it.
         begin = 0 if known_start else start[i] - offset

@@ -381,12 +381,12 @@ def step_program(
             hidden=rows(slots.last.dtype, d.hidden_size),
         )  # fmt: skip
 
-    def go_on(carry: tuple) -> jax.Array:
+    def go_on(carry: tuple[Any, ...]) -> jax.Array:
         i, slots, _ = carry
         room = slots.cache.lengths < slots.cache.capacity
         return (i < jnp.minimum(n, LOOP_STEPS)) & jnp.any(_live(slots, room, active))
 
-    def one(carry: tuple) -> tuple:
+    def one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         i, slots, made = carry
         # The barrier ties the weights to the loop: else XLA:CPU hoists their conversion to float32 out of it, and a
         # whole float32 model with them.

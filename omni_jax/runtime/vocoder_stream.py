@@ -359,7 +359,7 @@ class VocoderStream:
         return self._piece(s)[2] > s.spoken
 
     def _grouped(
-        self, streams: Mapping[int, _Stream], key: Callable, alone: Callable
+        self, streams: Mapping[int, _Stream], key: Callable[..., Any], alone: Callable[..., Any]
     ) -> Iterator[tuple[Any, dict[int, _Stream]]]:
         """Streams that a program runs together, by `key`, at most a bucket of rows at a time; `alone` says of a key if
         each of its streams has a call of its own."""
@@ -390,7 +390,7 @@ class VocoderStream:
         return size if not self._fixed or size == min(sizes) else max(sizes)
 
     @staticmethod
-    def _runner(call: Callable, *args: Any) -> Callable[[], object]:
+    def _runner(call: Callable[..., object], *args: Any) -> Callable[[], object]:
         return lambda: jax.block_until_ready(call(*args))
 
     # The work itself.

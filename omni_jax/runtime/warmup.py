@@ -17,7 +17,8 @@ from omni_jax.config import ThinkerConfig
 from omni_jax.errors import InputError
 from omni_jax.model.token2wav import Flow
 from omni_jax.model.vision import frame_layout
-from omni_jax.runtime.engine import READ_TOKENS, Engine
+from omni_jax.runtime.engine import Engine
+from omni_jax.runtime.engine_options import READ_TOKENS
 from omni_jax.runtime.media import Program
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"

@@ -103,7 +103,9 @@ def _last_block(length: jax.Array, block: int) -> jax.Array:
     return lax.div(jnp.maximum(length - 1, 0), jnp.int32(block))
 
 
-def _kernel(layer, rows, lengths, q, k, v, *rest, block, scale, turned):
+def _kernel(
+    layer: Any, rows: Any, lengths: Any, q: Any, k: Any, v: Any, *rest: Any, block: int, scale: float, turned: bool
+) -> None:
     del layer, rows
     *scales, weighted, top, total = rest  # of int8 keys and values, for each slot
     length, step = lengths[pl.program_id(0)], pl.program_id(2)
@@ -156,15 +158,15 @@ def _live_parts(
     if turned:
         k, v = k.swapaxes(3, 4), v.swapaxes(3, 4)
 
-    def row_map(b, r, step, *_):
+    def row_map(b: Any, r: Any, step: Any, *_: Any) -> tuple[Any, ...]:
         return b, 0, r, 0
 
-    def cache_map(b, r, step, layer, rows, lengths):
+    def cache_map(b: Any, r: Any, step: Any, layer: Any, rows: Any, lengths: Any) -> tuple[Any, ...]:
         # Steps beyond the last live block name it again: a block that is there already is not fetched.
         place = jnp.minimum(step, _last_block(lengths[b], block))
         return (layer[0], rows[b], 0, 0, place) if turned else (layer[0], rows[b], 0, place, 0)
 
-    def scale_map(b, r, step, *given):
+    def scale_map(b: Any, r: Any, step: Any, *given: Any) -> tuple[Any, ...]:
         layer, row, *_, place = cache_map(b, r, step, *given) if turned else (*cache_map(b, r, step, *given)[:-1],)
         return layer, row, 0, place
 
@@ -222,7 +224,7 @@ def live_parts(
 
     held, tree = jax.tree.flatten((k, v))
 
-    def run(q: jax.Array, layer: jax.Array, lengths: jax.Array, *given: jax.Array) -> tuple:
+    def run(q: jax.Array, layer: jax.Array, lengths: jax.Array, *given: jax.Array) -> tuple[Any, ...]:
         k, v = jax.tree.unflatten(tree, given[: len(held)])
         index = given[-1] if len(given) > len(held) else jnp.arange(len(lengths), dtype=jnp.int32)
         if row_axes:

@@ -94,7 +94,7 @@ def full_attention(
 
 
 def _attend_new(
-    q: jax.Array, k: jax.Array, v: jax.Array, old: tuple | None, live: jax.Array, live_old: jax.Array | None
+    q: jax.Array, k: jax.Array, v: jax.Array, old: tuple[Any, ...] | None, live: jax.Array, live_old: jax.Array | None
 ) -> jax.Array:
     """Softmax over old and new keys together, without joining the two.
 
@@ -138,7 +138,7 @@ def _attend_new(
 
 
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, old: tuple | None = None, lengths: jax.Array | None = None,
+    q: jax.Array, k: jax.Array, v: jax.Array, old: tuple[Any, ...] | None = None, lengths: jax.Array | None = None,
     segments: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
     """Causal grouped-query attention of new tokens to the cache and to themselves.
