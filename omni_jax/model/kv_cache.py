@@ -170,12 +170,11 @@ def _write(
 
 def _in_place(arrays: tuple[jax.Array, ...], ndim: int) -> tuple[jax.Array, ...]:
     """The arrays, in the memory order in which a TPU takes them as arguments: slots innermost where heads are narrower
-    than a tile, and those of scales, which have fewer axes than `ndim`. Left to choose, the compiler turns them around
-    for this loop, and back after it."""
+    than a tile. Left to choose, the compiler turns them around for this loop, and back after it; in a loop of steps of
+    one row even heads of 128. Those of scales, which have fewer axes than `ndim`, are left to it."""
     *before, slots, size = range(ndim)
-    if arrays[0].shape[-1] >= LANES:
-        return arrays
-    order = MemoryLayout((*before, size, slots))
+    wide = arrays[0].shape[-1] >= LANES
+    order = MemoryLayout((*before, slots, size) if wide else (*before, size, slots))
 
     def on_tpu(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(with_layout_constraint(x, order) if x.ndim == ndim else x for x in arrays)
