@@ -276,8 +276,9 @@ def dit_flow(
 
 def _flowing(params: Any) -> Any:
     """The weights of the DiT that each evaluation reads; those of its conditions and modulations are read once."""
-    layers = {name: tree for name, tree in params["transformer_blocks"].items() if name != "attn_norm"}
-    return layers | {"proj_out": params["proj_out"]}
+    layers = params["transformer_blocks"]
+    each = layers if isinstance(layers, tuple) else (layers,)
+    return [{k: tree for k, tree in layer.items() if k != "attn_norm"} for layer in each], params["proj_out"]
 
 
 def _kinds(cfg: DiTConfig) -> tuple[float, ...]:
