@@ -22,6 +22,7 @@ from omni_jax.api import SESSION_TOKENS
 from omni_jax.errors import InputError
 from omni_jax.infer.analysis import plan
 from omni_jax.model import bigvgan, token2wav, token2wav_stream
+from omni_jax.model.kv_cache import LANES
 from omni_jax.model.talker import EXTRA
 from omni_jax.parallel import meshes
 from omni_jax.runtime import memory_model as M
@@ -35,6 +36,8 @@ BATCHES = (1, 8, 64)
 LATENCY = 5e-6
 # Bytes/s of all links of a chip, by the maker's data sheet.
 LINKS: Mapping[str, float] = {"v5e": 200e9, "v6e": 448e9}
+# Rows of a TPU's tile at four bytes a number; twice as many at two.
+SUBLANES = 8
 
 IMAGE = (1, 32, 32)  # patches of 448 × 448
 IMAGE_TOKENS = 256
@@ -150,12 +153,21 @@ class Counter:
         layers = d.num_hidden_layers * d.hidden_size * (attention + 3 * d.intermediate_size)
         return d, layers, d.vocab_size * d.hidden_size
 
+    def _tile(self, head_dim: int) -> int:
+        """Slots of a row of the cache that are read and written to change one: heads narrower than a tile have their
+        slots along its lanes. A GPU writes the slot alone."""
+        if self.target.chip not in LINKS:
+            return 0
+        return LANES if head_dim < LANES else SUBLANES * 4 // self.itemsize
+
     def step(self, part: Any, rows: int, slots: int, times: int, name: str) -> Work:
         """A decode step of `rows` rows with caches of `slots`."""
         d, layers, head = self._decoder(part)
         rules = meshes.rules(part, self.cfg, self.sizes, rows)
         weights = (layers + head) * self.itemsize / M.ways(self.sizes, rules, "mlp", "embed")
-        cache = M.cache_bytes(self.cfg, self.sizes, part, rows, slots, self.itemsize)
+        # All slots are read; of a tile, the slots that a TPU moves together, one is changed.
+        tile = self._tile(d.head_dim)
+        cache = M.cache_bytes(self.cfg, self.sizes, part, rows, slots + 2 * tile, self.itemsize)
         attend = 4 * d.num_hidden_layers * d.num_attention_heads * d.head_dim * slots
         work = rows * (2 * (layers + head) + attend) / M.ways(self.sizes, rules, "batch", "act_mlp")
         kind = f"{part} step" if rows == 1 else f"{part} steps"
