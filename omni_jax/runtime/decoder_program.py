@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
 from omni_jax.config import DecoderConfig, TalkerConfig, ThinkerConfig
 from omni_jax.model import talker, thinker
@@ -34,8 +34,8 @@ class DecoderProgram:
         """Whether each step reads the next vector of a reply beside the last id."""
         return self.vector_size > 0
 
-    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """[..., D] to [..., V] float32, suppressed ids at -inf."""
+    def logits(self, params: Params, hidden: Float[Array, "*R D"]) -> Float32[Array, "*R V"]:
+        """Scores of hidden states; of suppressed ids -inf."""
         scores = (talker if self.hears_reply else thinker).logits(params, hidden)
         return scores.at[..., jnp.array(self.suppressed)].set(-jnp.inf) if self.suppressed else scores
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int32, Int64
 
 from omni_jax import buckets
 from omni_jax.config import ThinkerConfig
@@ -28,13 +29,16 @@ from omni_jax.processing.processor import Prompt
 
 # Columns of a token's key: its id, its three position ids, and two words of the digest of its cell.
 KEY_WIDTH = 6
-
+Keys = Int64[np.ndarray, f"T {KEY_WIDTH}"]
+Digest = Int64[np.ndarray, " 2"]
+# Patches of a frame [N, patch], or log-mel frames of a chunk [L, mel].
+Pieces = Float[np.ndarray, "_ F"]
 
 # Digests of arrays that stay the same from prompt to prompt, as the media of a session do.
-_DIGESTS: dict[int, tuple[weakref.ref[np.ndarray], np.ndarray]] = {}
+_DIGESTS: dict[int, tuple[weakref.ref[np.ndarray], Digest]] = {}
 
 
-def _digest(kind: str, grid: Any, data: np.ndarray) -> np.ndarray:
+def _digest(kind: str, grid: Any, data: Pieces) -> Digest:
     found = hashlib.sha256(repr((kind, grid, data.shape)).encode())
     found.update(np.ascontiguousarray(data).view(np.uint8).data)
     return np.frombuffer(found.digest()[:16], np.int64)
@@ -46,19 +50,19 @@ class Cell:
 
     Attributes:
       kind: which tower encodes it.
-      data: float32 [N, patch] patches of a frame, or [L, mel] log-mel frames of a chunk.
+      data: [N, F] patches of a frame, or log-mel frames of a chunk.
       grid: (1, h, w) of a frame; None for audio.
       tokens: vectors that the tower makes of it.
     """
 
     kind: Literal["vision", "audio"]
-    data: np.ndarray
+    data: Pieces
     grid: tuple[int, int, int] | None
     tokens: int
 
     @functools.cached_property
-    def digest(self) -> np.ndarray:
-        """int64 [2], a hash of the content: equal cells of different prompts have equal vectors."""
+    def digest(self) -> Digest:
+        """A hash of the content: equal cells of different prompts have equal vectors."""
         if self.data.base is not None:  # a view does not outlive its prompt
             return _digest(self.kind, self.grid, self.data)
         key = id(self.data)
@@ -75,16 +79,16 @@ class MediaMap:
 
     Attributes:
       cells: in the order of their tokens, kind by kind.
-      cell: int32 [T], index of the cell of each token; -1 for text.
-      offset: int32 [T], place of the token among the vectors of its cell.
+      cell: index of the cell of each token; -1 for text.
+      offset: place of the token among the vectors of its cell.
     """
 
     cells: tuple[Cell, ...]
-    cell: np.ndarray
-    offset: np.ndarray
+    cell: Int32[np.ndarray, " T"]
+    offset: Int32[np.ndarray, " T"]
 
 
-def frame_cells(cfg: ThinkerConfig, pixels: np.ndarray | Sequence[np.ndarray], grid: Sequence[int]) -> list[Cell]:
+def frame_cells(cfg: ThinkerConfig, pixels: Pieces | Sequence[Pieces], grid: Sequence[int]) -> list[Cell]:
     """The frames of an image or a video, whose pixels may be one array or one for each step."""
     t, h, w = grid
     tokens = h * w // cfg.vision.spatial_merge_size**2
@@ -93,7 +97,7 @@ def frame_cells(cfg: ThinkerConfig, pixels: np.ndarray | Sequence[np.ndarray], g
     return [Cell("vision", np.asarray(step), (1, h, w), tokens) for step in steps]
 
 
-def chunk_cells(cfg: ThinkerConfig, mel: np.ndarray | Sequence[np.ndarray]) -> list[Cell]:
+def chunk_cells(cfg: ThinkerConfig, mel: Pieces | Sequence[Pieces]) -> list[Cell]:
     """The chunks of a log-mel spectrogram [L, mel], which may be one array or one for each chunk."""
     size = cfg.audio.chunk_frames
     chunks = [mel[i : i + size] for i in range(0, len(mel), size)] if isinstance(mel, np.ndarray) else mel
@@ -101,7 +105,7 @@ def chunk_cells(cfg: ThinkerConfig, mel: np.ndarray | Sequence[np.ndarray]) -> l
     return [Cell("audio", np.asarray(c), None, n) for c in chunks if (n := cfg.audio.token_count(len(c)))]
 
 
-def mel_frames(mel: np.ndarray | Sequence[np.ndarray]) -> int:
+def mel_frames(mel: Pieces | Sequence[Pieces]) -> int:
     """Frames of a spectrogram in either form."""
     return len(mel) if isinstance(mel, np.ndarray) else sum(map(len, mel))
 
@@ -130,8 +134,8 @@ def map_media(cfg: ThinkerConfig, prompt: Prompt) -> MediaMap:
     return MediaMap(tuple(cells), cell, offset)
 
 
-def token_keys(prompt: Prompt, media: MediaMap) -> np.ndarray:
-    """int64 [T, KEY_WIDTH]: two prompts whose first keys are equal leave the same keys and values in the cache."""
+def token_keys(prompt: Prompt, media: MediaMap) -> Keys:
+    """A key of each token: two prompts whose first keys are equal leave the same keys and values in the cache."""
     keys = np.zeros((len(prompt.ids), KEY_WIDTH), np.int64)
     keys[:, 0], keys[:, 1:4] = prompt.ids, prompt.positions.T
     live = media.cell >= 0
@@ -141,7 +145,7 @@ def token_keys(prompt: Prompt, media: MediaMap) -> np.ndarray:
     return keys
 
 
-def reply_keys(ids: Sequence[int], first_position: int) -> np.ndarray:
+def reply_keys(ids: Sequence[int], first_position: int) -> Keys:
     """`token_keys` of drawn ids, which follow each other on all three axes."""
     keys = np.zeros((len(ids), KEY_WIDTH), np.int64)
     keys[:, 0] = ids
@@ -149,8 +153,8 @@ def reply_keys(ids: Sequence[int], first_position: int) -> np.ndarray:
     return keys
 
 
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """How many keys [*, KEY_WIDTH] are equal from the beginning on."""
+def common_prefix(a: Int64[np.ndarray, "A K"], b: Int64[np.ndarray, "B K"]) -> int:
+    """How many keys are equal from the beginning on."""
     n = min(len(a), len(b))
     different = np.flatnonzero((a[:n] != b[:n]).any(axis=1))
     return int(different[0]) if different.size else n
@@ -178,8 +182,8 @@ class Towers:
     ):
         self.cfg, self.params, self.layout_for, self.dtype, self.sizes = cfg, params, layout_for, dtype, sizes
 
-    def encode(self, cells: Sequence[Cell]) -> list[np.ndarray]:
-        """[tokens, D] of each cell; cells of one size share calls."""
+    def encode(self, cells: Sequence[Cell]) -> list[Float[np.ndarray, "_ D"]]:
+        """The vectors of each cell; cells of one size share calls."""
         cfg, params = self.cfg, self.params
         out: list[np.ndarray] = [np.zeros((0, cfg.text.hidden_size), self.dtype)] * len(cells)
         frames = [i for i, c in enumerate(cells) if c.kind == "vision"]

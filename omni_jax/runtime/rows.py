@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from omni_jax.runtime.media import KEY_WIDTH, common_prefix
+from omni_jax.runtime.media import KEY_WIDTH, Keys, common_prefix
 from omni_jax.runtime.turn import Turn
 
 
-def _no_keys() -> np.ndarray:
+def _no_keys() -> Keys:
     return np.zeros((0, KEY_WIDTH), np.int64)
 
 
@@ -27,7 +27,7 @@ class Row:
       used: number of the last request, to reuse the one that was idle longest.
     """
 
-    keys: np.ndarray = field(default_factory=_no_keys)
+    keys: Keys = field(default_factory=_no_keys)
     talker: int = 0
     owner: Hashable | None = None
     turn: Turn | None = None

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float32
 
 from omni_jax.errors import InputError
 from omni_jax.events import DoneEvent, ErrorEvent, Event, ReadEvent, Reply, TextEvent, TrimEvent, TurnEvent
@@ -189,7 +190,7 @@ class Session:
             else:
                 self.commit()
 
-    def _take_audio(self, block: np.ndarray) -> None:
+    def _take_audio(self, block: Float32[np.ndarray, " N"]) -> None:
         segment = self._segment
         if segment is None or segment.audio is None:
             video = segment.video if segment is not None else None
@@ -492,7 +493,7 @@ def _plain_part(part: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "text", "text": LIVE.format(kind=part["type"])}
 
 
-def _at(block: np.ndarray, rate: int) -> np.ndarray:
+def _at(block: Float32[np.ndarray, " N"], rate: int) -> Float32[np.ndarray, " M"]:
     """A block for the voice detector, which takes 16 kHz, of audio at a whole multiple of that."""
     if rate % RATE:
         raise SessionError(f"turns are found at {RATE} Hz, and this model hears at {rate} Hz; end turns with commit")

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float32
 
 from omni_jax import buckets
 from omni_jax.checkpoint.load import load_params
@@ -117,7 +118,7 @@ class Vocoder:
 
     def __call__(
         self, codes: Sequence[Any], settings: Sequence[SpeechSettings], noise: Sequence[Any] | None = None
-    ) -> list[np.ndarray]:
+    ) -> list[Float32[np.ndarray, " _"]]:
         """Speaks rows of codes, of unequal lengths; see `token2wav.token2wav`.
 
         Args:
@@ -126,7 +127,7 @@ class Vocoder:
             as the largest bucket of rows holds.
           noise: float32 [2 n, mel] for each row of n codes; by default drawn from the seeds.
         Returns:
-          float32 samples at 24 kHz for each row.
+          the samples of each row, at 24 kHz.
         Raises:
           CodeError: a code that there is no embedding for, or too many codes.
           InputError: noise of another shape, or an unknown voice.

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from omni_jax import buckets
 from omni_jax.checkpoint.speakers import pick_voice
@@ -25,7 +26,7 @@ from omni_jax.model.voice import Voice
 from omni_jax.parallel.meshes import transfer_to_mesh
 from omni_jax.runtime import slots as S
 from omni_jax.runtime.loaded import LoadedModel
-from omni_jax.runtime.media import Program
+from omni_jax.runtime.media import Keys, Program
 from omni_jax.runtime.speech import (
     SILENT,
     TALKER_CACHE_STEP,
@@ -124,8 +125,8 @@ class TalkerStage:
         with guard, self.model.layout_for("thinker", batch, length):
             yield
 
-    def _table_rows(self, ids: np.ndarray) -> Any:
-        """[n, E], the Thinker's vectors of ids, on the chips of speech."""
+    def _table_rows(self, ids: Int[np.ndarray, " n"]) -> Float[Array, "n E"]:
+        """The Thinker's vectors of ids, on the chips of speech."""
         ids = ids.astype(np.int32)
         with self._handing_over(self.rows):
             return self._transfer(talker.table_rows(self._table, self._from_host(ids)))
@@ -152,12 +153,12 @@ class TalkerStage:
         first = all(self._lengths[turn.row] == 0 for turn, _ in live)
         self._extend(S.Tokens(self._prompt_vectors(piece), t.positions, counts, t.rows), first=first)
 
-    def _prompt_vectors(self, piece: Piece) -> Any:
+    def _prompt_vectors(self, piece: Piece) -> Float[Array, "R T E"]:
         with self._handing_over(*piece.tokens.x.shape):
             index = self._from_host(piece.tokens.media_index)
             return self._transfer(talker.prompt_vectors(piece.embeddings, piece.hidden, index))
 
-    def catch_up(self, row: int, read: int, shared: int, keys: np.ndarray) -> int:
+    def catch_up(self, row: int, read: int, shared: int, keys: Keys) -> int:
         """Reads the last reply of a row, as the next prompt has it before it: its vectors are those of a prompt.
 
         Args:
@@ -180,8 +181,8 @@ class TalkerStage:
             self._extend_by_reply(positions, row, start, count)
         return n
 
-    def _extend_by_reply(self, positions: np.ndarray, row: int, start: int, n: int) -> None:
-        """Reads n vectors of a row's reply from `start` on, at positions [3, 1, width]."""
+    def _extend_by_reply(self, positions: Int32[np.ndarray, "3 1 T"], row: int, start: int, n: int) -> None:
+        """Reads n vectors of a row's reply from `start` on."""
         width = positions.shape[2]
         assert self._slots.reply is not None
         with self.model.layout_for("talker", 1, width):
@@ -207,7 +208,7 @@ class TalkerStage:
         self._reset_replies(mask)
         self._appended[row] = 0
 
-    def _reset_replies(self, mask: np.ndarray) -> None:
+    def _reset_replies(self, mask: Bool[np.ndarray, " B"]) -> None:
         with self.model.layout_for("talker", self.rows):
             self._slots = S.reset_reply(self._slots, mask)
 
@@ -225,7 +226,7 @@ class TalkerStage:
             self._grow()
         self._append(made, counts)
 
-    def _append(self, made: Made, counts: np.ndarray) -> None:
+    def _append(self, made: Made, counts: Int32[np.ndarray, " B"]) -> None:
         with self._handing_over(self.rows):
             vectors = self._transfer(talker.reply_vectors(self._table, made.output.read, made.output.hidden))
         zeros, every = np.zeros(self.rows, np.int32), np.arange(self.rows, dtype=np.int32)
@@ -243,7 +244,7 @@ class TalkerStage:
             self._grow()
         self._end_replies(mask, lengths)
 
-    def _end_replies(self, mask: np.ndarray, lengths: np.ndarray) -> None:
+    def _end_replies(self, mask: Bool[np.ndarray, " B"], lengths: Int32[np.ndarray, " B"]) -> None:
         with self.model.layout_for("talker", self.rows):
             self._slots = S.end_reply(self._slots, mask, lengths)
 
@@ -270,11 +271,12 @@ class TalkerStage:
         return {t.row: [int(token[t.row])] for t in turns}
 
     def _begin(
-        self, rows: np.ndarray, voices: np.ndarray, counts: np.ndarray, after: np.ndarray, mask: np.ndarray,
-        settings: Sequence[SpeechSettings], position: np.ndarray,
-    ) -> np.ndarray:  # fmt: skip
-        """int32 [B], the first codes of the rows in `mask` [B]. Those that are new to the voice's mark are named by
-        `rows` [R], with `counts` [R] places at position ids `after` [R, EXTRA]."""
+        self, rows: Int32[np.ndarray, " R"], voices: Int32[np.ndarray, " R"], counts: Int32[np.ndarray, " R"],
+        after: Int32[np.ndarray, "R X"], mask: Bool[np.ndarray, " B"], settings: Sequence[SpeechSettings],
+        position: Int32[np.ndarray, " B"],
+    ) -> Int32[np.ndarray, " B"]:  # fmt: skip
+        """The first codes of the rows in `mask`. Those that are new to the voice's mark are named by `rows`, with
+        `counts` places at position ids `after`, X = EXTRA."""
         size = len(rows)
         assert self._slots.reply is not None
         vectors = self._table_rows(voices)
@@ -427,5 +429,5 @@ class TalkerStage:
             [SILENT] * self.rows, np.zeros(self.rows, np.int32),
         )  # fmt: skip
 
-    def _catch_up_padding(self, positions: np.ndarray) -> None:
+    def _catch_up_padding(self, positions: Int32[np.ndarray, "3 1 T"]) -> None:
         self._extend_by_reply(positions, 0, 0, 0)

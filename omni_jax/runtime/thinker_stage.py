@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float, Int32
 
 from omni_jax import buckets
 from omni_jax.events import TokenLogprob
@@ -32,12 +33,12 @@ class Piece:
 
     Attributes:
       tokens: as they were read; padding rows have no tokens.
-      embeddings, hidden: [R, T, D], on the device: the input embeddings, and the hidden states after the final norm.
+      embeddings, hidden: on the device: the input embeddings, and the hidden states after the final norm.
     """
 
     tokens: S.Tokens
-    embeddings: Any
-    hidden: Any
+    embeddings: Float[Array, "R T D"]
+    hidden: Float[Array, "R T D"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +47,11 @@ class Made:
 
     Attributes:
       output: of the slots; `hidden` and `read` are on the device, the rest on the host.
-      count: steps made.
+      count: steps made; on the device until `fetch`.
     """
 
     output: S.StepOutput
-    count: Any
+    count: int | Int32[Array, ""]
 
 
 def sampling_rows(settings: Sequence[GenerationSettings | None], eos: Sequence[int]) -> Sampling:
@@ -136,6 +137,8 @@ class ThinkerStage:
         size, width = tokens.x.shape[:2]
         with self.model.layout_for("thinker", size, width, self.rows):
             self._slots, embeddings, hidden = S.extend(self._program, self._params, self._slots, tokens, first=first)
+        assert embeddings is not None
+        assert hidden is not None
         return Piece(tokens, embeddings, hidden)
 
     def _tokens(self, turns: Sequence[Turn], counts: Sequence[int], size: int, width: int) -> S.Tokens:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Float32
 
 from omni_jax.errors import InputError
 from omni_jax.events import Event, Reply
@@ -15,7 +16,7 @@ from omni_jax.model.token2wav import SAMPLE_RATE
 from omni_jax.model.voice import Voice
 from omni_jax.processing.positions import next_position
 from omni_jax.processing.processor import Prompt
-from omni_jax.runtime.media import MediaMap
+from omni_jax.runtime.media import Keys, MediaMap
 from omni_jax.runtime.reply import ReplyBuilder
 from omni_jax.runtime.watchdog import SpeechBuilder
 from omni_jax.settings import GenerationSettings, SpeechSettings
@@ -108,7 +109,7 @@ class Turn:
 
     number: int
     request: Request
-    keys: np.ndarray
+    keys: Keys
     media: MediaMap
     builder: ReplyBuilder | None
     times: Times
@@ -121,7 +122,7 @@ class Turn:
     vectors: int = 0
     drawn: int = 0
     pushed: int = 0
-    samples: list[np.ndarray] = field(default_factory=list)
+    samples: list[Float32[np.ndarray, " N"]] = field(default_factory=list)
     audio_done: bool = False
     failed: InputError | None = None
     interrupted: bool = False
@@ -130,7 +131,7 @@ class Turn:
     playing_from: float | None = None
     samples_given: int = 0
     reading_tag: int = 0
-    vectors_of_cells: dict[int, np.ndarray] = field(default_factory=dict)
+    vectors_of_cells: dict[int, Float[np.ndarray, "N D"]] = field(default_factory=dict)
 
     @property
     def left_to_read(self) -> int:

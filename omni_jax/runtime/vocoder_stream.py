@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jaxtyping import Float32, Int, Int32
 
 from omni_jax.buckets import FINE, Sizes, bucket
 from omni_jax.checkpoint.speakers import pick_voice
@@ -31,6 +32,8 @@ from omni_jax.parallel.sharding import replicate
 
 Mode = Literal["windowed", "exact"]
 DEFAULT_FLOW = Flow()
+# What a voice adds to the DiT's input, and the null embedding.
+VoiceVectors = tuple[Float32[np.ndarray, " D"], Float32[np.ndarray, "1 D"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +67,13 @@ class Pcm:
     """A stretch of a stream's sound.
 
     Attributes:
-      samples: float32 at 24 kHz in [-1, 1], `token2wav.samples_per_code` a code.
+      samples: at 24 kHz in [-1, 1], `token2wav.samples_per_code` a code.
       codes: the ids that these samples are.
       frames: the mel frames that they are; the first stretch begins at 0, each further one where the last ended.
       last: whether the stream has ended with it; its row is then free.
     """
 
-    samples: np.ndarray
+    samples: Float32[np.ndarray, " N"]
     codes: tuple[int, ...]
     frames: range
     last: bool
@@ -103,13 +106,13 @@ class _Stream:
     """
 
     voice: Voice
-    vector: np.ndarray
+    vector: Float32[np.ndarray, " D"]
     key: tuple[int, int]
     seed: int
     flow: Flow
     mode: Mode
-    mel: np.ndarray
-    codes: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    mel: Float32[np.ndarray, "T M"]
+    codes: Int32[np.ndarray, " N"] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     code_start: int = 0
     mel_start: int = 0
     drawn: int = 0
@@ -123,7 +126,7 @@ class _Stream:
         """Codes that have come."""
         return self.code_start + len(self.codes)
 
-    def codes_at(self, start: int, stop: int) -> np.ndarray:
+    def codes_at(self, start: int, stop: int) -> Int32[np.ndarray, " N"]:
         """Codes `start` … `stop` of the stream, as far as they have come."""
         return self.codes[max(0, start - self.code_start) : max(0, stop - self.code_start)]
 
@@ -154,7 +157,7 @@ class VocoderStream:
         self.layout_for, self.schedule = layout_for, schedule
         self._dit, self._bigvgan = params["code2wav_dit_model"], params["code2wav_bigvgan_model"]
         self._streams: dict[int, _Stream] = {}
-        self._vectors: dict[Voice, tuple[np.ndarray, np.ndarray]] = {}
+        self._vectors: dict[Voice, VoiceVectors] = {}
         self._states: dict[Flow, tuple[Any, Any]] = {}
         known = token2wav.ROW_BUCKETS
         self._exact_buckets = tuple(n for n in known if n <= bucket(rows, known))
@@ -395,8 +398,8 @@ class VocoderStream:
 
     # The work itself.
 
-    def _vector(self, voice: Voice) -> tuple[np.ndarray, np.ndarray]:
-        """What a voice adds to the DiT's input [D], and the null embedding [1, D]; encoded once."""
+    def _vector(self, voice: Voice) -> VoiceVectors:
+        """Of a voice; encoded once."""
         if voice not in self._vectors:
             length = bucket(len(voice.ref_mel), token2wav.REFERENCE_BUCKETS)
             mel = np.zeros((1, length, self.config.dit.mel_dim), np.float32)
@@ -441,7 +444,7 @@ class VocoderStream:
             ends = s.closed and self._left(s) < self._window_codes(s)
             self._take_mel(s, drawn[i, : self._left(s) * cfg.repeats if ends else final * cfg.block_size])
 
-    def _take_mel(self, s: _Stream, frames: np.ndarray) -> None:
+    def _take_mel(self, s: _Stream, frames: Float32[np.ndarray, "T M"]) -> None:
         s.mel = np.concatenate([s.mel, frames])
         s.drawn += len(frames)
         s.rounds += 1
@@ -455,8 +458,12 @@ class VocoderStream:
             self._take_mel(s, mel[: s.count * self.config.dit.repeats])
 
     def _exact_mels(
-        self, codes: Sequence[np.ndarray], flow: Flow, voices: Sequence[Voice] = (), seeds: Sequence[int] = ()
-    ) -> np.ndarray:
+        self,
+        codes: Sequence[Int[np.ndarray, " _"]],
+        flow: Flow,
+        voices: Sequence[Voice] = (),
+        seeds: Sequence[int] = (),
+    ) -> Float32[np.ndarray, "B T M"]:  # fmt: skip
         voices = voices or [next(iter(self.voices.values()))] * len(codes)
         drawn = token2wav.codes_to_mel(
             self.config, self.params, codes, voices, seeds=seeds or [0] * len(codes), flow=flow,
@@ -484,7 +491,7 @@ class VocoderStream:
             row: self._give_out(s, made[i], *pieces[row]) for i, (row, s) in enumerate(streams.items())
         }  # fmt: skip
 
-    def _give_out(self, s: _Stream, samples: np.ndarray, start: int, end: int, stop: int) -> Pcm:
+    def _give_out(self, s: _Stream, samples: Float32[np.ndarray, " N"], start: int, end: int, stop: int) -> Pcm:
         """The samples of frames `spoken` … `stop`, cut from those of the piece that begins at frame `start`."""
         hop, repeats = bigvgan.hop(self.config.bigvgan), self.config.dit.repeats
         wave = samples[(s.spoken - start) * hop : (stop - start) * hop].copy()

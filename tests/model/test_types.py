@@ -3,6 +3,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from omni_jax.model import rope
+from omni_jax.runtime import media
 
 
 def test_shapes_are_checked_in_tests():
@@ -10,3 +11,12 @@ def test_shapes_are_checked_in_tests():
     assert rope.rotate(x, angles).shape == x.shape
     with pytest.raises(TypeCheckError):
         rope.rotate(x, angles[:, :2])
+
+
+def test_shapes_of_the_runtime_are_checked_in_tests():
+    keys = media.reply_keys([4, 5, 6], first_position=2)
+    assert media.common_prefix(keys, keys[:2]) == 2
+    with pytest.raises(TypeCheckError):
+        media.common_prefix(keys, keys[:, :3])
+    with pytest.raises(TypeCheckError):
+        media.common_prefix(keys, keys.astype(np.int32))

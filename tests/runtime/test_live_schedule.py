@@ -61,7 +61,7 @@ class Sounding(VocoderStream):
         self.count, self.clock = count, clock
 
     def _vector(self, voice):
-        return np.zeros(0), np.zeros(0)
+        return np.zeros(0, np.float32), np.zeros((1, 0), np.float32)
 
     def _draw_windows(self, streams, flow, final, rows=None):
         self.clock.now += self.count.window(1, final).total
@@ -73,7 +73,7 @@ class Sounding(VocoderStream):
         self.clock.now += self.count.vocoder(1, size).total
         hop = bigvgan.hop(CFG.token2wav.bigvgan)
         pieces = {row: self._piece(s) for row, s in streams.items()}
-        return {row: self._give_out(s, np.zeros((pieces[row][1] - pieces[row][0]) * hop), *pieces[row])
+        return {row: self._give_out(s, np.zeros((pieces[row][1] - pieces[row][0]) * hop, np.float32), *pieces[row])
                 for row, s in streams.items()}  # fmt: skip
 
 
