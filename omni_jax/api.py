@@ -42,6 +42,7 @@ from omni_jax.runtime.speech import SpeechError, Vocoder, check_speaks, check_vo
 from omni_jax.runtime.turn import Request
 from omni_jax.settings import (
     MAX_CODES,
+    Dtype,
     GenerationSettings,
     KVCacheDtype,
     MediaSettings,
@@ -365,6 +366,7 @@ def load(
     adapter: str | pathlib.Path | None = None,
     quantize: Quantize | None = None,
     kv_cache: KVCacheDtype | None = None,
+    speech_dtype: Dtype = "float32",
     progress: bool = False,
 ) -> Omni:
     """Loads a checkpoint: a folder in the published layout or one that `omni-jax convert` made.
@@ -382,21 +384,26 @@ def load(
       quantize: hold weights as int8, quantized leaf by leaf as they are read: "int8", the projections of Thinker and
         Talker; "int8-head", also their output heads; "int8-all", also the towers. By default as the folder has them.
       kv_cache: "int8" holds keys and values so, with a scale for each token and head.
+      speech_dtype: in which Token2Wav multiplies: "float32", or "bfloat16" in one pass where float32 takes six.
       progress: show a bar on stderr.
     Raises:
       ValueError: files that are missing, broken or of another model; one line that names them.
     """
-    for what, given, known in (("quantize", quantize, Quantize), ("kv_cache", kv_cache, KVCacheDtype)):
+    named = (("quantize", quantize, Quantize), ("kv_cache", kv_cache, KVCacheDtype),
+             ("speech_dtype", speech_dtype, Dtype))  # fmt: skip
+    for what, given, known in named:
         if given is not None and given not in get_args(known):
             raise InputError(unknown_name(what, str(given), get_args(known)))
     with local_files(path) as (files, arrays):
-        return _load(files, arrays, parts, dtype, mesh, speech_mesh, unroll, adapter, quantize, kv_cache, progress)
+        return _load(
+            files, arrays, parts, dtype, mesh, speech_mesh, unroll, adapter, quantize, kv_cache, speech_dtype, progress
+        )
 
 
 def _load(
     path: pathlib.Path, arrays: str | None, parts: Sequence[str], dtype: Any, mesh: str | jax.sharding.Mesh | None,
     speech_mesh: str | jax.sharding.Mesh | None, unroll: bool | None, adapter: str | pathlib.Path | None,
-    quantize: Quantize | None, kv_cache: KVCacheDtype | None, progress: bool,
+    quantize: Quantize | None, kv_cache: KVCacheDtype | None, speech_dtype: Dtype, progress: bool,
 ) -> Omni:  # fmt: skip
     cfg = load_config(path)
     if set(parts) not in ({"thinker"}, set(PARTS)):
@@ -415,10 +422,12 @@ def _load(
     elif speech_mesh is not None:
         raise MeshError("speech has a mesh of its own, but the Thinker has none; give it one as well, such as 1")
     quantize = quantization_of(path, quantize)
-    check_weights(cfg, placement, parts, jnp.dtype(dtype).itemsize, str(path), quantize)
+    itemsizes = jnp.dtype(dtype).itemsize, jnp.dtype(speech_dtype).itemsize
+    check_weights(cfg, placement, parts, itemsizes[0], str(path), quantize, itemsizes[1])
     params = load_params(
         path, cfg, parts=parts, dtype=jnp.dtype(dtype), unroll=unroll, progress=progress, adapter=adapter,
         shardings=stage_formats(cfg, placement, parts, quantize), arrays=arrays, quantize=quantize,
+        speech_dtype=jnp.dtype(speech_dtype),
     )  # fmt: skip
     eos = stop_token_ids(path, cfg, processor.tokenizer)
     return Omni(cfg, params, processor, eos, dtype, voices, placement, quantize, kv_cache)

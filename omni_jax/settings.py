@@ -165,6 +165,10 @@ class ModelSource:
     mesh: str | None = option(
         None, "Mesh to shard the model over: chips (2x2, 2x4, …) or axes (data=2,tensor=4). Default: one device."
     )
+    speech_dtype: Dtype = option(
+        "float32", "Dtype in which Token2Wav multiplies, and of the weights that it multiplies by. float32 is the "
+        "reference's; bfloat16 takes one pass on a TPU or a GPU's matrix units instead of six, and half the bytes.",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Raises InputError naming the setting that is wrong."""
@@ -178,7 +182,7 @@ class ModelSettings(ModelSource):
     speech_mesh: str | None = option(
         None, "A mesh of its own for the Talker and Token2Wav, beside that of the Thinker."
     )
-    dtype: Dtype = option("bfloat16", "Dtype of weights and computation.")
+    dtype: Dtype = option("bfloat16", "Dtype of weights and computation, but for Token2Wav.")
     adapter: str | None = option(None, "Folder of a PEFT adapter (LoRA) to merge into the weights.")
     quantize: Quantize | None = option(
         None, "Weights as int8, with a scale for each output row: int8, the projections of Thinker and Talker; "

@@ -50,7 +50,8 @@ def _load(model: ModelSettings, progress: bool) -> api.Omni:
     def load(parts: Sequence[str]) -> api.Omni:
         return api.load(
             model.model, parts=parts, dtype=model.dtype, mesh=model.mesh, speech_mesh=model.speech_mesh,
-            adapter=model.adapter, quantize=model.quantize, kv_cache=model.kv_cache, progress=progress,
+            adapter=model.adapter, quantize=model.quantize, kv_cache=model.kv_cache, speech_dtype=model.speech_dtype,
+            progress=progress,
         )  # fmt: skip
 
     try:

@@ -23,7 +23,7 @@ from omni_jax.checkpoint.quantized import int8_arrays, is_int8
 from omni_jax.checkpoint.safetensors_io import CheckpointError, aligned_empty
 from omni_jax.config import OmniConfig
 from omni_jax.model.declare import walk
-from omni_jax.model.parameters import is_quantized, param_specs
+from omni_jax.model.parameters import has_speech_dtype, is_quantized, param_specs
 from omni_jax.model.quantize import QuantizedArray
 from omni_jax.progress import progress_bar
 from omni_jax.settings import Quantize
@@ -139,6 +139,7 @@ def load_params(
     adapter: str | pathlib.Path | None = None,
     arrays: str | None = None,
     quantize: Quantize | None = None,
+    speech_dtype: Any = jnp.float32,
 ) -> Params:
     """Loads a checkpoint folder: converted, or published (sharded or single safetensors; either key layout; also a
     Thinker alone).
@@ -147,7 +148,7 @@ def load_params(
       path: the folder.
       cfg: its configuration (`config.load_config`).
       parts: which of `thinker`, `talker`, `token2wav` to load. The keys of the others are checked all the same.
-      dtype: of the loaded parameters; Token2Wav is always float32. Tensors convert one by one.
+      dtype: of the loaded parameters but Token2Wav's. Tensors convert one by one.
       unroll: a stack of layers is a tuple of per-layer trees (CPU, GPU), else arrays with a leading layers axis.
       shardings: None (default device), one `jax.sharding.Sharding` for all, or a tree of them in the form of the
         result, where a sharding (or None) may stand for a whole subtree. Each device reads just its slices. A `Format`
@@ -157,6 +158,7 @@ def load_params(
       arrays: where the arrays of a converted folder lie if not in it: a URL.
       quantize: which matrices are quantized as they are read (`parameters.QUANTIZED`); those that the folder holds as
         int8 stay so.
+      speech_dtype: of the weights of Token2Wav that `parameters.has_speech_dtype` names; all else there is float32.
     Returns:
       `{part: nested dict}` with the published names as keys (`keys.tree_path`), and a `QuantizedArray` in the place of
       each matrix that is int8. A head that is tied to the embedding
@@ -188,8 +190,10 @@ def load_params(
         for place, layers in leaves.items():
             stacked = None not in layers
             tensors = [layers[i] for i in range(len(layers))] if stacked else [layers[None]]
-            wanted = jnp.float32 if place[0] == "token2wav" else dtype
             sharding, named = _lookup(shardings, place), tuple(key for key in place if isinstance(key, str))
+            wanted = dtype
+            if place[0] == "token2wav":
+                wanted = speech_dtype if has_speech_dtype(named) else jnp.float32
             if any(map(is_int8, tensors)) or is_quantized(named, specs[named], quantize):
                 leaf: Any = _make_quantized(tensors, stacked, sharding)
             else:

@@ -96,7 +96,8 @@ def vocode(
     from omni_jax.runtime.compilation import use_compilation_cache
 
     use_compilation_cache()
-    wave = speech.Vocoder.from_folder(model.model, mesh=model.mesh)([row], [settings], start)[0]
+    vocoder_of = speech.Vocoder.from_folder(model.model, mesh=model.mesh, dtype=model.speech_dtype)
+    wave = vocoder_of([row], [settings], start)[0]
     if out.suffix == ".npy":
         write_atomically(out, lambda file: np.save(file, wave))
     else:

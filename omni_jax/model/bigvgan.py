@@ -1,4 +1,5 @@
-"""BigVGAN: mel frames to samples. Float32, channels last.
+"""BigVGAN: mel frames to samples. Channels last; signals are float32, and convolutions multiply in the dtype of their
+weights, with float32 sums.
 
 Padding is not free here: every layer pads at the end of the signal, convolutions with zeros and the anti-aliasing
 filters with the last value, and the last two thousand samples depend on it. So a padded buffer carries its true length
@@ -200,7 +201,7 @@ def tap_conv(x: jax.Array, kernel: jax.Array, first: Any, dilation: Any, room: t
     rows, steps, _ = x.shape
     pieces = -(-steps // PIECE)
     size = -(-steps // (pieces * SUBLANES)) * SUBLANES
-    padded = jnp.pad(x, ((0, 0), (room[0], room[1] + pieces * size - steps), (0, 0)))
+    padded = jnp.pad(x.astype(kernel.dtype), ((0, 0), (room[0], room[1] + pieces * size - steps), (0, 0)))
 
     def piece(start: jax.Array) -> jax.Array:
         # Once from memory, and not once a tap.
@@ -209,9 +210,9 @@ def tap_conv(x: jax.Array, kernel: jax.Array, first: Any, dilation: Any, room: t
         @jax.checkpoint  # the slices need not be kept for a backward pass
         def add(k: jax.Array, total: jax.Array) -> jax.Array:
             taken = lax.dynamic_slice_in_dim(window, room[0] + first + k * dilation, size, axis=1)
-            return total + taken @ kernel[k]
+            return total + jnp.matmul(taken, kernel[k], preferred_element_type=jnp.float32)
 
-        return lax.fori_loop(0, len(kernel), add, jnp.zeros((rows, size, kernel.shape[2]), x.dtype))
+        return lax.fori_loop(0, len(kernel), add, jnp.zeros((rows, size, kernel.shape[2])))
 
     y = lax.map(piece, size * jnp.arange(pieces))
     return y.swapaxes(0, 1).reshape(rows, pieces * size, -1)[:, :steps]
@@ -237,8 +238,9 @@ def same_conv(
     else:
         pad = (half * dilation, half * dilation)
         y = lax.conv_general_dilated(
-            x, weight, (1,), [pad], rhs_dilation=(dilation,), dimension_numbers=("NWC", "OIW", "NWC")
-        )
+            x.astype(weight.dtype), weight, (1,), [pad], rhs_dilation=(dilation,),
+            dimension_numbers=("NWC", "OIW", "NWC"), preferred_element_type=jnp.float32,
+        )  # fmt: skip
     return y + params["bias"] if "bias" in params else y
 
 
@@ -266,7 +268,10 @@ def upsample(params: Params, x: Float[Array, "B T I"], rate: int, *, tpu: bool) 
     if tpu:
         y = tap_conv(x, kernel, low, 1, (-low, high))
     else:
-        y = lax.conv_general_dilated(x, kernel, (1,), [(-low, high)], dimension_numbers=("NWC", "WIO", "NWC"))
+        y = lax.conv_general_dilated(
+            x.astype(kernel.dtype), kernel, (1,), [(-low, high)], dimension_numbers=("NWC", "WIO", "NWC"),
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
     return y.reshape(x.shape[0], x.shape[1] * rate, out) + bias
 
 

@@ -1,4 +1,7 @@
-"""The DiT of Token2Wav: how a mel spectrogram flows out of noise, given codes and a voice. Always float32.
+"""The DiT of Token2Wav: how a mel spectrogram flows out of noise, given codes and a voice.
+
+States, norms and softmax are float32. The products of the layers have the dtype of the layers' weights, and float32
+sums: bf16 ones take one pass on a TPU where float32 ones take six.
 
 Attention is blockwise. Frames come in blocks of `block_size`; most layers see their own block, a look-back layer also
 the block before, a look-ahead layer also the block after. Each kind of layer is a branch of its own, chosen by a
@@ -24,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from omni_jax.config import DiTConfig
 from omni_jax.model import ecapa
@@ -57,6 +60,17 @@ class KeysValues(NamedTuple):
 
     k: jax.Array
     v: jax.Array
+
+
+def product_dtype(params: Params) -> Any:
+    """Of the layers' weights, and with them of their products and of the states that streams keep."""
+    layers = params["transformer_blocks"]
+    return (layers[0] if isinstance(layers, tuple) else layers)["attn"]["to_q"]["weight"].dtype
+
+
+def _dense(params: Params, x: jax.Array) -> jax.Array:
+    """float32 sums of products in the weight's dtype."""
+    return dense(params, x.astype(params["weight"].dtype), jnp.float32)
 
 
 def _norm(x: jax.Array) -> jax.Array:
@@ -241,8 +255,8 @@ def rotate_first_head(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array
 
 def blockwise_attention(
     q: Float32[Array, "R N Q H C"],
-    k: Float32[Array, "R N Q H C"],
-    v: Float32[Array, "R N Q H C"],
+    k: Float[Array, "R N Q H C"],
+    v: Float[Array, "R N Q H C"],
     visible: Bool[Array, "R N 3*Q"],
     kinds: Bool[np.ndarray, "kinds 3"],
     kind: Int[Array, ""],
@@ -254,23 +268,25 @@ def blockwise_attention(
     neighbour, and gathering is most of what moves in those that do.
 
     Args:
+      k, v: in the dtype of the products.
       visible: which keys of the block before, its own and the one after exist.
       kinds, kind: of `layer_kinds`, and the layer's place among them.
       before: [R, Q, H, C], those of the block before the first, where `visible` says that there is one.
     Returns:
       frames that see nothing get a finite value without meaning.
     """
-    q = q * q.shape[-1] ** -0.5
+    q = (q * q.shape[-1] ** -0.5).astype(k.dtype)
     k_before, v_before = before or (None, None)
     each = visible.reshape(*visible.shape[:2], 3, -1)
 
     def attend(seen: Sequence[bool]) -> jax.Array:
         keys, values = windows(k, k_before, seen), windows(v, v_before, seen)
         exist = jnp.concatenate([each[:, :, i] for i in np.flatnonzero(seen)], axis=-1)
-        scores = jnp.einsum("rnqhc,rnkhc->rnhqk", q, keys)
+        scores = jnp.einsum("rnqhc,rnkhc->rnhqk", q, keys, preferred_element_type=jnp.float32)
         # Finite, so that a block of pure padding does not become NaN.
         scores = jnp.where(exist[:, :, None, None], scores, jnp.finfo(scores.dtype).min)
-        return jnp.einsum("rnhqk,rnkhc->rnqhc", jax.nn.softmax(scores, axis=-1), values)
+        weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+        return jnp.einsum("rnhqk,rnkhc->rnqhc", weights, values, preferred_element_type=jnp.float32)
 
     return lax.switch(kind, [functools.partial(attend, tuple(map(bool, seen))) for seen in kinds])
 
@@ -300,19 +316,20 @@ def dit_layer(
     attn, y = params["attn"], _norm(x) * (1 + scale) + shift
     split = (rows, frames // cfg.block_size, cfg.block_size, cfg.num_attention_heads, cfg.head_dim)
     q, k, v = (
-        constrain(dense(attn[name], y).reshape(split), "attend_batch", None, None, "act_heads", None)
+        constrain(_dense(attn[name], y).reshape(split), "attend_batch", None, None, "act_heads", None)
         for name in ("to_q", "to_k", "to_v")
     )
     q, k = rotate_first_head(q, given.cos, given.sin), rotate_first_head(k, given.cos, given.sin)
+    k, v = (a.astype(attn["to_k"]["weight"].dtype) for a in (k, v))
     y = constrain(
         blockwise_attention(q, k, v, visible, layer_kinds(cfg)[0], kind, before).reshape(rows, frames, -1),
         "batch", "length", "act_proj",
     )  # fmt: skip
-    x = constrain(x + gate * dense(attn["to_out"]["0"], y), "batch", "length", "act_embed")
+    x = constrain(x + gate * _dense(attn["to_out"]["0"], y), "batch", "length", "act_embed")
 
     ff, y = params["ff"]["ff"], _norm(x) * (1 + ff_scale) + ff_shift
-    y = constrain(jax.nn.gelu(dense(ff["0"], y), approximate=True), "batch", "length", "act_mlp")
-    return constrain(x + ff_gate * dense(ff["3"], y), "batch", "length", "act_embed"), KeysValues(k, v)
+    y = constrain(jax.nn.gelu(_dense(ff["0"], y), approximate=True), "batch", "length", "act_mlp")
+    return constrain(x + ff_gate * _dense(ff["3"], y), "batch", "length", "act_embed"), KeysValues(k, v)
 
 
 def velocity(

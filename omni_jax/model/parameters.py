@@ -47,6 +47,8 @@ QUANTIZED: Mapping[Quantize, tuple[str, ...]] = {
     "int8-head": _LAYERS + _HEADS,
     "int8-all": ("thinker", "talker"),
 }
+# Where the matrices lie that `speech_dtype` covers; all else of Token2Wav is float32.
+_SPEECH = (STACKS[-1], "token2wav.code2wav_bigvgan_model")
 # Shifts, scales and gates of one layer of the DiT: for attention, then for the feed-forward part.
 DIT_MODULATIONS = 6
 
@@ -261,6 +263,12 @@ def is_quantized(path: Path, spec: ParamSpec, mode: Quantize | None) -> bool:
     """Whether a mode of `quantize` stores the parameter at a path as int8: only what `layers.dense` multiplies by."""
     name = ".".join(path)
     return mode is not None and spec.matmul and any(name.startswith(f"{place}.") for place in QUANTIZED[mode])
+
+
+def has_speech_dtype(path: Path) -> bool:
+    """Whether the parameter at a path has the `speech_dtype`: the weights of the DiT's layers and of BigVGAN."""
+    name = ".".join(path)
+    return path[-1] == "weight" and any(name.startswith(f"{place}.") for place in _SPEECH)
 
 
 def stack_of(path: tuple[str, ...]) -> int | None:

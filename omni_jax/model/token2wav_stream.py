@@ -53,12 +53,12 @@ def _guidance_rows(flow: Flow) -> int:
     return 2 if flow.guidance else 1
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "flow", "slots"))
-def init_states(cfg: DiTConfig, flow: Flow, slots: int) -> KeysValues:
-    """Empty states of `slots` streams: [S, E, K, G, B, Q, H, C]."""
+@functools.partial(jax.jit, static_argnames=("cfg", "flow", "slots", "dtype"))
+def init_states(cfg: DiTConfig, flow: Flow, slots: int, dtype: Any = jnp.float32) -> KeysValues:
+    """Empty states of `slots` streams: [S, E, K, G, B, Q, H, C], of `dit.product_dtype`."""
     steps, evaluations = flow.time_points - 1, len(ode.solver(flow.solver).nodes)
     shape = (steps, evaluations, len(dit.look_back_layers(cfg)), _guidance_rows(flow), slots, cfg.block_size)
-    zeros = jnp.zeros((*shape, cfg.num_attention_heads, cfg.head_dim), jnp.float32)
+    zeros = jnp.zeros((*shape, cfg.num_attention_heads, cfg.head_dim), dtype)
     return _laid_out(KeysValues(zeros, jnp.zeros_like(zeros)))
 
 
@@ -66,9 +66,9 @@ def _laid_out(states: KeysValues) -> KeysValues:
     return jax.tree.map(lambda a: constrain(a, *[None] * 6, "act_heads", None), states)
 
 
-def state_bytes(cfg: DiTConfig, flow: Flow) -> int:
-    """Bytes that one stream's states take: 28.3 MB for the published model with the default flow."""
-    states = jax.eval_shape(lambda: init_states(cfg, flow, 1))
+def state_bytes(cfg: DiTConfig, flow: Flow, dtype: Any = jnp.float32) -> int:
+    """Bytes that one stream's states take: 28.3 MB for the published model with the default flow in float32."""
+    states = jax.eval_shape(lambda: init_states(cfg, flow, 1, dtype))
     return sum(a.size * a.dtype.itemsize for a in states)
 
 

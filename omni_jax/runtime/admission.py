@@ -61,13 +61,14 @@ def meshes_of(placement: Placement | None) -> memory_model.Meshes:
 
 def check_weights(
     cfg: OmniConfig, placement: Placement | None, parts: Sequence[str], itemsize: int, what: str,
-    quantize: Quantize | None = None,
+    quantize: Quantize | None = None, speech_itemsize: int = memory_model.FLOAT,
 ) -> None:  # fmt: skip
     """Refuses a model whose weights do not fit, before any is read.
 
     Args:
       what: names the checkpoint in the message.
       quantize: which matrices are int8.
+      speech_itemsize: bytes of a value of Token2Wav's weights in `speech_dtype`.
     Raises:
       MemoryNeedError: with the bytes of each part.
     """
@@ -78,10 +79,11 @@ def check_weights(
         # The declarations give the sizes; tracing the model would take seconds.
         by_part = dict.fromkeys(parts, 0)
         for path, spec in walk(param_specs(cfg, tuple(parts))):
-            by_part[path[0]] += memory_model.spec_bytes(path, spec, itemsize, quantize)
+            by_part[path[0]] += memory_model.spec_bytes(path, spec, itemsize, quantize, speech_itemsize=speech_itemsize)
         stages = [by_part]
     else:
-        stages = list(memory_model.resident(cfg, meshes_of(placement), itemsize, parts, quantize).values())
+        at = meshes_of(placement)
+        stages = list(memory_model.resident(cfg, at, itemsize, parts, quantize, speech_itemsize).values())
     for sizes in stages:
         if sum(sizes.values()) > limit:
             each = ", ".join(f"{name} {memory_model.gib(size)}" for name, size in sizes.items())

@@ -9,7 +9,7 @@ from omni_jax.config import DecoderConfig, OmniConfig
 from omni_jax.errors import InputError
 from omni_jax.model.declare import ParamSpec, Path, walk
 from omni_jax.model.kv_cache import CACHE_AXES
-from omni_jax.model.parameters import is_quantized, param_specs
+from omni_jax.model.parameters import has_speech_dtype, is_quantized, param_specs
 from omni_jax.model.stages import inner_part
 from omni_jax.parallel import meshes
 from omni_jax.parallel.meshes import Part, Sizes
@@ -31,28 +31,32 @@ def _local(sizes: Sizes, rules: Rules, spec: ParamSpec) -> list[int]:
 
 def spec_bytes(
     path: Path, spec: ParamSpec, itemsize: int, quantize: Quantize | None, elements: int | None = None,
-    rows: int | None = None,
+    rows: int | None = None, speech_itemsize: int = FLOAT,
 ) -> int:  # fmt: skip
-    """Bytes of a loaded parameter. Token2Wav is float32 always.
+    """Bytes of a loaded parameter.
 
     Args:
       path: of the parameter, its part in front.
-      itemsize: bytes of a value that is not quantized.
+      itemsize: bytes of a value that is not quantized, nor of Token2Wav.
       quantize: which matrices are int8, with a float32 scale for each row.
       elements, rows: how many of its values and of its rows count; by default all.
+      speech_itemsize: bytes of a value of the weights of Token2Wav that `parameters.has_speech_dtype` names; all else
+        there is float32.
     """
     elements = math.prod(spec.shape) if elements is None else elements
     if is_quantized(path, spec, quantize):
         return elements + FLOAT * (math.prod(spec.shape[:-1]) if rows is None else rows)
-    return elements * (FLOAT if path[0] == "token2wav" else itemsize)
+    if path[0] == "token2wav":
+        return elements * (speech_itemsize if has_speech_dtype(path) else FLOAT)
+    return elements * itemsize
 
 
 def weight_bytes(
     cfg: OmniConfig, sizes: Sizes, part: str, itemsize: int, only: Sequence[str] | None = None,
-    quantize: Quantize | None = None,
+    quantize: Quantize | None = None, speech_itemsize: int = FLOAT,
 ) -> int:  # fmt: skip
     """Bytes of a loaded part, or of its subtrees `only` ("model", "model.layers"), on one device, with a TPU's padding
-    where the order in memory is fixed (`Rules.innermost`). Token2Wav is always float32; `quantize` covers what is int8.
+    where the order in memory is fixed (`Rules.innermost`); see `spec_bytes`.
 
     Raises:
       InputError: the model lacks the part.
@@ -65,7 +69,8 @@ def weight_bytes(
             if only is None or name in only or ".".join(path[:2]) in only:
                 local = _local(sizes, rules, spec)
                 stored = rules.stored_size(spec.axes, local)
-                total += spec_bytes((part, *path), spec, itemsize, quantize, stored, math.prod(local[:-1]))
+                rows = math.prod(local[:-1])
+                total += spec_bytes((part, *path), spec, itemsize, quantize, stored, rows, speech_itemsize)
     return total
 
 

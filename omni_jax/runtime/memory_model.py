@@ -314,14 +314,18 @@ class Meshes:
 
 
 def resident(
-    cfg: OmniConfig, at: Meshes, itemsize: int, parts: Sequence[str] = PARTS, quantize: Quantize | None = None
-) -> dict[Stage, dict[str, int]]:
-    """Bytes of the loaded weights on one device of each stage, by name of their subtree ("thinker.visual", …)."""
+    cfg: OmniConfig, at: Meshes, itemsize: int, parts: Sequence[str] = PARTS, quantize: Quantize | None = None,
+    speech_itemsize: int = FLOAT,
+) -> dict[Stage, dict[str, int]]:  # fmt: skip
+    """Bytes of the loaded weights on one device of each stage, by name of their subtree ("thinker.visual", …); see
+    `spec_bytes`."""
     out: dict[Stage, dict[str, int]] = {"thinker": {}, "speech": {}}
     for part in parts:
         stage = STAGE[part] if at.has_speech_mesh else "thinker"
         for name in param_specs(cfg, (part,))[part]:
-            out[stage][f"{part}.{name}"] = weight_bytes(cfg, at.of(STAGE[part]), part, itemsize, (name,), quantize)
+            out[stage][f"{part}.{name}"] = weight_bytes(
+                cfg, at.of(STAGE[part]), part, itemsize, (name,), quantize, speech_itemsize
+            )
     return out
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
@@ -18,6 +19,7 @@ from omni_jax.checkpoint.speakers import load_voices, pick_voice
 from omni_jax.config import OmniConfig, Token2WavConfig, load_config
 from omni_jax.errors import InputError
 from omni_jax.model import token2wav
+from omni_jax.model.parameters import has_speech_dtype
 from omni_jax.model.sampling import Sampling
 from omni_jax.model.stages import PARTS as PARTS
 from omni_jax.model.stages import stage_formats, use_unrolled_layers
@@ -81,7 +83,7 @@ class Vocoder:
     """Token2Wav of a checkpoint and its voices: codes to sound.
 
     Attributes:
-      config, params: of Token2Wav, the parameters float32.
+      config, params: of Token2Wav.
       voices: by name.
       layout_for: how its programs lie on a mesh.
     """
@@ -93,13 +95,15 @@ class Vocoder:
 
     @classmethod
     def from_folder(
-        cls, path: str | pathlib.Path, *, mesh: str | jax.sharding.Mesh | None = None, progress: bool = False
-    ) -> Vocoder:
+        cls, path: str | pathlib.Path, *, mesh: str | jax.sharding.Mesh | None = None, dtype: Any = jnp.float32,
+        progress: bool = False,
+    ) -> Vocoder:  # fmt: skip
         """Loads Token2Wav alone, for codes that are there already.
 
         Args:
           path: the checkpoint folder.
           mesh: to lay it over; see `meshes.place`.
+          dtype: in which it multiplies: float32 or bfloat16.
           progress: show a bar on stderr.
         Raises:
           InputError: a checkpoint without it, files that are missing or broken, or a mesh that does not fit.
@@ -112,9 +116,19 @@ class Vocoder:
             placement = None if mesh is None else place(cfg, mesh)
             shardings = stage_formats(cfg, placement, ("token2wav",))
             params = load_params(
-                files, cfg, parts=("token2wav",), unroll=unroll, shardings=shardings, progress=progress, arrays=arrays
-            )
+                files, cfg, parts=("token2wav",), unroll=unroll, shardings=shardings, progress=progress, arrays=arrays,
+                speech_dtype=dtype,
+            )  # fmt: skip
             return cls(cfg.token2wav, params["token2wav"], load_voices(files), layout_fn(placement))
+
+    def in_dtype(self, dtype: Any) -> Vocoder:
+        """The same, multiplying in another dtype (`parameters.has_speech_dtype` names the weights that change)."""
+
+        def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+            names = ("token2wav", *(key.key for key in path if isinstance(key, jax.tree_util.DictKey)))
+            return leaf.astype(dtype) if has_speech_dtype(names) else leaf
+
+        return dataclasses.replace(self, params=jax.tree_util.tree_map_with_path(cast, self.params))
 
     def __call__(
         self, codes: Sequence[Any], settings: Sequence[SpeechSettings], noise: Sequence[Any] | None = None

@@ -24,7 +24,7 @@ from jaxtyping import Float32, Int, Int32
 from omni_jax.buckets import FINE, Sizes, bucket
 from omni_jax.checkpoint.speakers import pick_voice
 from omni_jax.config import Token2WavConfig
-from omni_jax.model import bigvgan, token2wav, token2wav_stream
+from omni_jax.model import bigvgan, dit, token2wav, token2wav_stream
 from omni_jax.model.token2wav import CodeError, Flow
 from omni_jax.model.voice import Voice
 from omni_jax.parallel.meshes import LayoutFn, on_one_device
@@ -135,7 +135,7 @@ class VocoderStream:
     """Token2Wav for up to `rows` streams.
 
     Attributes:
-      config, params: of Token2Wav; the parameters float32.
+      config, params: of Token2Wav.
       voices: by name.
       rows: how many streams may be open; they are numbered from 0.
       schedule: how windowed streams are cut.
@@ -415,7 +415,8 @@ class VocoderStream:
         if flow not in self._states:
             with self.layout_for("dit", 1):
                 modulations = token2wav_stream.flow_modulations(self._dit, self.config.dit, flow)
-                self._states[flow] = modulations, token2wav_stream.init_states(self.config.dit, flow, self.rows)
+                states = token2wav_stream.init_states(self.config.dit, flow, self.rows, dit.product_dtype(self._dit))
+                self._states[flow] = modulations, states
         return self._states[flow]
 
     def _draw_windows(self, streams: Mapping[int, _Stream], flow: Flow, final: int, rows: int | None = None) -> None:

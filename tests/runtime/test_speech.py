@@ -13,14 +13,19 @@ import pytest
 import soundfile
 
 from omni_jax import PARTS, SpeechSettings, load
+from omni_jax import config as C
 from omni_jax.checkpoint.publish import write_random
 from omni_jax.checkpoint.speakers import VoiceError, write_pack
 from omni_jax.cli import main
+from omni_jax.errors import InputError
 from omni_jax.events import DoneEvent
 from omni_jax.infer.bench import solvers
 from omni_jax.model import token2wav
+from omni_jax.model.declare import walk
+from omni_jax.model.parameters import has_speech_dtype, param_specs
+from omni_jax.parallel import meshes
 from omni_jax.processing import encode
-from omni_jax.runtime import speech
+from omni_jax.runtime import admission, memory_model, speech
 from omni_jax.runtime.talker_stage import TalkerStage
 from omni_jax.runtime.watchdog import SpeechBuilder
 from omni_jax.settings import Watchdog
@@ -370,12 +375,39 @@ def test_a_sound_file_is_whole_or_absent(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_speech_dtype(checkpoint, speaker):
+    """Only what Token2Wav multiplies by is bf16, the memory model knows its bytes, and the sound is nearly the same."""
+    loaded = load(checkpoint, parts=PARTS, dtype="float32", speech_dtype="bfloat16")
+    tree = loaded.params["token2wav"]
+    specs = dict(walk(param_specs(loaded.config, ("token2wav",))))
+    names = {".".join(p) for p in specs if has_speech_dtype(p)}
+    assert "token2wav.code2wav_dit_model.transformer_blocks.attn.to_q.weight" in names
+    assert not any("spk_encoder" in n or n.endswith("bias") for n in names)
+    one = memory_model.Meshes(meshes.axis_sizes("1", loaded.config))
+    wanted = memory_model.resident(loaded.config, one, 4, ("token2wav",), None, 2)["thinker"]
+    assert admission.loaded_bytes(tree) == sum(wanted.values())
+    large = C.preset("3b")
+    half, whole = (sum(memory_model.resident(large, one, 4, ("token2wav",), None, n)["thinker"].values()) for n in (2, 4))
+    assert half < 0.53 * whole  # the rest is ECAPA
+
+    codes, settings = [list(range(30))], [SpeechSettings(seed=3)]
+    [rough], [wave] = loaded.vocoder(codes, settings), speaker.vocoder(codes, settings)
+    error = np.sqrt(np.mean((rough - wave) ** 2)) / wave.std()
+    assert 1e-4 < error < 2e-2
+    with pytest.raises(InputError, match="speech_dtype"):
+        load(checkpoint, parts=PARTS, speech_dtype="float16")
+
+
 def test_solvers(checkpoint, monkeypatch, capsys):
     """The table of time points and solvers: the default differs from itself by nothing, one step by the most."""
-    monkeypatch.setattr(solvers, "CHOICES", (solvers.DEFAULT, token2wav.Flow(9), token2wav.Flow(2, "euler")))
+    flows = (solvers.DEFAULT, token2wav.Flow(9), token2wav.Flow(2, "euler"))
+    choices = (*((flow, "float32") for flow in flows), (solvers.DEFAULT, "bfloat16"))
+    monkeypatch.setattr(solvers, "CHOICES", choices)
     code, out, err = run(monkeypatch, capsys, "solvers", "--model", checkpoint, "--json")
     assert code == 0, err
-    default, nearly, one = json.loads(out)
+    default, nearly, one, rounded = json.loads(out)
+    assert [row["dtype"] for row in (default, rounded)] == ["float32", "bfloat16"]
+    assert 1e-3 < rounded["audio_error"] < 1e-2
     assert default["mel_error"] == default["audio_error"] == 0
     assert 0 < nearly["mel_error"] < one["mel_error"]
     assert 0 < nearly["audio_error"] < one["audio_error"]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from omni_jax.model import token2wav as W
 from omni_jax.model import token2wav_stream
+from omni_jax.runtime.speech import Vocoder
 from omni_jax.runtime.vocoder_stream import Pcm, Schedule, VocoderStream
 from tests import tiny_token2wav as tiny
 from tests.compile_counter import count_compiles
@@ -127,6 +130,19 @@ def test_windowed_is_near_exact(fresh):
     error = np.sqrt(np.mean((wave - want) ** 2)) / want.std()
     assert 1e-7 < error < 1e-4
     print("windowed against exact", error)
+
+
+def test_bfloat16():
+    """Windows equal the whole as far as products in bf16 allow: sums of other shapes round to other bf16 values."""
+    vocoder = Vocoder(CFG, tiny.model()[0], VOICES).in_dtype(jnp.bfloat16)
+    stream, codes = VocoderStream(CFG, vocoder.params, VOICES, 1, schedule=SCHEDULE), tiny.codes(4, 61)
+    wave = joined(speak(stream, codes), codes)
+    [want] = W.token2wav(CFG, vocoder.params, [codes], VOICES["Ann"], seeds=3, flow=WINDOW_FLOW)
+    assert {a.dtype for a in jax.tree.leaves(stream._states[WINDOW_FLOW][1])} == {jnp.dtype(jnp.bfloat16)}
+    for other in (want, whole(codes)):
+        error = np.sqrt(np.mean((wave - other) ** 2)) / other.std()
+        print("bf16 windows", error)
+        assert 1e-4 < error < 1e-2
 
 
 def test_together_as_alone(fresh):
