@@ -21,6 +21,7 @@ import numpy as np
 from omni_jax.errors import InputError, unknown_name
 
 Dtype = Literal["bfloat16", "float32"]
+ITEMSIZE: Mapping[Dtype, int] = {"bfloat16": 2, "float32": 4}
 # What of the weights is int8: the projections of Thinker and Talker; also the output heads; also the towers.
 Quantize = Literal["int8", "int8-head", "int8-all"]
 KVCacheDtype = Literal["int8"]
@@ -155,6 +156,12 @@ def _read_number(value: Any, kind: type, limits: tuple[float, float | None] | No
     return value, ", ".join(said[:-1]) + (" and " if len(said) == 3 else ", ") + said[-1] if len(said) > 1 else said[0]
 
 
+SPEECH_DTYPE = (
+    "Dtype in which Token2Wav multiplies, and of the weights that it multiplies by. float32 is the reference's; "
+    "bfloat16 takes one pass of a TPU's or a GPU's matrix units instead of six, and half the bytes."
+)
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """Which checkpoint, and over what it is laid."""
@@ -165,10 +172,6 @@ class ModelSource:
     mesh: str | None = option(
         None, "Mesh to shard the model over: chips (2x2, 2x4, …) or axes (data=2,tensor=4). Default: one device."
     )
-    speech_dtype: Dtype = option(
-        "float32", "Dtype in which Token2Wav multiplies, and of the weights that it multiplies by. float32 is the "
-        "reference's; bfloat16 takes one pass on a TPU or a GPU's matrix units instead of six, and half the bytes.",
-    )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Raises InputError naming the setting that is wrong."""
@@ -176,14 +179,10 @@ class ModelSource:
 
 
 @dataclass(frozen=True)
-class ModelSettings(ModelSource):
-    """How a checkpoint is loaded."""
+class Precision:
+    """What weights and caches are held in."""
 
-    speech_mesh: str | None = option(
-        None, "A mesh of its own for the Talker and Token2Wav, beside that of the Thinker."
-    )
     dtype: Dtype = option("bfloat16", "Dtype of weights and computation, but for Token2Wav.")
-    adapter: str | None = option(None, "Folder of a PEFT adapter (LoRA) to merge into the weights.")
     quantize: Quantize | None = option(
         None, "Weights as int8, with a scale for each output row: int8, the projections of Thinker and Talker; "
         "int8-head, also their output heads; int8-all, also the vision and audio towers. Default: as stored.",
@@ -191,6 +190,49 @@ class ModelSettings(ModelSource):
     kv_cache: KVCacheDtype | None = option(
         None, "Keys and values as int8, with a scale for each token and head. Default: in the dtype of the computation."
     )
+    speech_dtype: Dtype = option("float32", SPEECH_DTYPE)
+
+    def __post_init__(self) -> None:
+        """Raises InputError naming the setting that is wrong."""
+        check(self)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value of weights that are not quantized, nor of Token2Wav."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def matrix_itemsize(self) -> int:
+        """Bytes of a value of the projections of Thinker and Talker."""
+        return self.itemsize if self.quantize is None else 1
+
+    @property
+    def head_itemsize(self) -> int:
+        """Bytes of a value of their output heads."""
+        return self.itemsize if self.quantize in (None, "int8") else 1
+
+    @property
+    def cache_itemsize(self) -> int:
+        """Bytes of a key's or a value's number."""
+        return self.itemsize if self.kv_cache is None else 1
+
+    @property
+    def speech_itemsize(self) -> int:
+        """Bytes of a value of Token2Wav's weights in `speech_dtype`."""
+        return ITEMSIZE[self.speech_dtype]
+
+
+DEFAULT_PRECISION = Precision()
+
+
+@dataclass(frozen=True)
+class ModelSettings(Precision, ModelSource):
+    """How a checkpoint is loaded."""
+
+    speech_mesh: str | None = option(
+        None, "A mesh of its own for the Talker and Token2Wav, beside that of the Thinker."
+    )
+    adapter: str | None = option(None, "Folder of a PEFT adapter (LoRA) to merge into the weights.")
 
 
 @dataclass(frozen=True)

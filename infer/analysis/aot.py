@@ -20,11 +20,12 @@ from omni_jax.infer.analysis import goals, targets
 from omni_jax.infer.analysis import programs as P
 from omni_jax.infer.analysis.depth import truncate_layers
 from omni_jax.infer.analysis.facts import GIB, IMAGE_WINDOWS, MIB, Facts, facts, tower_programs
+from omni_jax.infer.analysis.plan import held
 from omni_jax.model.token2wav import Flow
 from omni_jax.parallel import meshes
 from omni_jax.progress import progress_bar
 from omni_jax.runtime import slots
-from omni_jax.settings import KVCacheDtype, Quantize
+from omni_jax.settings import DEFAULT_PRECISION, Precision
 
 CONTEXT = 4096
 LONG = 32768
@@ -33,11 +34,12 @@ SPEECH_CODES = 500  # 10 s
 
 
 def listed(
-    cfg: C.OmniConfig, placement: meshes.Placement, keep: pathlib.Path | None = None, quantize: Quantize | None = None,
-    kv_cache: KVCacheDtype | None = None,
+    cfg: C.OmniConfig, placement: meshes.Placement, keep: pathlib.Path | None = None,
+    precision: Precision = DEFAULT_PRECISION,
 ) -> dict[str, Callable[[], Facts]]:  # fmt: skip
     """The facts of every program of the table, by name; `keep` as for `compile_program`."""
-    small: Any = {"quantize": quantize, "kv_cache": kv_cache}
+    quantize = precision.quantize
+    small: Any = {"dtype": precision.dtype, "quantize": quantize, "kv_cache": precision.kv_cache}
     loop, context = slots.LOOP_STEPS, CONTEXT
     run: dict[str, Callable[[], Facts]] = {}
     said = partial(facts, keep=keep)
@@ -87,20 +89,20 @@ def listed(
     if cfg.token2wav is not None:
         sound = f"{SPEECH_CODES / 50:g} s"
         run["dit"] = lambda: said(
-            P.dit_flow(cfg, placement, 1, SPEECH_CODES),
+            P.dit_flow(cfg, placement, 1, SPEECH_CODES, dtype=precision.speech_dtype),
             f"{sound}, {Flow().evaluations} evaluations",
             Flow().evaluations,
         )
         # On a mesh every chip runs one row whole: the program of one chip.
         one = meshes.place(cfg, "1", devices=list(placement.speech.devices.flat[:1]))
-        run["bigvgan"] = lambda: said(P.bigvgan_call(cfg, one, 1, SPEECH_CODES), sound)
+        run["bigvgan"] = lambda: said(P.bigvgan_call(cfg, one, 1, SPEECH_CODES, precision.speech_dtype), sound)
     return run
 
 
 def run(
     preset: str = "3b", topology: str = "v5e:2x4", *, mesh: str | None = None, layers: int | None = None,
     only: Sequence[str] = (), keep: pathlib.Path | None = None, progress: bool = False,
-    quantize: Quantize | None = None, kv_cache: KVCacheDtype | None = None,
+    precision: Precision = DEFAULT_PRECISION,
 ) -> dict[str, Any]:  # fmt: skip
     """Compiles the networks and gathers the table.
 
@@ -112,14 +114,14 @@ def run(
       only: names of programs (see `listed`); all by default.
       keep: folder for what the compilers say; what is there already is not compiled again.
       progress: show what is compiled on stderr.
-      quantize, kv_cache: what of weights and cache is int8.
+      precision: what weights and caches are held in.
     Raises:
       InputError: an unknown preset, topology, mesh or program; a folder that cannot be used.
     """
     cfg = truncate_layers(C.preset(preset), layers)
     devices = targets.topology(topology)
     placement = meshes.place(cfg, mesh or targets.mesh_name(topology), devices=devices)
-    programs = listed(cfg, placement, keep, quantize, kv_cache)
+    programs = listed(cfg, placement, keep, precision)
     if unknown := sorted(set(only) - set(programs)):
         raise InputError(f"unknown programs {unknown}; known are {', '.join(programs)}")
     found: dict[str, Facts] = {}
@@ -129,10 +131,10 @@ def run(
             advance(0, label=name)
             found[name] = programs[name]()
             advance()
-    sums = goals.resident(cfg, placement, found, quantize, kv_cache)
+    sums = goals.resident(cfg, placement, found, precision)
     return {
         "preset": preset, "topology": topology, "layers": layers,
-        "quantize": quantize, "kv_cache": kv_cache, "mesh": dict(placement.thinker.shape),
+        **dataclasses.asdict(precision), "mesh": dict(placement.thinker.shape),
         "goals": [dataclasses.asdict(g) for g in goals.goals(cfg, preset, topology, found, sums)],
         "programs": {name: f.to_dict() for name, f in found.items()}, "resident": sums,
     }  # fmt: skip
@@ -142,9 +144,7 @@ def tables(result: dict[str, Any]) -> str:
     """The result as Markdown: goals, programs, collectives."""
     axes = ", ".join(f"{a} {n}" for a, n in result["mesh"].items() if n > 1) or "one chip"
     cut = "" if result["layers"] is None else f", {result['layers']} layers a stack"
-    small = "".join(
-        f", {what} {result[key]}" for what, key in (("weights", "quantize"), ("cache", "kv_cache")) if result[key]
-    )
+    small = "".join(f", {said}" for said in held(result))
     mark = {True: "met", False: "**missed**", None: ""}
     lines = [
         f"**{result['preset']}{cut} on {result['topology']}** ({axes}{small})",
@@ -170,11 +170,11 @@ def tables(result: dict[str, Any]) -> str:
 
 def main(
     preset: str, topology: str, mesh: str | None, layers: int | None, only: Sequence[str], keep: pathlib.Path | None,
-    as_json: bool, quantize: Quantize | None = None, kv_cache: KVCacheDtype | None = None,
+    as_json: bool, precision: Precision,
 ) -> None:  # fmt: skip
     """The command behind `omni-jax aot`."""
     result = run(
         preset, topology, mesh=mesh, layers=layers, only=only, keep=keep, progress=sys.stderr.isatty(),
-        quantize=quantize, kv_cache=kv_cache,
+        precision=precision,
     )  # fmt: skip
     print(json.dumps(result) if as_json else tables(result))

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import jax
-
 from omni_jax import config as C
 from omni_jax.infer.analysis import programs as P
 from omni_jax.infer.analysis import targets
 from omni_jax.infer.analysis.facts import GIB, MIB, Facts, grouped, on_device, tower_programs
 from omni_jax.parallel import meshes
-from omni_jax.settings import KVCacheDtype, Quantize
+from omni_jax.settings import DEFAULT_PRECISION, Precision
 
 # What a v5e with all of the 3B in it may take; what the Thinker alone may take with a long context.
 ALL_PARTS = 15.7 * GIB
@@ -30,9 +28,8 @@ class Goal:
 
 
 def resident(
-    cfg: C.OmniConfig, placement: meshes.Placement, found: dict[str, Facts], quantize: Quantize | None = None,
-    kv_cache: KVCacheDtype | None = None,
-) -> dict[str, int] | None:  # fmt: skip
+    cfg: C.OmniConfig, placement: meshes.Placement, found: dict[str, Facts], precision: Precision = DEFAULT_PRECISION
+) -> dict[str, int] | None:
     """Memory of one device with all parts loaded, and the most that any program needs beside.
 
     Returns:
@@ -51,11 +48,13 @@ def resident(
         ("thinker", cfg.thinker.text), ("talker", cfg.talker.decoder),
     )  # fmt: skip
     caches = {
-        part: 2 * on_device(P.cache_shapes(d, placement.layout(part), 1, 8192, kv_cache or jax.numpy.bfloat16).k)
+        part: 2 * on_device(P.cache_shapes(d, placement.layout(part), 1, 8192, precision.kv_cache or precision.dtype).k)
         for part, d in decoders
     }
-    parts = {p: P.weights(cfg, placement, p, jax.numpy.bfloat16, quantize=quantize) for p in ("thinker", "talker")}
-    parts["token2wav"] = P.weights(cfg, placement, "token2wav", jax.numpy.float32)
+    parts = {
+        p: P.weights(cfg, placement, p, precision.dtype, quantize=precision.quantize) for p in ("thinker", "talker")
+    }
+    parts["token2wav"] = P.weights(cfg, placement, "token2wav", precision.speech_dtype)
     weights = sum(on_device(tree) for tree in parts.values())
     # The cache of a prefill is a result: in its peak, though not among its arguments.
     working = max(f.peak - f.weights - (caches["thinker"] if f.name == "thinker prefill" else f.cache) for f in chosen)

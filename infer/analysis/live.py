@@ -10,6 +10,7 @@ are full.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from omni_jax.runtime import memory_model as M
 from omni_jax.runtime.engine_options import LISTENING_STEPS, READ_TOKENS
 from omni_jax.runtime.speech import TALKER_CACHE_STEP, cache_slots
 from omni_jax.runtime.vocoder_stream import Schedule
+from omni_jax.settings import DEFAULT_PRECISION, Dtype, Precision
 
 BATCHES = (1, 8, 64)
 # Seconds that a collective takes whatever its size: on a 2x4 slice a sum travels four hops there and back, and a hop of
@@ -47,10 +49,12 @@ TAIL_TOKENS = 49 + 6
 # Replies of the throughput: the system message, 3 s of audio and the marks around them; tokens and codes of the reply.
 QUESTION_TOKENS, QUESTION_CHUNKS, REPLY_TOKENS, REPLY_CODES = 128, 2, 40, 250
 
-# Bytes that an evaluation of the DiT moves for each mel frame, and for each row whatever its length (the states of past
-# blocks), and BigVGAN for a mel frame, beside the weights. Of the TPU compiler's programs for a v5e: windows of 1 and 4
-# blocks at batch 1 and 8 are met within 3 %.
-DIT_FRAME_BYTES, DIT_ROW_BYTES, VOCODER_FRAME_BYTES = 0.53e6, 95e6, 6.9e6
+# What programs of Token2Wav move beside their weights, by the TPU compiler for a v5e. An evaluation of the DiT: bytes
+# for each mel frame, and for each row whatever its length (the states of past blocks); windows of 1 and 4 blocks at
+# batch 1 and 8 are met within 4 %. BigVGAN: copies of its weights, and bytes for each mel frame; pieces of 56 to 272
+# frames at batch 1 and 8 are met within 18 %, and arithmetic bounds them.
+DIT_BYTES: Mapping[Dtype, tuple[float, float]] = {"float32": (0.53e6, 95e6), "bfloat16": (0.24e6, 48e6)}
+VOCODER_BYTES: Mapping[Dtype, tuple[int, float]] = {"float32": (1, 2.7e6), "bfloat16": (0, 2.1e6)}
 
 
 @dataclass(frozen=True)
@@ -124,10 +128,10 @@ class Work:
 class Counter:
     """Counts the programs of a model on a target."""
 
-    def __init__(self, cfg: C.OmniConfig, target: Target, itemsize: int = 2):
+    def __init__(self, cfg: C.OmniConfig, target: Target, precision: Precision = DEFAULT_PRECISION):
         if cfg.talker is None or cfg.token2wav is None:
             raise InputError("this model has no Talker: it answers in text only; leave --live out")
-        self.cfg, self.target, self.itemsize = cfg, target, itemsize
+        self.cfg, self.target, self.precision = cfg, target, precision
         self.talker, self.token2wav = cfg.talker, cfg.token2wav
         self.sizes = meshes.axis_sizes(target.mesh, cfg)
         self.chip = M.CHIPS[target.chip]
@@ -159,16 +163,17 @@ class Counter:
         slots along its lanes. A GPU writes the slot alone."""
         if self.target.chip not in LINKS:
             return 0
-        return LANES if head_dim < LANES else SUBLANES * 4 // self.itemsize
+        return LANES if head_dim < LANES else SUBLANES * 4 // self.precision.cache_itemsize
 
     def step(self, part: Any, rows: int, slots: int, times: int, name: str) -> Work:
         """A decode step of `rows` rows with caches of `slots`."""
         d, layers, head = self._decoder(part)
         rules = meshes.rules(part, self.cfg, self.sizes, rows)
-        weights = (layers + head) * self.itemsize / M.ways(self.sizes, rules, "mlp", "embed")
+        p = self.precision
+        weights = (layers * p.matrix_itemsize + head * p.head_itemsize) / M.ways(self.sizes, rules, "mlp", "embed")
         # All slots are read; of a tile, the slots that a TPU moves together, one is changed.
         tile = self._tile(d.head_dim)
-        cache = M.cache_bytes(self.cfg, self.sizes, part, rows, slots + 2 * tile, self.itemsize)
+        cache = M.cache_bytes(self.cfg, self.sizes, part, rows, slots + 2 * tile, p.cache_itemsize)
         attend = 4 * d.num_hidden_layers * d.num_attention_heads * d.head_dim * slots
         work = rows * (2 * (layers + head) + attend) / M.ways(self.sizes, rules, "batch", "act_mlp")
         kind = f"{part} step" if rows == 1 else f"{part} steps"
@@ -181,8 +186,8 @@ class Counter:
         while size > 1 and size * width > READ_TOKENS:
             size //= 2
         rules = meshes.rules(part, self.cfg, self.sizes, size, width)
-        weights = layers * self.itemsize / M.ways(self.sizes, rules, "mlp", "embed")
-        cache = M.cache_bytes(self.cfg, self.sizes, part, size, slots, self.itemsize)
+        weights = layers * self.precision.matrix_itemsize / M.ways(self.sizes, rules, "mlp", "embed")
+        cache = M.cache_bytes(self.cfg, self.sizes, part, size, slots, self.precision.cache_itemsize)
         attend = 4 * d.num_hidden_layers * d.num_attention_heads * d.head_dim * slots
         split = M.ways(self.sizes, rules, "batch", "length", "act_mlp")
         work = size * width * (2 * layers + attend) / split
@@ -195,7 +200,7 @@ class Counter:
         a = self.cfg.thinker.audio
         for take, size in buckets.chunk_groups(chunks):
             request = M.Request(take, 1, 1, chunks=size)
-            [s] = plan.tower_steps(self.cfg, self.sizes, request, self.chip, self.itemsize)
+            [s] = plan.tower_steps(self.cfg, self.sizes, request, self.chip, self.precision)
             states = size * a.chunk_frames // 2
             yield self._work("audio tower", 1, s.bytes, s.operations, "audio", a.encoder_layers, states)
 
@@ -205,7 +210,7 @@ class Counter:
         frames, _ = M.tower_calls(self.cfg.thinker, [IMAGE] * rows, [])
         for call in frames:
             request = M.Request(1, 1, 1, frames=(call,))
-            [s] = plan.tower_steps(self.cfg, self.sizes, request, self.chip, self.itemsize)
+            [s] = plan.tower_steps(self.cfg, self.sizes, request, self.chip, self.precision)
             patches = call[0] * call[1] * v.window_patches**2
             yield self._work("vision tower", 1, s.bytes, s.operations, "vision", v.depth, patches)
 
@@ -215,22 +220,31 @@ class Counter:
         rules = meshes.rules("dit", self.cfg, self.sizes, rows)
         frames = 2 * rows * (final + Schedule().look_ahead) * d.block_size  # guidance doubles the rows
         split = M.ways(self.sizes, rules, "batch", "act_mlp")
-        weights = plan.dit_weights(d) * M.FLOAT / M.ways(self.sizes, rules, "mlp", "embed")
-        moved = weights + (frames * DIT_FRAME_BYTES + rows * DIT_ROW_BYTES) / split
+        a_frame, a_row = DIT_BYTES[self.precision.speech_dtype]
+        weights = plan.dit_weights(d) * self.precision.speech_itemsize / M.ways(self.sizes, rules, "mlp", "embed")
+        moved = weights + (frames * a_frame + rows * a_row) / split
         work = frames * plan.dit_operations(d) / split
         name = "DiT, one evaluation"
-        return self._work(name, flow.evaluations * times, moved, work, "dit", d.num_hidden_layers, frames, float32=True)
+        return self._work(
+            name, flow.evaluations * times, moved, work, "dit", d.num_hidden_layers, frames,
+            float32=self.precision.speech_dtype == "float32",
+        )  # fmt: skip
 
     def vocoder(self, rows: int, final: int, times: int = 1) -> Work:
         """A piece of BigVGAN of `final` blocks."""
         g = self.token2wav.bigvgan
         frames = final * self.token2wav.dit.block_size + 2 * min(Schedule().context, bigvgan.receptive_field(g))
         rules = meshes.rules("bigvgan", self.cfg, self.sizes, rows)
-        mine = rows * frames / M.ways(self.sizes, rules, "batch")
-        weights = M.weight_bytes(self.cfg, self.sizes, "token2wav", M.FLOAT, ("code2wav_bigvgan_model",))
+        rows = math.ceil(rows / M.ways(self.sizes, rules, "batch"))  # one after the other
+        mine, (copies, a_frame) = rows * frames, VOCODER_BYTES[self.precision.speech_dtype]
+        weights = M.weight_bytes(
+            self.cfg, self.sizes, "token2wav", M.FLOAT, ("code2wav_bigvgan_model",),
+            speech_itemsize=self.precision.speech_itemsize,
+        )  # fmt: skip
         return self._work(
-            "BigVGAN", times, weights + mine * VOCODER_FRAME_BYTES, mine * plan.vocoder_operations(g), float32=True
-        )
+            "BigVGAN", times, (copies + rows) * weights + mine * a_frame, mine * plan.vocoder_operations(g),
+            float32=self.precision.speech_dtype == "float32",
+        )  # fmt: skip
 
 
 def talker_slots(slots: int) -> int:
@@ -310,21 +324,22 @@ def reply(count: Counter, rows: int) -> list[Work]:
 
 def session_bytes(count: Counter) -> int:
     """What a session holds on each device: its rows of both caches, the vectors of a reply, the states of the DiT."""
-    cfg, sizes, itemsize = count.cfg, count.sizes, count.itemsize
-    caches = M.cache_bytes(cfg, sizes, "thinker", count.sizes["data"], SESSION_TOKENS, itemsize)
-    caches += M.cache_bytes(cfg, sizes, "talker", count.sizes["data"], talker_slots(SESSION_TOKENS), itemsize)
+    cfg, sizes, p = count.cfg, count.sizes, count.precision
+    caches = M.cache_bytes(cfg, sizes, "thinker", count.sizes["data"], SESSION_TOKENS, p.cache_itemsize)
+    caches += M.cache_bytes(cfg, sizes, "talker", count.sizes["data"], talker_slots(SESSION_TOKENS), p.cache_itemsize)
     heads = M.ways(sizes, meshes.rules("dit", cfg, sizes), "act_heads")
-    states = token2wav_stream.state_bytes(count.token2wav.dit, token2wav.Flow()) // heads
-    vectors = buckets.bucket(M.DEFAULT_REPLY + EXTRA, buckets.REPLY) * count.talker.embedding_size * itemsize
+    states = token2wav_stream.state_bytes(count.token2wav.dit, token2wav.Flow(), p.speech_dtype) // heads
+    vectors = buckets.bucket(M.DEFAULT_REPLY + EXTRA, buckets.REPLY) * count.talker.embedding_size * p.itemsize
     return caches + states + vectors
 
 
 def room(count: Counter) -> int:
     """Sessions that fit beside the weights and the largest program."""
-    at = M.Meshes(count.sizes)
-    weights = sum(M.resident(count.cfg, at, count.itemsize)["thinker"].values())
+    at, p = M.Meshes(count.sizes), count.precision
+    loaded = M.resident(count.cfg, at, p.itemsize, quantize=p.quantize, speech_itemsize=p.speech_itemsize)
+    weights = sum(loaded["thinker"].values())
     spare = max(
-        M.prefill(count.cfg, count.sizes, "thinker", 1, 512, SESSION_TOKENS, count.itemsize).working,
+        M.prefill(count.cfg, count.sizes, "thinker", 1, 512, SESSION_TOKENS, p.itemsize).working,
         M.vocoder(count.cfg, count.sizes, 1, REPLY_CODES).working,
     )
     return max(0, (count.chip.memory - weights - spare) // session_bytes(count)) * count.sizes["data"]
@@ -354,6 +369,8 @@ STAGES = (
 REPLIES, REPLIES_COPIED = "replies per second", "replies per second, a copy of the model on each chip"
 MEMORY = "memory per session, MiB on all devices"
 GOALS = (("v5e-8", 0.150), ("H100", 0.150), ("v5e", 0.300))
+# With int8 weights and Token2Wav in bfloat16.
+HALF_GOALS = (("v5e", 0.170),)
 CLAIMED_REPLIES = 50
 
 
@@ -362,7 +379,7 @@ def seconds(work: Sequence[Work]) -> float:
     return sum(w.total for w in work)
 
 
-def run(model: str, cfg: C.OmniConfig, itemsize: int = 2) -> dict[str, Any]:
+def run(model: str, cfg: C.OmniConfig, precision: Precision = DEFAULT_PRECISION) -> dict[str, Any]:
     """Gathers the tables as plain data.
 
     Returns:
@@ -378,7 +395,7 @@ def run(model: str, cfg: C.OmniConfig, itemsize: int = 2) -> dict[str, Any]:
         rows.append({"stage": stage, "article": claim, "target": target, "batch": batch, "value": value, "fits": fits})
 
     for target in TARGETS:
-        count = Counter(cfg, target, itemsize)
+        count = Counter(cfg, target, precision)
         most = sessions[target.name] = room(count)
         for batch in BATCHES:
             for stage in STAGES:
@@ -390,12 +407,13 @@ def run(model: str, cfg: C.OmniConfig, itemsize: int = 2) -> dict[str, Any]:
             for w in first_pcm(count, 1)
         ]  # fmt: skip
     for target in COPIES:
-        count = Counter(cfg, target, itemsize)
+        count = Counter(cfg, target, precision)
         for batch in BATCHES[1:]:
             fits = batch <= room(count)
             add(REPLIES_COPIED, "", target.name, batch, batch / seconds(reply(count, batch)), fits)
     first = {r["target"]: r["value"] / 1e3 for r in rows if r["stage"] == STAGES[-1].name and r["batch"] == 1}
-    for name, limit in GOALS:
+    half = precision.quantize is not None and precision.speech_dtype == "bfloat16"
+    for name, limit in (*GOALS, *(HALF_GOALS if half else ())):
         waits = sum(p["collectives"] for p in parts[name])
         slack = LATENCY + (limit - first[name]) / waits if waits else None
         goals.append({
@@ -403,7 +421,8 @@ def run(model: str, cfg: C.OmniConfig, itemsize: int = 2) -> dict[str, Any]:
             "latency_it_allows_us": None if slack is None else 1e6 * slack,
         })  # fmt: skip
     return {
-        "model": model, "latency_us": 1e6 * LATENCY, "rows": rows, "first_pcm": parts, "sessions": sessions,
+        "model": model, **dataclasses.asdict(precision), "latency_us": 1e6 * LATENCY, "rows": rows, "first_pcm": parts,
+        "sessions": sessions,
         "goals": goals,
     }  # fmt: skip
 
@@ -420,9 +439,10 @@ def tables(result: Mapping[str, Any]) -> str:
     for r in result["rows"]:
         claims[r["stage"]] = r["article"]
         cells.setdefault((r["stage"], r["target"]), []).append(_short(r["value"]) if r["fits"] else "–")
+    stored = ", ".join([result["dtype"], *plan.held(result)])
     lines = [
-        f"**{result['model']}, live, by counting**; batch {' / '.join(map(str, BATCHES))}, – where it does not fit; "
-        f"{result['latency_us']:g} µs a collective", "",
+        f"**{result['model']}, {stored}, live, by counting**; batch {' / '.join(map(str, BATCHES))}, – where it does "
+        f"not fit; {result['latency_us']:g} µs a collective", "",
         f"| stage | article | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}",
     ]  # fmt: skip
     for stage, claim in claims.items():
@@ -458,8 +478,8 @@ def tables(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(model: str, dtype: str, as_json: bool) -> None:
+def main(model: str, precision: Precision, as_json: bool) -> None:
     """The command behind `omni-jax plan --live`."""
     cfg, _ = plan.config_of(model)
-    result = run(model, cfg, 4 if dtype == "float32" else 2)
+    result = run(model, cfg, precision)
     print(json.dumps(result) if as_json else tables(result))

@@ -30,7 +30,7 @@ from omni_jax.processing import audio, images, video_sampling
 from omni_jax.processing.media import MediaError
 from omni_jax.runtime import memory_model as M
 from omni_jax.runtime.speech import TALKER_CACHE_STEP, cache_slots
-from omni_jax.settings import KVCacheDtype, Quantize
+from omni_jax.settings import DEFAULT_PRECISION, Precision
 
 PRESETS = ("3b", "7b", "tiny")
 CODES_PER_SECOND = 50
@@ -237,27 +237,23 @@ def step(name: str, what: str, moved: float, operations: float, chip: M.Chip, *,
     )  # fmt: skip
 
 
-def steps(
-    cfg: C.OmniConfig, at: M.Meshes, request: M.Request, chip: M.Chip, itemsize: int,
-    cache_itemsize: int | None = None, quantize: Quantize | None = None,
-) -> Iterator[Step]:  # fmt: skip
+def steps(cfg: C.OmniConfig, at: M.Meshes, request: M.Request, chip: M.Chip, precision: Precision) -> Iterator[Step]:
     """The least time of every program. Products dominate, so a weight counts two operations a row, and attention its
     own; each device does its share of both, as the rules lay them out."""
     r, mesh = request, at.thinker
-    sizes = itemsize, cache_itemsize or itemsize, quantize
-    yield from tower_steps(cfg, mesh, r, chip, itemsize, quantize)
-    yield from _decoder_steps(cfg, mesh, "thinker", r, r.width, r.slots, chip, *sizes)
+    yield from tower_steps(cfg, mesh, r, chip, precision)
+    yield from _decoder_steps(cfg, mesh, "thinker", r, r.width, r.slots, chip, precision)
     if r.codes:
         mesh = at.of("speech")
-        yield from _decoder_steps(cfg, mesh, "talker", r, r.width + EXTRA, r.speech_slots, chip, *sizes)
-        yield from _audio_steps(cfg, mesh, r, chip)
+        yield from _decoder_steps(cfg, mesh, "talker", r, r.width + EXTRA, r.speech_slots, chip, precision)
+        yield from _audio_steps(cfg, mesh, r, chip, precision)
 
 
 def _decoder_steps(
     cfg: C.OmniConfig, sizes: meshes.Sizes, part: Any, r: M.Request, length: int, slots: int, chip: M.Chip,
-    itemsize: int, cache_itemsize: int, quantize: Quantize | None,
+    precision: Precision,
 ) -> Iterator[Step]:  # fmt: skip
-    d = M.decoder(cfg, part)
+    p, d = precision, M.decoder(cfg, part)
     per_layer = d.hidden_size * (
         2 * d.head_dim * (d.num_attention_heads + d.num_key_value_heads) + 3 * d.intermediate_size
     )
@@ -267,23 +263,21 @@ def _decoder_steps(
 
     rules = meshes.rules(part, cfg, sizes, r.rows, length)
     split = M.ways(sizes, rules, "batch", "length", "act_mlp")
-    use = M.prefill(cfg, sizes, part, r.rows, length, slots, itemsize, cache_itemsize, quantize=quantize)
-    stored = itemsize if quantize is None else 1
-    head_size = 1 if quantize in ("int8-head", "int8-all") else itemsize
+    use = M.prefill(cfg, sizes, part, r.rows, length, slots, p.itemsize, p.cache_itemsize, quantize=p.quantize)
     work = r.rows * (2 * length * layers + attend * length * length / 2) / split
-    weights = layers * stored / M.ways(sizes, rules, "mlp", "embed")
+    weights = layers * p.matrix_itemsize / M.ways(sizes, rules, "mlp", "embed")
     yield step(f"{name} prefill", f"{r.rows} × {length} tokens", weights + use.cache + use.arrays, work, chip)
 
     rules = meshes.rules(part, cfg, sizes, r.rows)
     split = M.ways(sizes, rules, "batch", "act_mlp")
-    weights = (layers * stored + head * head_size) / M.ways(sizes, rules, "mlp", "embed")
-    cache = M.cache_bytes(cfg, sizes, part, r.rows, slots, cache_itemsize)
+    weights = (layers * p.matrix_itemsize + head * p.head_itemsize) / M.ways(sizes, rules, "mlp", "embed")
+    cache = M.cache_bytes(cfg, sizes, part, r.rows, slots, p.cache_itemsize)
     work = r.rows * (2 * (layers + head) + attend * slots) / split
     yield step(f"{name} decode", f"one token of {r.rows} rows, {slots} slots", weights + cache, work, chip)
 
 
 def tower_steps(
-    cfg: C.OmniConfig, sizes: meshes.Sizes, r: M.Request, chip: M.Chip, itemsize: int, quantize: Quantize | None = None
+    cfg: C.OmniConfig, sizes: meshes.Sizes, r: M.Request, chip: M.Chip, precision: Precision
 ) -> Iterator[Step]:
     """The least times of the towers: all calls of the vision tower, and one of the audio tower."""
     v, a = cfg.thinker.vision, cfg.thinker.audio
@@ -291,6 +285,7 @@ def tower_steps(
     per_patch = v.depth * d * (4 * d + 3 * v.intermediate_size) + v.patch_dim * d
     per_patch += merged * (merged + v.out_hidden_size) // v.spatial_merge_size**2
     full = len(v.fullatt_block_indexes)
+    itemsize, quantize = precision.itemsize, precision.quantize
     moved = work = 0.0
     for frames, windows in r.frames:
         rules = meshes.rules("vision", cfg, sizes, frames)
@@ -313,7 +308,9 @@ def tower_steps(
         yield step("audio tower", f"a call of {r.chunks} chunks of 2 s", moved, work, chip)
 
 
-def _audio_steps(cfg: C.OmniConfig, sizes: meshes.Sizes, r: M.Request, chip: M.Chip) -> Iterator[Step]:
+def _audio_steps(
+    cfg: C.OmniConfig, sizes: meshes.Sizes, r: M.Request, chip: M.Chip, precision: Precision
+) -> Iterator[Step]:
     assert cfg.token2wav is not None
     d, g = cfg.token2wav.dit, cfg.token2wav.bigvgan
     flow = token2wav.Flow()
@@ -322,14 +319,16 @@ def _audio_steps(cfg: C.OmniConfig, sizes: meshes.Sizes, r: M.Request, chip: M.C
     rules = meshes.rules("dit", cfg, sizes, r.spoken)
     split = M.ways(sizes, rules, "batch", "act_mlp")
     work = flow.evaluations * 2 * r.spoken * frames * dit_operations(d) / split
-    moved = flow.evaluations * M.weight_bytes(cfg, sizes, "token2wav", M.FLOAT, use_dit.reads[1])
+    stored: Any = {"itemsize": M.FLOAT, "speech_itemsize": precision.speech_itemsize}
+    moved = flow.evaluations * M.weight_bytes(cfg, sizes, "token2wav", only=use_dit.reads[1], **stored)
     seconds = f"{r.spoken} × {r.codes / CODES_PER_SECOND:g} s"
-    yield step("DiT flow", f"{seconds}, {flow.evaluations} evaluations", moved, work, chip, float32=True)
+    float32 = precision.speech_dtype == "float32"
+    yield step("DiT flow", f"{seconds}, {flow.evaluations} evaluations", moved, work, chip, float32=float32)
 
     rules = meshes.rules("bigvgan", cfg, sizes, r.spoken)
-    moved = M.weight_bytes(cfg, sizes, "token2wav", M.FLOAT, use_vocoder.reads[1]) + use_vocoder.arrays
+    moved = M.weight_bytes(cfg, sizes, "token2wav", only=use_vocoder.reads[1], **stored) + use_vocoder.arrays
     work = r.spoken * frames * vocoder_operations(g) / M.ways(sizes, rules, "batch")
-    yield step("BigVGAN", seconds, moved, work, chip, float32=True)
+    yield step("BigVGAN", seconds, moved, work, chip, float32=float32)
 
 
 def dit_weights(d: C.DiTConfig) -> int:
@@ -365,7 +364,7 @@ def config_of(model: str) -> tuple[C.OmniConfig, pathlib.Path | None]:
 
 def run(
     model: str, asked: Asked, *, chip: str = "v5e", mesh: str = "1", speech_mesh: str | None = None,
-    dtype: str = "bfloat16", quantize: Quantize | None = None, kv_cache: KVCacheDtype | None = None,
+    precision: Precision = DEFAULT_PRECISION,
 ) -> dict[str, Any]:  # fmt: skip
     """Gathers the plan as plain data.
 
@@ -374,17 +373,17 @@ def run(
       asked: the request.
       chip: a name of `plan.CHIPS`.
       mesh, speech_mesh: as for `generate`.
-      dtype: of weights and cache.
-      quantize, kv_cache: what of them is int8.
+      precision: what weights and caches are held in.
     Raises:
       InputError: anything that cannot be planned.
     """
     if chip not in M.CHIPS:
         raise InputError(f"--chip {chip!r} is not known; known are {', '.join(M.CHIPS)}")
     cfg, folder = config_of(model)
-    device, itemsize = M.CHIPS[chip], 4 if dtype == "float32" else 2
-    cache_itemsize = 1 if kv_cache == "int8" else itemsize
-    quantize = quantize if folder is None else quantization_of(folder, quantize)
+    device = M.CHIPS[chip]
+    if folder is not None:
+        precision = dataclasses.replace(precision, quantize=quantization_of(folder, precision.quantize))
+    itemsize, quantize = precision.itemsize, precision.quantize
     sizes = meshes.axis_sizes(mesh, cfg)
     at = M.Meshes(sizes, None if speech_mesh is None else meshes.axis_sizes(speech_mesh, cfg))
     parts = tuple(p for p in PARTS if p == "thinker" or asked.speech)
@@ -392,10 +391,10 @@ def run(
         raise InputError("--speech-mesh goes with --speech SECONDS")
     media = read_media(asked, cfg.thinker, folder)
     tokens, request = padded(asked, cfg, media)
-    loaded = M.resident(cfg, at, itemsize, parts, quantize)
+    loaded = M.resident(cfg, at, itemsize, parts, quantize, precision.speech_itemsize)
     weights = {stage: sum(parts.values()) for stage, parts in loaded.items()}
     rows: list[dict[str, Any]] = []
-    for phase in M.phases(cfg, at, request, itemsize, cache_itemsize, quantize):
+    for phase in M.phases(cfg, at, request, itemsize, precision.cache_itemsize, quantize):
         use, stage = phase.use, phase.use.stage if at.has_speech_mesh else "thinker"
         rows.append({
             "program": use.name, "stage": stage, "weights": weights[stage], "cache": use.cache,
@@ -407,13 +406,19 @@ def run(
         "model": model, "chip": chip, "mesh": {a: n for a, n in sizes.items() if n > 1},
         "speech_mesh": None if at.speech is None else {a: n for a, n in at.speech.items() if n > 1},
         "devices": math.prod(sizes.values()) + (math.prod(at.speech.values()) if at.speech is not None else 0),
-        "dtype": dtype, "quantize": quantize, "kv_cache": kv_cache, "prompt_tokens": tokens,
+        **dataclasses.asdict(precision), "prompt_tokens": tokens,
         "request": dataclasses.asdict(request),
         "media": [{"name": m.name, "what": m.what, "tokens": m.tokens} for m in media],
         "weights": {stage: parts for stage, parts in loaded.items() if parts}, "programs": rows,
-        "steps": [dataclasses.asdict(s) for s in steps(cfg, at, request, device, itemsize, cache_itemsize, quantize)],
+        "steps": [dataclasses.asdict(s) for s in steps(cfg, at, request, device, precision)],
         "memory": device.memory, "peak": peak, "fits": peak <= device.memory,
     }  # fmt: skip
+
+
+def held(result: Mapping[str, Any]) -> list[str]:
+    """What of a `Precision`, whose fields are in the result, is not as by default, in words."""
+    named = (("weights", "quantize", None), ("cache", "kv_cache", None), ("Token2Wav", "speech_dtype", "float32"))
+    return [f"{what} {result[key]}" for what, key, usual in named if result[key] != usual]
 
 
 def tables(result: Mapping[str, Any]) -> str:
@@ -421,9 +426,7 @@ def tables(result: Mapping[str, Any]) -> str:
     axes = ", ".join(f"{a} {n}" for a, n in result["mesh"].items()) or "one chip"
     if result["speech_mesh"] is not None:
         axes += "; speech " + (", ".join(f"{a} {n}" for a, n in result["speech_mesh"].items()) or "one chip")
-    r, stored = result["request"], result["dtype"]
-    stored += "" if result["quantize"] is None else f", weights {result['quantize']}"
-    stored += "" if result["kv_cache"] is None else f", cache {result['kv_cache']}"
+    r, stored = result["request"], ", ".join([result["dtype"], *held(result)])
     lines = [
         f"**{result['model']} on {result['chip']}** ({axes}), {stored}; {r['rows']} × {r['width']} tokens, "
         f"{r['slots']} slots",
@@ -458,13 +461,10 @@ def tables(result: Mapping[str, Any]) -> str:
 
 
 def main(
-    model: str, asked: Asked, chip: str, mesh: str, speech_mesh: str | None, dtype: str, as_json: bool,
-    quantize: Quantize | None, kv_cache: KVCacheDtype | None,
-) -> None:  # fmt: skip
+    model: str, asked: Asked, chip: str, mesh: str, speech_mesh: str | None, precision: Precision, as_json: bool
+) -> None:
     """The command behind `omni-jax plan`; exits with DOES_NOT_FIT where it does not."""
-    result = run(
-        model, asked, chip=chip, mesh=mesh, speech_mesh=speech_mesh, dtype=dtype, quantize=quantize, kv_cache=kv_cache
-    )
+    result = run(model, asked, chip=chip, mesh=mesh, speech_mesh=speech_mesh, precision=precision)
     print(json.dumps(result) if as_json else tables(result))
     if not result["fits"]:
         sys.exit(DOES_NOT_FIT)

@@ -19,8 +19,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from omni_jax.config import DecoderConfig, DiTConfig, OmniConfig
 from omni_jax.infer.analysis.targets import topology as topology  # of the devices that a Placement is made on
 from omni_jax.model import audio, dit, token2wav, token2wav_stream, vision
+from omni_jax.model.declare import ParamSpec
 from omni_jax.model.kv_cache import CACHE_AXES, KVCache
-from omni_jax.model.parameters import param_specs, stack_of
+from omni_jax.model.parameters import has_speech_dtype, param_specs, stack_of
 from omni_jax.model.quantize import QuantizedArray, quantized_specs
 from omni_jax.model.stages import inner_part, use_unrolled_layers
 from omni_jax.parallel.meshes import Placement
@@ -78,15 +79,23 @@ def weights(
     cfg: OmniConfig, placement: Placement, part: str, dtype: Any, names: tuple[str, ...] | None = None,
     quantize: Quantize | None = None,
 ) -> Any:  # fmt: skip
-    """The parameters of a loaded part (or its subtrees `names`) as shapes with shardings."""
+    """The parameters of a loaded part (or its subtrees `names`) as shapes with shardings.
+
+    Args:
+      dtype: of those that are not quantized; of Token2Wav, that of `parameters.has_speech_dtype`.
+    """
     specs = quantized_specs(param_specs(cfg, (part,)), quantize)[part]
     out = {}
     for name in names or tuple(specs):
         layout = placement.layout(inner_part(part, name))
         shardings = param_formats(specs[name], layout)
-        tree = jax.tree.map(
-            lambda s, h: jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype or dtype), sharding=h), specs[name], shardings
-        )
+
+        def shaped(path: Any, s: ParamSpec, sharding: Any, name: str = name) -> jax.ShapeDtypeStruct:
+            keys = (part, name, *(k.key for k in path if isinstance(k, jax.tree_util.DictKey)))
+            held = jnp.float32 if part == "token2wav" and not has_speech_dtype(keys) else dtype
+            return jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype or held), sharding=sharding)
+
+        tree = jax.tree_util.tree_map_with_path(shaped, specs[name], shardings)
         out[name] = _per_layer(tree, (part, name)) if _looped(layout) else tree
     return out
 
@@ -256,12 +265,12 @@ def audio_call(
 
 def dit_flow(
     cfg: OmniConfig, placement: Placement, batch: int, codes: int, reference: int = 512,
-    flow: token2wav.Flow = FLOW,
+    flow: token2wav.Flow = FLOW, dtype: Any = jnp.float32,
 ) -> Program:  # fmt: skip
     """The whole flow of the DiT for a padded number of codes."""
     assert cfg.token2wav is not None
     layout, d = placement.layout("dit", batch), cfg.token2wav.dit
-    params = weights(cfg, placement, "token2wav", jnp.float32, ("code2wav_dit_model",))["code2wav_dit_model"]
+    params = weights(cfg, placement, "token2wav", dtype, ("code2wav_dit_model",))["code2wav_dit_model"]
     n, f = token2wav.padded_codes(d, codes), jnp.float32
     row = _struct(layout, (batch,), jnp.int32)
     args = (
@@ -289,15 +298,15 @@ def _kinds(cfg: DiTConfig) -> tuple[float, ...]:
 
 def dit_window(
     cfg: OmniConfig, placement: Placement, batch: int, blocks: int, look_ahead: int = 1, rows: int | None = None,
-    flow: token2wav.Flow = FLOW,
+    flow: token2wav.Flow = FLOW, dtype: Any = jnp.float32,
 ) -> Program:  # fmt: skip
     """A window of streamed speech (`token2wav_stream.draw_window`) for `batch` of `rows` streams: `blocks` final blocks
     and those of the look-ahead."""
     assert cfg.token2wav is not None
     layout, d, f = placement.layout("dit", batch), cfg.token2wav.dit, jnp.float32
-    params = weights(cfg, placement, "token2wav", f, ("code2wav_dit_model",))["code2wav_dit_model"]
+    params = weights(cfg, placement, "token2wav", dtype, ("code2wav_dit_model",))["code2wav_dit_model"]
     modulations = jax.eval_shape(lambda p: token2wav_stream.flow_modulations(p, d, flow), params)
-    states = jax.eval_shape(lambda: token2wav_stream.init_states(d, flow, rows or batch))
+    states = jax.eval_shape(lambda: token2wav_stream.init_states(d, flow, rows or batch, dtype))
     codes = (blocks + look_ahead) * d.block_size // d.repeats
     row = jax.ShapeDtypeStruct((batch,), jnp.int32)
     given = token2wav_stream.Round(
@@ -309,18 +318,18 @@ def dit_window(
     return Program("dit window", layout, token2wav_stream.draw_window, args, {}, params, branches=_kinds(d))
 
 
-def bigvgan_call(cfg: OmniConfig, placement: Placement, batch: int, codes: int) -> Program:
+def bigvgan_call(cfg: OmniConfig, placement: Placement, batch: int, codes: int, dtype: Any = jnp.float32) -> Program:
     """The vocoder for a padded number of codes."""
     assert cfg.token2wav is not None
     d = cfg.token2wav.dit
-    return bigvgan_piece(cfg, placement, batch, token2wav.padded_codes(d, codes) * d.repeats)
+    return bigvgan_piece(cfg, placement, batch, token2wav.padded_codes(d, codes) * d.repeats, dtype)
 
 
-def bigvgan_piece(cfg: OmniConfig, placement: Placement, batch: int, frames: int) -> Program:
+def bigvgan_piece(cfg: OmniConfig, placement: Placement, batch: int, frames: int, dtype: Any = jnp.float32) -> Program:
     """The vocoder for so many mel frames."""
     assert cfg.token2wav is not None
     layout, t = placement.layout("bigvgan", batch), cfg.token2wav
-    params = weights(cfg, placement, "token2wav", jnp.float32, ("code2wav_bigvgan_model",))["code2wav_bigvgan_model"]
+    params = weights(cfg, placement, "token2wav", dtype, ("code2wav_bigvgan_model",))["code2wav_bigvgan_model"]
     mel = _struct(layout, (batch, frames, t.bigvgan.mel_dim), jnp.float32, "batch", None, None)
     args = (params, t.bigvgan, mel, _struct(layout, (batch,), jnp.int32))
     return Program("bigvgan", layout, token2wav.vocode_mel, args, {}, params)

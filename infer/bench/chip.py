@@ -30,7 +30,7 @@ from omni_jax.infer.analysis.depth import truncate_layers
 from omni_jax.infer.bench.in_memory import random_model
 from omni_jax.infer.bench.live import ReplyTiming
 from omni_jax.infer.bench.text import machine
-from omni_jax.model import audio, bigvgan, token2wav, token2wav_stream, vision
+from omni_jax.model import audio, bigvgan, dit, token2wav, token2wav_stream, vision
 from omni_jax.model.sampling import Sampling
 from omni_jax.processing import images
 from omni_jax.runtime import memory_model as M
@@ -38,7 +38,7 @@ from omni_jax.runtime import slots as S
 from omni_jax.runtime.driver import EngineDriver
 from omni_jax.runtime.engine_options import LISTENING_STEPS
 from omni_jax.runtime.vocoder_stream import Schedule
-from omni_jax.settings import GenerationSettings, SpeechSettings
+from omni_jax.settings import GenerationSettings, Precision, SpeechSettings
 
 PROGRAMS = ("decode", "prefill", "towers", "talker", "dit", "vocoder", "conversation")
 ROWS = (1, 8, 32, 64)
@@ -105,7 +105,7 @@ class ChipBench:
 
     def __init__(self, model: Omni, chip: str = "h100"):
         self.model, self.cfg = model, model.config
-        self.count = live.Counter(self.cfg, live.Target(chip, chip, "1"), model.dtype.itemsize)
+        self.count = live.Counter(self.cfg, live.Target(chip, chip, "1"), Precision(model.dtype.name))
         self._rng = np.random.default_rng(0)
 
     def _random(self, *shape: int, dtype: Any = np.float32) -> Any:
@@ -221,7 +221,7 @@ class ChipBench:
     def _seen(self, grid: tuple[int, int, int]) -> Iterator[live.Work]:
         frames, _ = M.tower_calls(self.cfg.thinker, [grid], [])
         for step in plan.tower_steps(
-            self.cfg, self.count.sizes, M.Request(1, 1, 1, frames=frames), self.count.chip, self.count.itemsize
+            self.cfg, self.count.sizes, M.Request(1, 1, 1, frames=frames), self.count.chip, self.count.precision
         ):
             yield live.Work(step.name, 1, step.seconds, step.bytes, step.operations, 0)
 
@@ -236,7 +236,7 @@ class ChipBench:
         mel = draw.standard_normal((1, REFERENCE_FRAMES, cfg.mel_dim), np.float32)
         voice, null = token2wav_stream.encode_voices(params, cfg, cond, mel, np.full(1, REFERENCE_FRAMES, np.int32))
         modulations = token2wav_stream.flow_modulations(params, cfg, flow)
-        held = {"states": token2wav_stream.init_states(cfg, flow, rows)}
+        held = {"states": token2wav_stream.init_states(cfg, flow, rows, dit.product_dtype(params))}
 
         def run(given: token2wav_stream.Round, final: int) -> Any:
             held["states"], drawn = token2wav_stream.draw_window(

@@ -13,7 +13,7 @@ from omni_jax.cli.flags import Flag, Flags, Json, Strings
 from omni_jax.errors import InputError
 from omni_jax.infer.analysis.asked import Asked
 from omni_jax.infer.bench.options import LiveBenchOptions
-from omni_jax.settings import KVCacheDtype, Quantize, changed
+from omni_jax.settings import Precision, changed
 
 # What each kind of bench takes beside --json.
 BENCH_OPTIONS = {
@@ -166,14 +166,13 @@ def solvers(
 
 
 def aot(
+    precision: Flags[Precision],
     *,
     preset: Literal["3b", "7b", "tiny"] = "3b",
     topology: str = "v5e:2x4",
     mesh: str | None = None,
     layers: int | None = None,
     only: Strings = (),
-    quantize: Quantize | None = None,
-    kv_cache: KVCacheDtype | None = None,
     keep: pathlib.Path | None = None,
     as_json: Json = False,
 ) -> None:
@@ -187,26 +186,22 @@ def aot(
       mesh: How the chips are used, as in `generate --mesh`; by default all of them.
       layers: Cut every stack to this many layers; by default none is cut.
       only: A program by name ("decode 32"); may be given several times.
-      quantize: Weights as int8, as in generate.
-      kv_cache: Keys and values as int8, as in generate.
       keep: Folder for what the compilers say: what is in it already is not compiled again, so that a run that was cut
         off goes on.
     """
     from omni_jax.infer.analysis import aot as ahead
 
-    ahead.main(preset, topology, mesh, layers, only, keep, as_json, quantize, kv_cache)
+    ahead.main(preset, topology, mesh, layers, only, keep, as_json, precision)
 
 
 def plan(
     asked: Flags[Asked],
+    precision: Flags[Precision],
     *,
     model: str = "3b",
     chip: str = "v5e",
     mesh: str = "1",
     speech_mesh: str | None = None,
-    dtype: Literal["bfloat16", "float32"] = "bfloat16",
-    quantize: Quantize | None = None,
-    kv_cache: KVCacheDtype | None = None,
     live: Flag = False,
     as_json: Json = False,
 ) -> None:
@@ -219,22 +214,18 @@ def plan(
       chip: Kind of device: v5e, v6e, v5p, h100, h200.
       mesh: Mesh to shard the model over, as in generate: 1, 2x2, 2x4, …, or axes (data=2,tensor=4).
       speech_mesh: A mesh of its own for the speech parts.
-      dtype: Dtype of weights and cache.
-      quantize: Weights as int8, as in generate.
-      kv_cache: Keys and values as int8, as in generate.
       live: Instead, the least times of a live conversation, stage by stage, on v5e, v5e-8, v6e-8 and H100.
     """
     if live:
         given = [f"--{n.replace('_', '-')}" for n in changed(asked)]
         given += [f"--{n}" for n, differs in (("chip", chip != "v5e"), ("mesh", mesh != "1")) if differs]
-        more = {"speech-mesh": speech_mesh, "quantize": quantize, "kv-cache": kv_cache}
-        given += [f"--{n}" for n, value in more.items() if value is not None]
+        given += ["--speech-mesh"] if speech_mesh is not None else []
         if given:
-            raise InputError(f"--live goes with --model and --dtype alone; leave {', '.join(given)} out")
+            raise InputError(f"--live is of a conversation and chips of its own; leave {', '.join(given)} out")
         from omni_jax.infer.analysis import live as conversation
 
-        conversation.main(model, dtype, as_json)
+        conversation.main(model, precision, as_json)
         return
     from omni_jax.infer.analysis import plan as before
 
-    before.main(model, asked, chip, mesh, speech_mesh, dtype, as_json, quantize, kv_cache)
+    before.main(model, asked, chip, mesh, speech_mesh, precision, as_json)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from omni_jax.cli.arguments import array_file, codes_file
 from omni_jax.cli.flags import Flags
-from omni_jax.settings import ModelSource, SpeechSettings, VocoderSettings
+from omni_jax.settings import Dtype, ModelSource, SpeechSettings, VocoderSettings
 
 
 def encode(
@@ -73,6 +73,7 @@ def vocode(
     codes: pathlib.Path,
     noise: pathlib.Path | None = None,
     seed: int = 0,
+    speech_dtype: Dtype = "float32",
 ) -> None:
     """Synthesize audio from codec ids.
 
@@ -81,6 +82,7 @@ def vocode(
       codes: Codec ids: a .npy row of whole numbers, or JSON: a list, or what `generate --json` prints.
       noise: A .npy of float32 (2 x codes, mel) to start from, in place of random noise.
       seed: Seed of the noise.
+      speech_dtype: Dtype in which Token2Wav multiplies, as in generate.
     """
     from omni_jax.processing.encode import check_writable, format_of, write_atomically, write_audio
 
@@ -96,7 +98,7 @@ def vocode(
     from omni_jax.runtime.compilation import use_compilation_cache
 
     use_compilation_cache()
-    vocoder_of = speech.Vocoder.from_folder(model.model, mesh=model.mesh, dtype=model.speech_dtype)
+    vocoder_of = speech.Vocoder.from_folder(model.model, mesh=model.mesh, dtype=speech_dtype)
     wave = vocoder_of([row], [settings], start)[0]
     if out.suffix == ".npy":
         write_atomically(out, lambda file: np.save(file, wave))

@@ -6,9 +6,7 @@ as a block's codes and its look-ahead are there. `exact` waits for the end of th
 
 What a stream gives is a function of its own codes, voice, seed, flow and schedule. How the codes were cut when they
 were pushed, what other streams do, and how often `step` was called change nothing (but for the rounding of sums in
-batches of another size).
-
-Everything between the compiled programs is numpy, so that after `warm_up` nothing compiles.
+batches of another size). Between the compiled programs all is numpy, so that after `warm_up` nothing compiles.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Int, Int32
+from jaxtyping import Float32, Int32
 
 from omni_jax.buckets import FINE, Sizes, bucket
 from omni_jax.checkpoint.speakers import pick_voice
@@ -32,6 +30,7 @@ from omni_jax.parallel.sharding import replicate
 
 Mode = Literal["windowed", "exact"]
 DEFAULT_FLOW = Flow()
+Codes = Int32[np.ndarray, " N"]
 # What a voice adds to the DiT's input, and the null embedding.
 VoiceVectors = tuple[Float32[np.ndarray, " D"], Float32[np.ndarray, "1 D"]]
 
@@ -112,7 +111,7 @@ class _Stream:
     flow: Flow
     mode: Mode
     mel: Float32[np.ndarray, "T M"]
-    codes: Int32[np.ndarray, " N"] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+    codes: Codes = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
     code_start: int = 0
     mel_start: int = 0
     drawn: int = 0
@@ -126,7 +125,7 @@ class _Stream:
         """Codes that have come."""
         return self.code_start + len(self.codes)
 
-    def codes_at(self, start: int, stop: int) -> Int32[np.ndarray, " N"]:
+    def codes_at(self, start: int, stop: int) -> Codes:
         """Codes `start` … `stop` of the stream, as far as they have come."""
         return self.codes[max(0, start - self.code_start) : max(0, stop - self.code_start)]
 
@@ -186,10 +185,9 @@ class VocoderStream:
             raise ValueError(f"row {row} is {'taken' if row in self._streams else f'not one of {self.rows}'}")
         chosen = pick_voice(self.voices, voice)
         token2wav.check_voice(self.config.dit, chosen)
-        self._streams[row] = _Stream(
-            chosen, self._vector(chosen)[0], token2wav.noise_key(seed), seed, flow, mode,
-            np.zeros((0, self.config.dit.mel_dim), np.float32),
-        )  # fmt: skip
+        mel = np.zeros((0, self.config.dit.mel_dim), np.float32)
+        vector, key = self._vector(chosen)[0], token2wav.noise_key(seed)
+        self._streams[row] = _Stream(chosen, vector, key, seed, flow, mode, mel)
 
     def push(self, row: int, codes: Any) -> None:
         """Takes further codes of a stream. One that the DiT has no embedding for ends this stream, and no other: the
@@ -399,12 +397,10 @@ class VocoderStream:
     # The work itself.
 
     def _vector(self, voice: Voice) -> VoiceVectors:
-        """Of a voice; encoded once."""
         if voice not in self._vectors:
-            length = bucket(len(voice.ref_mel), token2wav.REFERENCE_BUCKETS)
-            mel = np.zeros((1, length, self.config.dit.mel_dim), np.float32)
-            mel[0, : len(voice.ref_mel)] = voice.ref_mel
             lengths = np.array([len(voice.ref_mel)], np.int32)
+            more = bucket(len(voice.ref_mel), token2wav.REFERENCE_BUCKETS) - len(voice.ref_mel)
+            mel = np.pad(voice.ref_mel, ((0, more), (0, 0)))[None]
             with self.layout_for("dit", 1):
                 made = token2wav_stream.encode_voices(self._dit, self.config.dit, voice.cond[None], mel, lengths)
             vector, null = map(np.asarray, made)
@@ -459,12 +455,8 @@ class VocoderStream:
             self._take_mel(s, mel[: s.count * self.config.dit.repeats])
 
     def _exact_mels(
-        self,
-        codes: Sequence[Int[np.ndarray, " _"]],
-        flow: Flow,
-        voices: Sequence[Voice] = (),
-        seeds: Sequence[int] = (),
-    ) -> Float32[np.ndarray, "B T M"]:  # fmt: skip
+        self, codes: Sequence[Codes], flow: Flow, voices: Sequence[Voice] = (), seeds: Sequence[int] = ()
+    ) -> Float32[np.ndarray, "B T M"]:
         voices = voices or [next(iter(self.voices.values()))] * len(codes)
         drawn = token2wav.codes_to_mel(
             self.config, self.params, codes, voices, seeds=seeds or [0] * len(codes), flow=flow,

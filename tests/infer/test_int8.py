@@ -9,21 +9,22 @@ from omni_jax import config as C
 from omni_jax.checkpoint.convert import convert
 from omni_jax.cli import main
 from omni_jax.errors import InputError
-from omni_jax.infer.analysis import aot, plan, programs
+from omni_jax.infer.analysis import aot, live, plan, programs
 from omni_jax.infer.analysis.compiled import compile_program
 from omni_jax.infer.analysis.depth import truncate_layers
 from omni_jax.parallel import meshes
 from omni_jax.runtime import memory_model
+from omni_jax.settings import Precision
 from tests.ahead import needs_compiler
 
 LAYERS = 4
-SMALL = {"quantize": "int8", "kv_cache": "int8"}
+SMALL = Precision(quantize="int8", kv_cache="int8")
 
 
 @needs_compiler
 def test_a_step_moves_int8_bytes_once():
     """Neither weights nor cache are converted in memory; of the Talker's narrow heads slots lie innermost."""
-    found = aot.run("3b", "v5e:1x1", layers=LAYERS, only=("decode 1", "talker 1"), **SMALL)
+    found = aot.run("3b", "v5e:1x1", layers=LAYERS, only=("decode 1", "talker 1"), precision=SMALL)
     assert (found["quantize"], found["kv_cache"]) == ("int8", "int8")
     assert "one chip, weights int8, cache int8" in aot.tables(found)
     for name, f in found["programs"].items():
@@ -42,7 +43,7 @@ def test_a_step_moves_int8_bytes_once():
 
 @needs_compiler
 def test_a_mesh_sums_in_the_dtype_of_the_activations():
-    found = aot.run("3b", "v5e:2x4", layers=LAYERS, only=("decode 32",), quantize="int8")
+    found = aot.run("3b", "v5e:2x4", layers=LAYERS, only=("decode 32",), precision=Precision(quantize="int8"))
     (f,) = found["programs"].values()
     assert 0.99 <= f["ratio"] <= 1.10
     assert (f["copies"], f["weight_copies"]) == ((), ())
@@ -59,7 +60,7 @@ def test_the_plan_of_a_prefill_is_the_compilers():
     place = meshes.place(cfg, "1", devices=programs.topology("v5e:1x1"))
     use = memory_model.prefill(cfg, memory_model.ONE_CHIP, "thinker", *sizes, 2, 1, quantize="int8")
     total = memory_model.total_bytes(cfg, memory_model.ONE_CHIP, use, 2, "int8")
-    made = compile_program(programs.thinker_prefill(cfg, place, *sizes, **SMALL))
+    made = compile_program(programs.thinker_prefill(cfg, place, *sizes, quantize="int8", kv_cache="int8"))
     assert total == pytest.approx(made.total, rel=0.05)
 
 
@@ -76,11 +77,11 @@ def test_the_bytes_of_weights_and_caches_are_exact(mode):
         assert memory_model.cache_bytes(cfg, one, part, 8, 2048, 1) == stored
 
 
-def test_the_plan_of_int8(checkpoint, tmp_path, monkeypatch, capsys):
+def test_the_plan_of_int8(checkpoint, tmp_path):
     """By flag; or by the folder, where that holds int8."""
     asked = plan.Asked(prompt=100)
     plain = plan.run("7b", asked)
-    small = plan.run("7b", asked, quantize="int8-head", kv_cache="int8")
+    small = plan.run("7b", asked, precision=Precision(quantize="int8-head", kv_cache="int8"))
     assert small["peak"] < 0.65 * plain["peak"]
     assert not plain["fits"]
     assert small["fits"]
@@ -90,8 +91,20 @@ def test_the_plan_of_int8(checkpoint, tmp_path, monkeypatch, capsys):
     convert(checkpoint, tmp_path / "c", quantize="int8")
     assert plan.run(str(tmp_path / "c"), asked)["quantize"] == "int8"
     with pytest.raises(InputError, match="was converted with --quantize int8, not int8-all"):
-        plan.run(str(tmp_path / "c"), asked, quantize="int8-all")
-    monkeypatch.setattr(sys, "argv", ["omni-jax", "plan", "--live", "--quantize", "int8", "--kv-cache", "int8"])
-    with pytest.raises(SystemExit):
-        main.main()
-    assert "leave --quantize, --kv-cache out" in capsys.readouterr().err
+        plan.run(str(tmp_path / "c"), asked, precision=Precision(quantize="int8-all"))
+
+
+def test_a_live_conversation_of_half_the_bytes(monkeypatch, capsys):
+    """First PCM on one v5e: 170 ms, with int8 weights and cache and Token2Wav in bfloat16."""
+    given = ["--quantize", "int8-head", "--kv-cache", "int8", "--speech-dtype", "bfloat16"]
+    monkeypatch.setattr(sys, "argv", ["omni-jax", "plan", "--live", *given])
+    main.main()
+    out = capsys.readouterr().out
+    assert "**3b, bfloat16, weights int8-head, cache int8, Token2Wav bfloat16, live, by counting**" in out
+    assert "First PCM on v5e ≤ 170 ms" in out
+    half = live.Counter(C.preset("3b"), live.TARGETS[0], Precision(quantize="int8", speech_dtype="bfloat16"))
+    whole = live.Counter(C.preset("3b"), live.TARGETS[0])
+    assert half.step("thinker", 1, 4096, 1, "").bytes == pytest.approx(
+        0.56 * whole.step("thinker", 1, 4096, 1, "").bytes, rel=0.05
+    )
+    assert half.window(1, 1).seconds < 0.55 * whole.window(1, 1).seconds

@@ -23,7 +23,7 @@ from omni_jax.parallel import meshes
 from omni_jax.runtime import admission, memory_model
 from omni_jax.runtime.media import Towers
 from omni_jax.runtime.speech import PARTS
-from omni_jax.settings import GenerationSettings, SpeechSettings
+from omni_jax.settings import DEFAULT_PRECISION, GenerationSettings, Precision, SpeechSettings
 from tests import media, plan_fit
 from tests.ahead import needs_compiler
 from tests.cli.test_main import run
@@ -163,7 +163,10 @@ def test_the_calls_are_the_towers_own():
 def test_a_decode_step_reads_each_weight_and_the_cache_once():
     cfg, chip = C.preset("3b"), memory_model.CHIPS["v5e"]
     request = memory_model.Request(1, 1024, 4096)
-    found = {s.name: s for s in command.steps(cfg, memory_model.Meshes(memory_model.ONE_CHIP), request, chip, 2)}
+    found = {
+        s.name: s
+        for s in command.steps(cfg, memory_model.Meshes(memory_model.ONE_CHIP), request, chip, DEFAULT_PRECISION)
+    }
     products = sum(
         math.prod(shape)
         for name, shape in keys.tensor_shapes(cfg).items()
@@ -177,7 +180,7 @@ def test_a_decode_step_reads_each_weight_and_the_cache_once():
     assert prefill.bound == "arithmetic"
     # Eight chips divide the work, and a batch does more of it.
     sizes = meshes.axis_sizes("2x4", cfg)
-    split = {s.name: s for s in command.steps(cfg, memory_model.Meshes(sizes), request, chip, 2)}
+    split = {s.name: s for s in command.steps(cfg, memory_model.Meshes(sizes), request, chip, DEFAULT_PRECISION)}
     assert split["Thinker decode"].bytes == pytest.approx(decode.bytes / 8, rel=0.01)
     assert split["Thinker prefill"].operations == pytest.approx(prefill.operations / 8)
 
@@ -186,10 +189,12 @@ def test_the_sound_is_counted_by_its_weights():
     """One frame of BigVGAN: each convolution's weight as often as its rate says."""
     cfg = C.preset("3b")
     request = memory_model.Request(1, 1024, 4096, codes=12, spoken=1, reply=64, speech_slots=2048)
-    found = {
-        s.name: s
-        for s in command.steps(cfg, memory_model.Meshes(memory_model.ONE_CHIP), request, memory_model.CHIPS["v5e"], 2)
-    }
+    chip, one = memory_model.CHIPS["v5e"], memory_model.Meshes(memory_model.ONE_CHIP)
+    found = {s.name: s for s in command.steps(cfg, one, request, chip, DEFAULT_PRECISION)}
+    half = {s.name: s for s in command.steps(cfg, one, request, chip, Precision(speech_dtype="bfloat16"))}
+    for name in ("DiT flow", "BigVGAN"):
+        assert half[name].operations == found[name].operations
+        assert 0.49 < half[name].bytes / found[name].bytes < 0.56  # ECAPA and the embeddings stay float32
     g, operations, prefix = cfg.token2wav.bigvgan, 0.0, "token2wav.code2wav_bigvgan_model."
     for name, shape in keys.tensor_shapes(cfg).items():
         where = name.removeprefix(prefix).split(".")

@@ -387,7 +387,9 @@ def test_speech_dtype(checkpoint, speaker):
     wanted = memory_model.resident(loaded.config, one, 4, ("token2wav",), None, 2)["thinker"]
     assert admission.loaded_bytes(tree) == sum(wanted.values())
     large = C.preset("3b")
-    half, whole = (sum(memory_model.resident(large, one, 4, ("token2wav",), None, n)["thinker"].values()) for n in (2, 4))
+    half, whole = (
+        sum(memory_model.resident(large, one, 4, ("token2wav",), None, n)["thinker"].values()) for n in (2, 4)
+    )
     assert half < 0.53 * whole  # the rest is ECAPA
 
     codes, settings = [list(range(30))], [SpeechSettings(seed=3)]
