@@ -11,6 +11,7 @@ table shows beside, also counts what lies in the chip's fast memory (up to 128 M
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 from collections import defaultdict
@@ -24,11 +25,13 @@ from rich.progress import track
 from scipy.optimize import nnls
 
 from omni_jax import config as C
+from omni_jax.infer.analysis import plan
 from omni_jax.infer.analysis import programs as P
 from omni_jax.infer.analysis.compiled import Compiled, compile_program
 from omni_jax.infer.analysis.depth import truncate_layers
 from omni_jax.parallel import meshes
 from omni_jax.runtime import memory_model as M
+from omni_jax.settings import DEFAULT_PRECISION, Precision
 
 ITEMSIZE = 2
 REPLY = 512  # vectors that the Talker hears
@@ -45,6 +48,7 @@ class Case:
       mesh: over them; "" for all of them by default.
       sizes: of the program, see FITTED.
       layers: every stack is cut to so many; 0 leaves it whole.
+      precision: what weights and cache are held in.
     """
 
     kind: str
@@ -53,12 +57,14 @@ class Case:
     mesh: str
     sizes: tuple[int, ...]
     layers: int = 0
+    precision: Precision = DEFAULT_PRECISION
 
     def __str__(self) -> str:
         """For the table."""
         where = f"{self.topology} {self.mesh}".strip()
         cut = f", {self.layers} layers" if self.layers else ""
-        return f"{self.kind} {' × '.join(map(str, self.sizes))}, {self.model}{cut}, {where}"
+        held = "".join(f", {what}" for what in plan.held(dataclasses.asdict(self.precision)))
+        return f"{self.kind} {' × '.join(map(str, self.sizes))}, {self.model}{cut}, {where}{held}"
 
 
 def _cases(*rows: Any) -> tuple[Case, ...]:
@@ -110,6 +116,12 @@ HELD_OUT = _cases(
     ("bigvgan", "3b", "v5e:1x1", "", (1, 500)),
     ("bigvgan", "3b", "v5e:1x1", "", (1, 1000)),
     ("bigvgan", "3b", "v5e:1x1", "", (4, 100)),
+    ("thinker prefill", "3b", "v5e:1x1", "", (1, 2048, 4096), 0, Precision(quantize="int8")),
+    ("thinker prefill", "7b", "v5e:1x1", "", (1, 6144, 8192), 0, Precision(quantize="int8-head", kv_cache="int8")),
+    ("thinker decode", "3b", "v5e:1x1", "", (32, 4096), 0, Precision(quantize="int8", kv_cache="int8")),
+    ("thinker decode", "7b", "v5e:1x1", "", (1, 8192), 0, Precision(quantize="int8-head", kv_cache="int8")),
+    ("thinker decode", "3b", "v5e:2x4", "", (32, 8192), 0, Precision(quantize="int8")),
+    ("talker decode", "3b", "v5e:1x1", "", (8, 4096), 0, Precision(quantize="int8", kv_cache="int8")),
 )
 
 
@@ -122,24 +134,26 @@ def built(case: Case, cfg: C.OmniConfig | None = None) -> tuple[P.Program, M.Use
     cfg = cfg or truncate_layers(C.preset(case.model), case.layers or None)
     place = meshes.place(cfg, case.mesh or case.topology.partition(":")[2], devices=P.topology(case.topology))
     sizes, part = dict(place.thinker.shape), case.kind.partition(" ")[0]
-    program, use = _built(case.kind, part, cfg, place, sizes, case.sizes)
-    return program, use, M.total_bytes(cfg, sizes, use, ITEMSIZE)
+    program, use = _built(case.kind, part, cfg, place, sizes, case)
+    return program, use, M.total_bytes(cfg, sizes, use, ITEMSIZE, case.precision.quantize)
 
 
 def _built(
-    kind: str, part: Any, cfg: C.OmniConfig, place: meshes.Placement, sizes: meshes.Sizes, s: tuple[int, ...]
+    kind: str, part: Any, cfg: C.OmniConfig, place: meshes.Placement, sizes: meshes.Sizes, case: Case
 ) -> tuple[P.Program, M.Use]:
-    if kind.endswith("prefill"):
-        batch, length, slots = s
-        build = P.thinker_prefill if part == "thinker" else P.talker_prefill
-        return build(cfg, place, batch, length, slots), M.prefill(cfg, sizes, part, batch, length, slots, ITEMSIZE)
+    s, p = case.sizes, case.precision
+    small: Any = {"quantize": p.quantize, "kv_cache": p.kv_cache}
+    held = ITEMSIZE, p.cache_itemsize
+    if kind == "talker prefill":
+        return P.talker_prefill(cfg, place, *s), M.prefill(cfg, sizes, part, *s, ITEMSIZE)
+    if kind == "thinker prefill":
+        return P.thinker_prefill(cfg, place, *s, **small), M.prefill(cfg, sizes, part, *s, *held, quantize=p.quantize)
     if kind.endswith("decode"):
-        batch, slots = s
         if part == "thinker":
-            made, reply = P.thinker_decode(cfg, place, batch, slots, loop=True), 0
+            made, reply = P.thinker_decode(cfg, place, *s, loop=True, **small), 0
         else:
-            made, reply = P.talker_decode(cfg, place, batch, slots, loop=True, reply=REPLY), REPLY
-        return made, M.decode(cfg, sizes, part, batch, slots, ITEMSIZE, reply=reply)
+            made, reply = P.talker_decode(cfg, place, *s, loop=True, reply=REPLY, **small), REPLY
+        return made, M.decode(cfg, sizes, part, *s, *held, reply=reply, quantize=p.quantize)
     if kind == "vision":
         frames, windows = s
         return P.vision_call(cfg, place, frames, windows), M.vision(cfg, sizes, frames, windows, ITEMSIZE)

@@ -319,10 +319,11 @@ def dit_window(
 
 
 def bigvgan_call(cfg: OmniConfig, placement: Placement, batch: int, codes: int, dtype: Any = jnp.float32) -> Program:
-    """The vocoder for a padded number of codes."""
+    """A call of the vocoder for a padded number of codes (`token2wav.vocoder_call`)."""
     assert cfg.token2wav is not None
     d = cfg.token2wav.dit
-    return bigvgan_piece(cfg, placement, batch, token2wav.padded_codes(d, codes) * d.repeats, dtype)
+    rows, frames = token2wav.vocoder_call(cfg.token2wav, batch, token2wav.padded_codes(d, codes) * d.repeats)
+    return bigvgan_piece(cfg, placement, rows, frames, dtype)
 
 
 def bigvgan_piece(cfg: OmniConfig, placement: Placement, batch: int, frames: int, dtype: Any = jnp.float32) -> Program:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +37,9 @@ BLOCK_BUCKETS = (
 )  # fmt: skip
 REFERENCE_BUCKETS = (128, 256, 512, 1024, 2048)
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+# Mel frames that BigVGAN makes sound of in one go, beside the context that their samples depend on, and the most pieces
+# of a call: memory, and on a TPU the traffic of a second, would grow with the utterance.
+PIECE_FRAMES, PIECE_ROWS = 480, 8
 
 
 class CodeError(InputError):
@@ -337,12 +340,47 @@ def mel_to_audio(
     waves = [np.zeros(0, np.float32) for _ in range(drawn.total)]
     if drawn.frames is None:
         return waves
-    frames = drawn.counts * np.int32(cfg.dit.repeats)
-    with layout_for("bigvgan", len(frames)):
-        sound = np.asarray(vocode_mel(params["code2wav_bigvgan_model"], cfg.bigvgan, drawn.frames, frames))
+    tree, lengths = params["code2wav_bigvgan_model"], drawn.counts * np.int32(cfg.dit.repeats)
+    rows, width = vocoder_call(cfg, *drawn.frames.shape[:2])
+    if width == drawn.frames.shape[1]:
+        with layout_for("bigvgan", rows):
+            sound = np.asarray(vocode_mel(tree, cfg.bigvgan, drawn.frames, lengths))
+        for row, i in enumerate(drawn.requests):
+            waves[i] = sound[row, : drawn.counts[row] * samples_per_code(cfg)].copy()
+        return waves
+    with layout_for("dit", len(lengths)):
+        mels = np.asarray(drawn.frames if drawn.frames.is_fully_addressable else jax.jit(replicate)(drawn.frames))
     for row, i in enumerate(drawn.requests):
-        waves[i] = sound[row, : drawn.counts[row] * samples_per_code(cfg)].copy()
+        waves[i] = np.concatenate(list(_vocode_pieces(cfg, tree, mels[row, : lengths[row]], width, layout_for)))
     return waves
+
+
+def vocoder_call(cfg: Token2WavConfig, rows: int, frames: int) -> tuple[int, int]:
+    """Rows and frames of a call of BigVGAN for `rows` mels that are padded to `frames` frames. Longer ones than a piece
+    and its context are cut into pieces, mel by mel."""
+    width = PIECE_FRAMES + 2 * bigvgan.receptive_field(cfg.bigvgan)
+    if frames <= width:
+        return rows, frames
+    return min(PIECE_ROWS, bucket(-(-frames // PIECE_FRAMES), ROW_BUCKETS)), width
+
+
+def _vocode_pieces(
+    cfg: Token2WavConfig, params: Params, mel: Float32[np.ndarray, "L mel_dim"], width: int, layout_for: LayoutFn
+) -> Iterator[Float32[np.ndarray, " _"]]:
+    """The samples of a mel, piece by piece; the same as of the whole, to float32's rounding."""
+    hop, context = bigvgan.hop(cfg.bigvgan), (width - PIECE_FRAMES) // 2
+    starts = range(0, len(mel), PIECE_FRAMES)
+    for group in (starts[i : i + PIECE_ROWS] for i in range(0, len(starts), PIECE_ROWS)):
+        cuts = [(max(0, s - context), min(len(mel), s + PIECE_FRAMES + context)) for s in group]
+        rows = bucket(len(group), ROW_BUCKETS)
+        given, lengths = np.zeros((rows, width, mel.shape[1]), np.float32), np.ones(rows, np.int32)
+        for i, (first, end) in enumerate(cuts):
+            given[i, : end - first], lengths[i] = mel[first:end], end - first
+        with layout_for("bigvgan", rows):
+            made = np.asarray(vocode_mel(params, cfg.bigvgan, given, lengths))
+        for i, start in enumerate(group):
+            skip = start - cuts[i][0]
+            yield made[i, skip * hop : (skip + min(PIECE_FRAMES, len(mel) - start)) * hop]
 
 
 def _checked_noise(noise: Any, frames: int, mel_dim: int, row: int) -> np.ndarray:

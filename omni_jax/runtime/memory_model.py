@@ -281,9 +281,9 @@ def vocoder(cfg: OmniConfig, sizes: Sizes, batch: int, codes: int) -> Use:
     has_part(cfg, "token2wav")
     t = cfg.token2wav
     assert t is not None
+    batch, frames = token2wav.vocoder_call(t, batch, token2wav.padded_codes(t.dit, codes) * t.dit.repeats)
     rules = meshes.rules("bigvgan", cfg, sizes, batch)
     rows = batch // ways(sizes, rules, "batch")
-    frames = token2wav.padded_codes(t.dit, codes) * t.dit.repeats
     samples = frames * bigvgan.hop(t.bigvgan)
     arrays = rows * frames * t.dit.mel_dim * FLOAT + batch * samples * FLOAT
     # What each stage holds of its signal; five such arrays are at work at once, in fast memory as far as they fit.

@@ -335,7 +335,7 @@ def test_speech_is_refused_before_the_text_and_again_before_the_sound(speaker, m
     assert len(speaker.answer(prompts, settings)[0].token_ids) <= 3
     with pytest.raises(memory_model.MemoryNeedError, match="BigVGAN needs"):
         speaker.answer(prompts, settings, [SpeechSettings(max_codes=4)])
-    guard.limit = guard.weights["thinker"] + 10 * max(
+    guard.limit = guard.weights["thinker"] + 2 * max(
         u.own for u in memory_model.sound(speaker.config, memory_model.ONE_CHIP, 1, 512)
     )
     assert speaker.answer(prompts, settings, [SpeechSettings(max_codes=4, temperature=0)])[0].codes is not None

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from omni_jax.model import bigvgan
 from omni_jax.model import token2wav as W
 from omni_jax.runtime.speech import Vocoder
 from tests import tiny_token2wav as tiny
@@ -162,3 +163,15 @@ def test_bfloat16(batch):
     errors = [np.sqrt(np.mean((a - b) ** 2)) / b.std() for a, b in zip(rough, waves)]
     print("bf16 error", errors)
     assert 1e-3 < max(errors) < 1e-2
+
+
+def test_long_mels_are_vocoded_in_pieces(monkeypatch):
+    """Seven pieces of 32 frames, four in a call, each with all the context that its samples depend on."""
+    monkeypatch.setattr(W, "PIECE_FRAMES", 32)
+    monkeypatch.setattr(W, "PIECE_ROWS", 4)
+    width = 32 + 2 * bigvgan.receptive_field(CFG.bigvgan)
+    assert W.vocoder_call(CFG, 2, width) == (2, width)
+    assert [W.vocoder_call(CFG, 2, n) for n in (width + 8, 1000)] == [(4, width)] * 2
+    codes, noise, voice = tiny.codes(9, 110), tiny.noise(9, 110), tiny.voice(0)
+    [cut] = _speak([codes], voice, noise=[noise])
+    np.testing.assert_allclose(cut, tiny.reference_wave(codes, voice, noise), atol=1e-5)
