@@ -23,6 +23,7 @@ from omni_jax.checkpoint.speakers import load_voices
 from omni_jax.config import OmniConfig, load_config
 from omni_jax.errors import InputError, unknown_name
 from omni_jax.events import DoneEvent, ErrorEvent, Event, Reply, TextEvent
+from omni_jax.model.quantize import multiplied_by_int8
 from omni_jax.model.stages import PARTS, stage_formats, use_unrolled_layers
 from omni_jax.model.voice import Voice
 from omni_jax.parallel.meshes import Placement, layout_fn, place
@@ -42,6 +43,7 @@ from omni_jax.runtime.speech import SpeechError, Vocoder, check_speaks, check_vo
 from omni_jax.runtime.turn import Request
 from omni_jax.settings import (
     MAX_CODES,
+    Activations,
     Dtype,
     GenerationSettings,
     KVCacheDtype,
@@ -367,6 +369,7 @@ def load(
     quantize: Quantize | None = None,
     kv_cache: KVCacheDtype | None = None,
     speech_dtype: Dtype = "float32",
+    activations: Activations | None = None,
     progress: bool = False,
 ) -> Omni:
     """Loads a checkpoint: a folder in the published layout or one that `omni-jax convert` made.
@@ -385,25 +388,40 @@ def load(
         Talker; "int8-head", also their output heads; "int8-all", also the towers. By default as the folder has them.
       kv_cache: "int8" holds keys and values so, with a scale for each token and head.
       speech_dtype: in which Token2Wav multiplies: "float32", or "bfloat16" in one pass where float32 takes six.
+      activations: "int8" multiplies int8 weights by int8 where many tokens are read at once; a decode step and other
+        weights are as without.
       progress: show a bar on stderr.
     Raises:
       ValueError: files that are missing, broken or of another model; one line that names them.
     """
     named = (("quantize", quantize, Quantize), ("kv_cache", kv_cache, KVCacheDtype),
-             ("speech_dtype", speech_dtype, Dtype))  # fmt: skip
+             ("speech_dtype", speech_dtype, Dtype), ("activations", activations, Activations))  # fmt: skip
     for what, given, known in named:
         if given is not None and given not in get_args(known):
             raise InputError(unknown_name(what, str(given), get_args(known)))
     with local_files(path) as (files, arrays):
         return _load(
-            files, arrays, parts, dtype, mesh, speech_mesh, unroll, adapter, quantize, kv_cache, speech_dtype, progress
+            files,
+            arrays,
+            parts,
+            dtype,
+            mesh,
+            speech_mesh,
+            unroll,
+            adapter,
+            quantize,
+            kv_cache,
+            speech_dtype,
+            activations,
+            progress,
         )
 
 
 def _load(
     path: pathlib.Path, arrays: str | None, parts: Sequence[str], dtype: Any, mesh: str | jax.sharding.Mesh | None,
     speech_mesh: str | jax.sharding.Mesh | None, unroll: bool | None, adapter: str | pathlib.Path | None,
-    quantize: Quantize | None, kv_cache: KVCacheDtype | None, speech_dtype: Dtype, progress: bool,
+    quantize: Quantize | None, kv_cache: KVCacheDtype | None, speech_dtype: Dtype,
+    activations: Activations | None, progress: bool,
 ) -> Omni:  # fmt: skip
     cfg = load_config(path)
     if set(parts) not in ({"thinker"}, set(PARTS)):
@@ -422,6 +440,8 @@ def _load(
     elif speech_mesh is not None:
         raise MeshError("speech has a mesh of its own, but the Thinker has none; give it one as well, such as 1")
     quantize = quantization_of(path, quantize)
+    if activations is not None and quantize is None:
+        raise InputError(f"activations are {activations}, but the weights of {path} are not; give quantize as well")
     itemsizes = jnp.dtype(dtype).itemsize, jnp.dtype(speech_dtype).itemsize
     check_weights(cfg, placement, parts, itemsizes[0], str(path), quantize, itemsizes[1])
     params = load_params(
@@ -429,5 +449,7 @@ def _load(
         shardings=stage_formats(cfg, placement, parts, quantize), arrays=arrays, quantize=quantize,
         speech_dtype=jnp.dtype(speech_dtype),
     )  # fmt: skip
+    if activations is not None:
+        params = multiplied_by_int8(params)
     eos = stop_token_ids(path, cfg, processor.tokenizer)
     return Omni(cfg, params, processor, eos, dtype, voices, placement, quantize, kv_cache)

@@ -25,6 +25,7 @@ ITEMSIZE: Mapping[Dtype, int] = {"bfloat16": 2, "float32": 4}
 # What of the weights is int8: the projections of Thinker and Talker; also the output heads; also the towers.
 Quantize = Literal["int8", "int8-head", "int8-all"]
 KVCacheDtype = Literal["int8"]
+Activations = Literal["int8"]
 # Names of `ode.SOLVERS`; that module imports jax, and this one must not.
 VocoderMode = Literal["exact", "windowed"]
 OutputMode = Literal["auto", "text", "speech", "both"]
@@ -191,6 +192,10 @@ class Precision:
         None, "Keys and values as int8, with a scale for each token and head. Default: in the dtype of the computation."
     )
     speech_dtype: Dtype = option("float32", SPEECH_DTYPE)
+    activations: Activations | None = option(
+        None, "With int8 weights, features as int8 too where many tokens are read at once (prompts; with int8-all also "
+        "media): products are then int8 by int8, twice as fast as bf16's on TPUs and GPUs. Default: dtype.",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Raises InputError naming the setting that is wrong."""

@@ -38,8 +38,9 @@ def listed(
     precision: Precision = DEFAULT_PRECISION,
 ) -> dict[str, Callable[[], Facts]]:  # fmt: skip
     """The facts of every program of the table, by name; `keep` as for `compile_program`."""
-    quantize = precision.quantize
-    small: Any = {"dtype": precision.dtype, "quantize": quantize, "kv_cache": precision.kv_cache}
+    small: Any = {"dtype": precision.dtype, "quantize": precision.quantize, "kv_cache": precision.kv_cache}
+    reading = small | {"activations": precision.activations}
+    towers = {name: reading[name] for name in ("dtype", "quantize", "activations")}
     loop, context = slots.LOOP_STEPS, CONTEXT
     run: dict[str, Callable[[], Facts]] = {}
     said = partial(facts, keep=keep)
@@ -53,33 +54,27 @@ def listed(
             b, f"{where}, {loop} steps",
         )  # fmt: skip
     run["prefill 8k"] = lambda: said(
-        P.thinker_prefill(cfg, placement, 1, 6144, 8192, **small), "6144 tokens, 8192 slots"
+        P.thinker_prefill(cfg, placement, 1, 6144, 8192, **reading), "6144 tokens, 8192 slots"
     )
     for name, (batch, capacity) in {"extend 4k": (1, CONTEXT), "extend 1 of 8": (8, CONTEXT)}.items():
         run[name] = partial(
-            lambda b, c, w: said(P.thinker_extend(cfg, placement, 1, PIECE, b, c, **small), w),
+            lambda b, c, w: said(P.thinker_extend(cfg, placement, 1, PIECE, b, c, **reading), w),
             batch, capacity, f"{PIECE} tokens, {batch} × {capacity} slots",
         )  # fmt: skip
     if placement.thinker.size == 1:
         run["extend 32k"] = lambda: said(
-            P.thinker_extend(cfg, placement, 1, PIECE, 1, LONG, **small), f"{PIECE} tokens, 1 × {LONG} slots"
+            P.thinker_extend(cfg, placement, 1, PIECE, 1, LONG, **reading), f"{PIECE} tokens, 1 × {LONG} slots"
         )
         run["decode 32k"] = lambda: said(P.thinker_decode(cfg, placement, 1, LONG, **small), f"batch 1, {LONG} slots")
-        run["prefill 32k"] = lambda: said(P.thinker_prefill(cfg, placement, 1, LONG, LONG, **small), f"{LONG} tokens")
-    run["vision image"] = lambda: said(
-        P.vision_call(cfg, placement, 1, IMAGE_WINDOWS, quantize=quantize), "1 frame of 448×448"
-    )
+        run["prefill 32k"] = lambda: said(P.thinker_prefill(cfg, placement, 1, LONG, LONG, **reading), f"{LONG} tokens")
+    run["vision image"] = lambda: said(P.vision_call(cfg, placement, 1, IMAGE_WINDOWS, **towers), "1 frame of 448×448")
     for name, (frames, _) in tower_programs(cfg)["video"].items():
         run[name] = partial(
-            lambda n: said(
-                P.vision_call(cfg, placement, n, IMAGE_WINDOWS, quantize=quantize), f"{n} frames of 448×448"
-            ),
+            lambda n: said(P.vision_call(cfg, placement, n, IMAGE_WINDOWS, **towers), f"{n} frames of 448×448"),
             frames,
         )
     for name, (chunks, _) in tower_programs(cfg)["audio"].items():
-        run[name] = partial(
-            lambda n: said(P.audio_call(cfg, placement, n, quantize=quantize), f"{n} chunks of 2 s"), chunks
-        )
+        run[name] = partial(lambda n: said(P.audio_call(cfg, placement, n, **towers), f"{n} chunks of 2 s"), chunks)
     if cfg.talker is not None:
         for b in (1, 32):
             where = f"batch {b}, {context} slots"

@@ -140,9 +140,9 @@ class Counter:
 
     def _work(
         self, name: str, times: int, moved: float, operations: float, kind: str = "", layers: int = 0,
-        tokens: float = 0, *, float32: bool = False,
+        tokens: float = 0, *, product: plan.Product = "bfloat16",
     ) -> Work:  # fmt: skip
-        least = plan.step(name, "", moved, operations, self.chip, float32=float32).seconds
+        least = plan.step(name, "", moved, operations, self.chip, kind=product).seconds
         if not kind or not self.talks:
             return Work(name, times, least, moved, operations, 0)
         c = COLLECTIVES[kind]
@@ -192,8 +192,9 @@ class Counter:
         split = M.ways(self.sizes, rules, "batch", "length", "act_mlp")
         work = size * width * (2 * layers + attend) / split
         return self._work(
-            name, rows // size, weights + cache, work, f"{part} extend", d.num_hidden_layers, size * width
-        )
+            name, rows // size, weights + cache, work, f"{part} extend", d.num_hidden_layers, size * width,
+            product=self.precision.activations or "bfloat16",
+        )  # fmt: skip
 
     def audio(self, chunks: int) -> Iterator[Work]:
         """The audio tower on so many chunks of 2 s."""
@@ -227,7 +228,7 @@ class Counter:
         name = "DiT, one evaluation"
         return self._work(
             name, flow.evaluations * times, moved, work, "dit", d.num_hidden_layers, frames,
-            float32=self.precision.speech_dtype == "float32",
+            product=self.precision.speech_dtype,
         )  # fmt: skip
 
     def vocoder(self, rows: int, final: int, times: int = 1) -> Work:
@@ -243,7 +244,7 @@ class Counter:
         )  # fmt: skip
         return self._work(
             "BigVGAN", times, (copies + rows) * weights + mine * a_frame, mine * plan.vocoder_operations(g),
-            float32=self.precision.speech_dtype == "float32",
+            product=self.precision.speech_dtype,
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from omni_jax import buckets
 from omni_jax import config as C
@@ -39,6 +39,7 @@ NATIVE_FPS = 30.0
 MARKS = 2  # tokens that open and close a medium
 SIZE = re.compile(r"([1-9]\d{0,5})x([1-9]\d{0,5})")
 DOES_NOT_FIT = 1  # exit code
+Product = Literal["bfloat16", "float32", "int8"]  # what is multiplied
 
 
 @dataclass(frozen=True)
@@ -227,10 +228,11 @@ class Step:
     bound: str
 
 
-def step(name: str, what: str, moved: float, operations: float, chip: M.Chip, *, float32: bool = False) -> Step:
-    """The roofline."""
+def step(name: str, what: str, moved: float, operations: float, chip: M.Chip, *, kind: Product = "bfloat16") -> Step:
+    """The roofline; `kind` of products."""
     by_bytes = moved / chip.bandwidth
-    by_operations = operations / (chip.float32 if float32 else chip.operations)
+    peaks = {"bfloat16": chip.operations, "float32": chip.float32, "int8": chip.int8}
+    by_operations = operations / peaks[kind]
     return Step(
         name, what, moved, operations, max(by_bytes, by_operations),
         "bandwidth" if by_bytes >= by_operations else "arithmetic",
@@ -266,7 +268,8 @@ def _decoder_steps(
     use = M.prefill(cfg, sizes, part, r.rows, length, slots, p.itemsize, p.cache_itemsize, quantize=p.quantize)
     work = r.rows * (2 * length * layers + attend * length * length / 2) / split
     weights = layers * p.matrix_itemsize / M.ways(sizes, rules, "mlp", "embed")
-    yield step(f"{name} prefill", f"{r.rows} × {length} tokens", weights + use.cache + use.arrays, work, chip)
+    moved, kind = weights + use.cache + use.arrays, p.activations or "bfloat16"
+    yield step(f"{name} prefill", f"{r.rows} × {length} tokens", moved, work, chip, kind=kind)
 
     rules = meshes.rules(part, cfg, sizes, r.rows)
     split = M.ways(sizes, rules, "batch", "act_mlp")
@@ -286,6 +289,7 @@ def tower_steps(
     per_patch += merged * (merged + v.out_hidden_size) // v.spatial_merge_size**2
     full = len(v.fullatt_block_indexes)
     itemsize, quantize = precision.itemsize, precision.quantize
+    kind: Product = "int8" if quantize == "int8-all" and precision.activations else "bfloat16"
     moved = work = 0.0
     for frames, windows in r.frames:
         rules = meshes.rules("vision", cfg, sizes, frames)
@@ -295,7 +299,7 @@ def tower_steps(
         work += frames * n * (2 * per_patch + 4 * d * keys) / M.ways(sizes, rules, "batch", "act_mlp")
         moved += M.weight_bytes(cfg, sizes, *use.reads[:1], itemsize, use.reads[1], quantize) + use.arrays
     if r.frames:
-        yield step("vision tower", f"all {len(r.frames)} calls", moved, work, chip)
+        yield step("vision tower", f"all {len(r.frames)} calls", moved, work, chip, kind=kind)
     if r.chunks:
         rules = meshes.rules("audio", cfg, sizes, r.chunks)
         states = r.chunks * a.chunk_frames // 2
@@ -305,7 +309,7 @@ def tower_steps(
         keys = 4 * a.encoder_layers * a.d_model * a.chunk_frames // 2
         work = states * (2 * per_state + keys) / M.ways(sizes, rules, "batch", "act_mlp")
         moved = M.weight_bytes(cfg, sizes, use.reads[0], itemsize, use.reads[1], quantize) + use.arrays
-        yield step("audio tower", f"a call of {r.chunks} chunks of 2 s", moved, work, chip)
+        yield step("audio tower", f"a call of {r.chunks} chunks of 2 s", moved, work, chip, kind=kind)
 
 
 def _audio_steps(
@@ -322,13 +326,13 @@ def _audio_steps(
     stored: Any = {"itemsize": M.FLOAT, "speech_itemsize": precision.speech_itemsize}
     moved = flow.evaluations * M.weight_bytes(cfg, sizes, "token2wav", only=use_dit.reads[1], **stored)
     seconds = f"{r.spoken} × {r.codes / CODES_PER_SECOND:g} s"
-    float32 = precision.speech_dtype == "float32"
-    yield step("DiT flow", f"{seconds}, {flow.evaluations} evaluations", moved, work, chip, float32=float32)
+    kind = precision.speech_dtype
+    yield step("DiT flow", f"{seconds}, {flow.evaluations} evaluations", moved, work, chip, kind=kind)
 
     rules = meshes.rules("bigvgan", cfg, sizes, r.spoken)
     moved = M.weight_bytes(cfg, sizes, "token2wav", only=use_vocoder.reads[1], **stored) + use_vocoder.arrays
     work = r.spoken * frames * vocoder_operations(g) / M.ways(sizes, rules, "batch")
-    yield step("BigVGAN", seconds, moved, work, chip, float32=float32)
+    yield step("BigVGAN", seconds, moved, work, chip, kind=kind)
 
 
 def dit_weights(d: C.DiTConfig) -> int:
@@ -417,7 +421,8 @@ def run(
 
 def held(result: Mapping[str, Any]) -> list[str]:
     """What of a `Precision`, whose fields are in the result, is not as by default, in words."""
-    named = (("weights", "quantize", None), ("cache", "kv_cache", None), ("Token2Wav", "speech_dtype", "float32"))
+    named = (("weights", "quantize", None), ("cache", "kv_cache", None), ("activations", "activations", None),
+             ("Token2Wav", "speech_dtype", "float32"))  # fmt: skip
     return [f"{what} {result[key]}" for what, key, usual in named if result[key] != usual]
 
 

@@ -22,12 +22,12 @@ from omni_jax.model import audio, dit, token2wav, token2wav_stream, vision
 from omni_jax.model.declare import ParamSpec
 from omni_jax.model.kv_cache import CACHE_AXES, KVCache
 from omni_jax.model.parameters import has_speech_dtype, param_specs, stack_of
-from omni_jax.model.quantize import QuantizedArray, quantized_specs
+from omni_jax.model.quantize import QuantizedArray, multiplied_by_int8, quantized_specs
 from omni_jax.model.stages import inner_part, use_unrolled_layers
 from omni_jax.parallel.meshes import Placement
 from omni_jax.parallel.sharding import Layout, param_formats
 from omni_jax.runtime import slots
-from omni_jax.settings import KVCacheDtype, Quantize
+from omni_jax.settings import Activations, KVCacheDtype, Quantize
 
 FLOW = token2wav.Flow()
 
@@ -77,7 +77,7 @@ def whole(layout: Layout, tree: Any) -> Any:
 
 def weights(
     cfg: OmniConfig, placement: Placement, part: str, dtype: Any, names: tuple[str, ...] | None = None,
-    quantize: Quantize | None = None,
+    quantize: Quantize | None = None, activations: Activations | None = None,
 ) -> Any:  # fmt: skip
     """The parameters of a loaded part (or its subtrees `names`) as shapes with shardings.
 
@@ -97,7 +97,7 @@ def weights(
 
         tree = jax.tree_util.tree_map_with_path(shaped, specs[name], shardings)
         out[name] = _per_layer(tree, (part, name)) if _looped(layout) else tree
-    return out
+    return out if activations is None else multiplied_by_int8(out)
 
 
 def _looped(layout: Layout) -> bool:
@@ -211,28 +211,31 @@ def _extend(
 
 def thinker_prefill(
     cfg: OmniConfig, placement: Placement, batch: int, length: int, capacity: int, dtype: Any = jnp.bfloat16,
-    quantize: Quantize | None = None, kv_cache: KVCacheDtype | None = None,
+    quantize: Quantize | None = None, kv_cache: KVCacheDtype | None = None, activations: Activations | None = None,
 ) -> Program:  # fmt: skip
     """Reading prompts of text, into slots of as many rows."""
-    return _thinker_extend("thinker prefill", cfg, placement, batch, length, batch, capacity, dtype, quantize, kv_cache)
+    held = dtype, quantize, kv_cache, activations
+    return _thinker_extend("thinker prefill", cfg, placement, batch, length, batch, capacity, *held)
 
 
 def thinker_extend(
     cfg: OmniConfig, placement: Placement, batch: int, length: int, rows: int, capacity: int,
     dtype: Any = jnp.bfloat16, quantize: Quantize | None = None, kv_cache: KVCacheDtype | None = None,
+    activations: Activations | None = None,
 ) -> Program:  # fmt: skip
     """Reading `length` further tokens of text in `batch` of `rows` rows."""
-    return _thinker_extend("thinker extend", cfg, placement, batch, length, rows, capacity, dtype, quantize, kv_cache)
+    held = dtype, quantize, kv_cache, activations
+    return _thinker_extend("thinker extend", cfg, placement, batch, length, rows, capacity, *held)
 
 
 def _thinker_extend(
     name: str, cfg: OmniConfig, placement: Placement, batch: int, length: int, rows: int, capacity: int, dtype: Any,
-    quantize: Quantize | None, kv_cache: KVCacheDtype | None,
+    quantize: Quantize | None, kv_cache: KVCacheDtype | None, activations: Activations | None,
 ) -> Program:  # fmt: skip
     first = name == "thinker prefill"
     layout = placement.layout("thinker", batch, length, rows)
     program = slots.thinker_program(cfg.thinker)
-    params = weights(cfg, placement, "thinker", dtype, ("model",), quantize)
+    params = weights(cfg, placement, "thinker", dtype, ("model",), quantize, activations)
     state = slots_shapes(program, params, placement.layout("thinker", rows), rows, capacity, dtype, kv_cache=kv_cache)
     which: Any = None if first else _struct(layout, (batch,), jnp.int32)
     tokens = slots.Tokens(
@@ -244,21 +247,26 @@ def _thinker_extend(
 
 def vision_call(
     cfg: OmniConfig, placement: Placement, frames: int, windows: int, dtype: Any = jnp.bfloat16,
-    quantize: Quantize | None = None,
+    quantize: Quantize | None = None, activations: Activations | None = None,
 ) -> Program:  # fmt: skip
     """One call of the vision tower."""
     layout, v = placement.layout("vision", frames), cfg.thinker.vision
-    params = weights(cfg, placement, "thinker", dtype, ("visual",), quantize)["visual"]
+    params = weights(cfg, placement, "thinker", dtype, ("visual",), quantize, activations)["visual"]
     inputs = whole(layout, vision.vision_shapes(v, frames, windows, dtype))
     return Program("vision", layout, vision.vision_program(v), (params, *inputs), {}, params)
 
 
 def audio_call(
-    cfg: OmniConfig, placement: Placement, chunks: int, dtype: Any = jnp.bfloat16, quantize: Quantize | None = None
+    cfg: OmniConfig,
+    placement: Placement,
+    chunks: int,
+    dtype: Any = jnp.bfloat16,
+    quantize: Quantize | None = None,
+    activations: Activations | None = None,
 ) -> Program:
     """One call of the audio tower."""
     layout, a = placement.layout("audio", chunks), cfg.thinker.audio
-    params = weights(cfg, placement, "thinker", dtype, ("audio_tower",), quantize)["audio_tower"]
+    params = weights(cfg, placement, "thinker", dtype, ("audio_tower",), quantize, activations)["audio_tower"]
     inputs = whole(layout, audio.audio_shapes(a, chunks, dtype))
     return Program("audio", layout, audio.audio_program(a), (params, *inputs), {}, params)
 

@@ -27,7 +27,7 @@ from omni_jax.errors import InputError
 from omni_jax.infer.batch import answers, hosts, records
 from omni_jax.infer.batch.records import JobError, Line
 from omni_jax.progress import progress_bar
-from omni_jax.settings import Dtype, GenerationSettings, KVCacheDtype, Quantize, SpeechSettings
+from omni_jax.settings import Activations, Dtype, GenerationSettings, KVCacheDtype, Quantize, SpeechSettings
 
 # Seconds between lines of progress where there is no terminal, and between looks at the other processes' parts.
 REPORT, POLL = 30.0, 0.2
@@ -49,8 +49,8 @@ class Job:
       dtype: of weights and computation.
       batch_size: conversations that are answered at the same time.
       adapter: folder of a PEFT adapter to merge into the weights.
-      quantize, kv_cache, speech_dtype: which weights are int8, whether keys and values are, and in what Token2Wav
-        multiplies; see `omni_jax.load`.
+      quantize, kv_cache, speech_dtype, activations: which weights are int8, whether keys and values are, in what
+        Token2Wav multiplies, and whether features are int8; see `omni_jax.load`.
       folder: that relative paths of media begin in; by default the input's own.
       progress: show how far it is on stderr; `bar`: there is a terminal for a bar.
     """
@@ -70,6 +70,7 @@ class Job:
     quantize: Quantize | None = None
     kv_cache: KVCacheDtype | None = None
     speech_dtype: Dtype = "float32"
+    activations: Activations | None = None
     folder: pathlib.Path | None = None
     progress: bool = False
     bar: bool = False
@@ -79,7 +80,7 @@ class Job:
         data = dataclasses.asdict(self)
         what = {name: data[name] for name in ("settings", "speech", "speech_format", "media", "dtype")}
         what |= {"model": str(fingerprint(self.model)), "adapter": self.adapter and adapter_digest(self.adapter)}
-        what |= {name: data[name] for name in ("quantize", "kv_cache") if data[name] is not None}
+        what |= {name: data[name] for name in ("quantize", "kv_cache", "activations") if data[name] is not None}
         what |= {"speech_dtype": self.speech_dtype} if self.speech_dtype != "float32" else {}
         return records.read_lines(self.source, what)
 
@@ -169,6 +170,7 @@ def _load(job: Job) -> tuple[Any, bool]:
         quantize=job.quantize,
         kv_cache=job.kv_cache,
         speech_dtype=job.speech_dtype,
+        activations=job.activations,
         progress=show,
     )
     return loaded, together

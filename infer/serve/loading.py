@@ -51,6 +51,7 @@ def _load(model: ModelSettings, progress: bool) -> api.Omni:
         return api.load(
             model.model, parts=parts, dtype=model.dtype, mesh=model.mesh, speech_mesh=model.speech_mesh,
             adapter=model.adapter, quantize=model.quantize, kv_cache=model.kv_cache, speech_dtype=model.speech_dtype,
+            activations=model.activations,
             progress=progress,
         )  # fmt: skip
 

@@ -61,7 +61,7 @@ def batch(
     what = Job(
         model.model, source, out, generation, spoken, output.speech_format or "wav", media.given(),
         model.mesh, model.speech_mesh, model.dtype, job.batch_size, adapter=model.adapter, quantize=model.quantize,
-        kv_cache=model.kv_cache, speech_dtype=model.speech_dtype, progress=not as_json,
+        kv_cache=model.kv_cache, speech_dtype=model.speech_dtype, activations=model.activations, progress=not as_json,
         bar=sys.stderr.isatty(),
     )  # fmt: skip
     use_compilation_cache()

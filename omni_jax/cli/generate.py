@@ -144,7 +144,7 @@ def load_model(model: ModelSettings, speaks: bool, progress: bool) -> Any:
     return api.load(
         model.model, parts=api.PARTS if speaks else ("thinker",), dtype=model.dtype, mesh=model.mesh,
         speech_mesh=model.speech_mesh, adapter=model.adapter, quantize=model.quantize, kv_cache=model.kv_cache,
-        speech_dtype=model.speech_dtype, progress=progress,
+        speech_dtype=model.speech_dtype, activations=model.activations, progress=progress,
     )  # fmt: skip
 
 

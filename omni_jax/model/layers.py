@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from omni_jax.model import declare
 from omni_jax.model.declare import Declared, ParamSpec
-from omni_jax.model.quantize import QuantizedArray
+from omni_jax.model.quantize import QuantizedArray, quantize
 from omni_jax.parallel.sharding import active_layout, constrain
 
 Params = Any  # a nested dict of arrays
@@ -115,6 +115,19 @@ def _quantized_product(x: jax.Array, weight: QuantizedArray, dtype: Any) -> jax.
     return lax.platform_dependent(x, weight.values, cpu=on_cpu, default=elsewhere) * weight.scale
 
 
+def _int8_product(x: jax.Array, weight: QuantizedArray) -> jax.Array:
+    """float32 [..., out] of x [..., in] that is quantized row by row: sums of int8 products are exact."""
+    rows = quantize(x)
+    # A CPU is slow at int8; float32 holds the same whole numbers, and rounds sums beyond 2^24 alone.
+    on_cpu = functools.partial(_quantized_dot_cpu, dtype=jnp.float32)
+    elsewhere = functools.partial(jnp.einsum, "...i,oi->...o", preferred_element_type=jnp.int32)
+    sums = lax.platform_dependent(
+        rows.values, weight.values, cpu=lambda x, w: on_cpu(x.astype(jnp.float32), w),
+        default=lambda x, w: elsewhere(x, w).astype(jnp.float32),
+    )  # fmt: skip
+    return sums * rows.scale[..., None] * weight.scale
+
+
 def _product_forward(x: jax.Array, weight: QuantizedArray, dtype: Any) -> tuple[jax.Array, Any]:
     # The empty array tells the dtype of `x`.
     return _quantized_product(x, weight, dtype), (weight, jnp.zeros(0, x.dtype))
@@ -139,11 +152,14 @@ def linear(
     Args:
       x: rows of features.
       weight: [out, in], cast to the dtype of `x`; or a `QuantizedArray` of this shape, whose values are cast inside
-        the product and whose scales are applied to the float32 sums.
+        the product and whose scales are applied to the float32 sums. With `by_int8`, where `x` has several rows (a
+        prompt, not a decode step), they are quantized instead, and the product is int8 by int8.
       bias: added in float32, before the cast.
       out_dtype: dtype of the result; that of `x` by default.
     """
-    if isinstance(weight, QuantizedArray):
+    if isinstance(weight, QuantizedArray) and weight.by_int8 and x.ndim > 1 and x.shape[-2] > 1:
+        y = _int8_product(x, weight)
+    elif isinstance(weight, QuantizedArray):
         # On a mesh devices sum up their shares of a product in the dtype of the result, as they do for other weights.
         layout = active_layout()
         summed = jnp.float32 if layout is None or layout.mesh.size == 1 else out_dtype or x.dtype

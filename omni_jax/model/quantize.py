@@ -6,6 +6,7 @@ values is scaled afterwards, row by row, and nothing as large as the array is ev
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -31,10 +32,13 @@ class QuantizedArray:
     Attributes:
       values: of a weight [out, in], perhaps with layers in front; of a cache [L, B, K, C, H].
       scale: of each row.
+      by_int8: of a weight: several rows of features are quantized as well, so that products are int8 by int8 (see
+        `layers.linear`).
     """
 
     values: Int8[Array, "*N D"]
     scale: Float32[Array, "*N"]
+    by_int8: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,6 +65,15 @@ def quantize(x: Float[Array, "*N D"]) -> QuantizedArray:
 def dequantize(x: QuantizedArray, dtype: Any = jnp.float32) -> Float[Array, "*N D"]:
     """`values × scale` in float32, cast to `dtype`."""
     return (x.values.astype(jnp.float32) * x.scale[..., None]).astype(dtype)
+
+
+def multiplied_by_int8(params: Any) -> Any:
+    """The same parameters, whose quantized weights multiply several rows of features as int8 (`by_int8`)."""
+
+    def mark(leaf: Any) -> Any:
+        return dataclasses.replace(leaf, by_int8=True) if isinstance(leaf, QuantizedArray) else leaf
+
+    return jax.tree.map(mark, params, is_leaf=lambda x: isinstance(x, QuantizedArray))
 
 
 def quantized_specs(tree: Any, mode: Quantize | None, path: Path = ()) -> Any:

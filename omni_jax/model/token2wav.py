@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ from omni_jax.model import bigvgan, declare, dit, ecapa, ode, parameters
 from omni_jax.model.layers import Params
 from omni_jax.model.voice import Voice
 from omni_jax.parallel.meshes import LayoutFn, on_one_device
-from omni_jax.parallel.sharding import constrain, replicate
+from omni_jax.parallel.sharding import active_layout, constrain, replicate
 
 SAMPLE_RATE = 24000
 # In blocks of the DiT (0.24 s): about a fifth apart, so little work is padding; 342 hold the Talker's 4096 codes.
@@ -37,9 +37,9 @@ BLOCK_BUCKETS = (
 )  # fmt: skip
 REFERENCE_BUCKETS = (128, 256, 512, 1024, 2048)
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-# Mel frames that BigVGAN makes sound of in one go, beside the context that their samples depend on, and the most pieces
-# of a call: memory, and on a TPU the traffic of a second, would grow with the utterance.
-PIECE_FRAMES, PIECE_ROWS = 480, 8
+# Mel frames that BigVGAN makes sound of in one go, beside the context that their samples depend on: memory, and on a
+# TPU the traffic of a second, would grow with the utterance.
+PIECE_FRAMES = 480
 
 
 class CodeError(InputError):
@@ -341,46 +341,48 @@ def mel_to_audio(
     if drawn.frames is None:
         return waves
     tree, lengths = params["code2wav_bigvgan_model"], drawn.counts * np.int32(cfg.dit.repeats)
-    rows, width = vocoder_call(cfg, *drawn.frames.shape[:2])
-    if width == drawn.frames.shape[1]:
-        with layout_for("bigvgan", rows):
+    count, frames = drawn.frames.shape[:2]
+    with layout_for("bigvgan", count):
+        layout = active_layout()
+        rows, width = vocoder_call(cfg, count, frames, 1 if layout is None else layout.mesh.size)
+    with layout_for("bigvgan", rows):
+        if width == frames:
             sound = np.asarray(vocode_mel(tree, cfg.bigvgan, drawn.frames, lengths))
-        for row, i in enumerate(drawn.requests):
-            waves[i] = sound[row, : drawn.counts[row] * samples_per_code(cfg)].copy()
-        return waves
-    with layout_for("dit", len(lengths)):
-        mels = np.asarray(drawn.frames if drawn.frames.is_fully_addressable else jax.jit(replicate)(drawn.frames))
+            every = [sound[row, : n * bigvgan.hop(cfg.bigvgan)] for row, n in enumerate(lengths)]
+        else:
+            whole = drawn.frames if drawn.frames.is_fully_addressable else jax.jit(replicate)(drawn.frames)
+            mels = [mel[:n] for mel, n in zip(np.asarray(whole), lengths, strict=True)]
+            every = _vocode_pieces(cfg, tree, mels[: len(drawn.requests)], rows, width)
     for row, i in enumerate(drawn.requests):
-        waves[i] = np.concatenate(list(_vocode_pieces(cfg, tree, mels[row, : lengths[row]], width, layout_for)))
+        waves[i] = every[row].copy()
     return waves
 
 
-def vocoder_call(cfg: Token2WavConfig, rows: int, frames: int) -> tuple[int, int]:
+def vocoder_call(cfg: Token2WavConfig, rows: int, frames: int, devices: int = 1) -> tuple[int, int]:
     """Rows and frames of a call of BigVGAN for `rows` mels that are padded to `frames` frames. Longer ones than a piece
-    and its context are cut into pieces, mel by mel."""
+    and its context are cut into pieces, one for each device in a call."""
     width = PIECE_FRAMES + 2 * bigvgan.receptive_field(cfg.bigvgan)
-    if frames <= width:
-        return rows, frames
-    return min(PIECE_ROWS, bucket(-(-frames // PIECE_FRAMES), ROW_BUCKETS)), width
+    return (rows, frames) if frames <= width else (devices, width)
 
 
 def _vocode_pieces(
-    cfg: Token2WavConfig, params: Params, mel: Float32[np.ndarray, "L mel_dim"], width: int, layout_for: LayoutFn
-) -> Iterator[Float32[np.ndarray, " _"]]:
-    """The samples of a mel, piece by piece; the same as of the whole, to float32's rounding."""
+    cfg: Token2WavConfig, params: Params, mels: Sequence[Float32[np.ndarray, "_ mel_dim"]], rows: int, width: int
+) -> list[np.ndarray]:
+    """The samples of mels, in calls of `rows` pieces; the same as of the whole, to float32's rounding."""
     hop, context = bigvgan.hop(cfg.bigvgan), (width - PIECE_FRAMES) // 2
-    starts = range(0, len(mel), PIECE_FRAMES)
-    for group in (starts[i : i + PIECE_ROWS] for i in range(0, len(starts), PIECE_ROWS)):
-        cuts = [(max(0, s - context), min(len(mel), s + PIECE_FRAMES + context)) for s in group]
-        rows = bucket(len(group), ROW_BUCKETS)
-        given, lengths = np.zeros((rows, width, mel.shape[1]), np.float32), np.ones(rows, np.int32)
-        for i, (first, end) in enumerate(cuts):
-            given[i, : end - first], lengths[i] = mel[first:end], end - first
-        with layout_for("bigvgan", rows):
-            made = np.asarray(vocode_mel(params, cfg.bigvgan, given, lengths))
-        for i, start in enumerate(group):
-            skip = start - cuts[i][0]
-            yield made[i, skip * hop : (skip + min(PIECE_FRAMES, len(mel) - start)) * hop]
+    out = [np.zeros(len(mel) * hop, np.float32) for mel in mels]
+    pieces = [(i, start) for i, mel in enumerate(mels) for start in range(0, len(mel), PIECE_FRAMES)]
+    for group in (pieces[at : at + rows] for at in range(0, len(pieces), rows)):
+        given, lengths = np.zeros((rows, width, cfg.dit.mel_dim), np.float32), np.ones(rows, np.int32)
+        for row, (i, start) in enumerate(group):
+            cut = mels[i][max(0, start - context) : start + PIECE_FRAMES + context]
+            given[row, : len(cut)], lengths[row] = cut, len(cut)
+        made = np.asarray(vocode_mel(params, cfg.bigvgan, given, lengths))
+        for row, (i, start) in enumerate(group):
+            wanted = out[i][start * hop : (start + PIECE_FRAMES) * hop]
+            skip = min(start, context) * hop
+            wanted[:] = made[row, skip : skip + len(wanted)]
+    return out
 
 
 def _checked_noise(noise: Any, frames: int, mel_dim: int, row: int) -> np.ndarray:

@@ -62,6 +62,11 @@ class Chip:
     operations: float
     float32: float
 
+    @property
+    def int8(self) -> float:
+        """int8 operations/s: on all of these chips twice those of bf16."""
+        return 2 * self.operations
+
 
 def _tpu(gib: float, bandwidth: float, operations: float) -> Chip:
     return Chip(int(gib * GIB), bandwidth, operations, operations / 6)
@@ -281,7 +286,8 @@ def vocoder(cfg: OmniConfig, sizes: Sizes, batch: int, codes: int) -> Use:
     has_part(cfg, "token2wav")
     t = cfg.token2wav
     assert t is not None
-    batch, frames = token2wav.vocoder_call(t, batch, token2wav.padded_codes(t.dit, codes) * t.dit.repeats)
+    padded = token2wav.padded_codes(t.dit, codes) * t.dit.repeats
+    batch, frames = token2wav.vocoder_call(t, batch, padded, math.prod(sizes.values()))
     rules = meshes.rules("bigvgan", cfg, sizes, batch)
     rows = batch // ways(sizes, rules, "batch")
     samples = frames * bigvgan.hop(t.bigvgan)

@@ -7,12 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
 
 from omni_jax import config as C
 from omni_jax.infer.analysis.depth import truncate_layers
 from omni_jax.model import declare, layers, parameters, thinker
 from omni_jax.model.kv_cache import init_cache
-from omni_jax.model.quantize import QuantizedArray, dequantize, quantize, quantize_params, quantized_specs
+from omni_jax.model.quantize import (
+    QuantizedArray,
+    dequantize,
+    multiplied_by_int8,
+    quantize,
+    quantize_params,
+    quantized_specs,
+)
 from omni_jax.settings import Quantize
 
 
@@ -54,6 +62,46 @@ def test_a_product_is_that_of_the_dequantized_weight(rows, dtype, cpu):
     assert got.dtype == jnp.float32
     # int8 values are exact in bf16, and sums run in float32: only their order differs.
     np.testing.assert_allclose(got, want, atol=2e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_a_product_of_int8_by_int8(cpu):
+    """Of several rows: that of the rounded rows, exactly. One row is not rounded."""
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(outliers(rng, 2, 5, 96))
+    [weight] = jax.tree.leaves(
+        multiplied_by_int8({"w": quantize(outliers(rng, 40, 96))}), is_leaf=lambda a: isinstance(a, QuantizedArray)
+    )
+    rows = quantize(x)
+    want = np.asarray(dequantize(rows), np.float64) @ np.asarray(dequantize(weight), np.float64).T
+    if cpu:
+        got = jax.jit(layers.linear)(x, weight)
+    else:
+        sums = jnp.einsum("...i,oi->...o", rows.values, weight.values, preferred_element_type=jnp.int32)
+        got = sums.astype(jnp.float32) * rows.scale[..., None] * weight.scale
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+    plain = dataclasses.replace(weight, by_int8=False)
+    np.testing.assert_array_equal(layers.linear(x[:, :1], weight), layers.linear(x[:, :1], plain))
+    error = np.sqrt(np.mean((got - layers.linear(x, plain)) ** 2)) / np.std(want)
+    assert 1e-3 < error < 3e-2
+
+
+def test_qwix_agrees():
+    """Of the same int8 values, its products are ours; its own values, of half a step more a row, are as near."""
+    rng = np.random.default_rng(3)
+    x, weight = jnp.asarray(outliers(rng, 5, 96)), jnp.asarray(outliers(rng, 40, 96))
+    ours = quantize(weight)
+    theirs = qwix.QArray(ours.values, ours.scale[:, None])
+    np.testing.assert_array_equal(qwix.dequantize(theirs), dequantize(ours))
+    by_int8, rows = dataclasses.replace(ours, by_int8=True), quantize(x)
+    given = qwix.QArray(rows.values, rows.scale[:, None])
+    for left, right in ((x, ours), (given, by_int8)):
+        want = qwix.einsum("ti,oi->to", left, theirs)
+        np.testing.assert_allclose(layers.linear(x, right), want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+    made = qwix.quantize(weight, qtype=jnp.int8, channelwise_axes=(0,))
+    assert np.abs(np.asarray(made.qvalue, np.int32) - ours.values).max() <= 1
+    errors = [float(jnp.std(q - weight)) for q in (dequantize(ours), qwix.dequantize(made))]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)
 
 
 def test_modes_cover_what_they_say():

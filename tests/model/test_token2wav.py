@@ -165,13 +165,15 @@ def test_bfloat16(batch):
     assert 1e-3 < max(errors) < 1e-2
 
 
-def test_long_mels_are_vocoded_in_pieces(monkeypatch):
-    """Seven pieces of 32 frames, four in a call, each with all the context that its samples depend on."""
+def test_long_mels_are_vocoded_in_pieces(batch, monkeypatch):
+    """Seven pieces of 32 frames and one of 14, each with all the context that its samples depend on."""
     monkeypatch.setattr(W, "PIECE_FRAMES", 32)
-    monkeypatch.setattr(W, "PIECE_ROWS", 4)
     width = 32 + 2 * bigvgan.receptive_field(CFG.bigvgan)
     assert W.vocoder_call(CFG, 2, width) == (2, width)
-    assert [W.vocoder_call(CFG, 2, n) for n in (width + 8, 1000)] == [(4, width)] * 2
+    assert [W.vocoder_call(CFG, 2, n, 4) for n in (width + 8, 1000)] == [(4, width)] * 2
     codes, noise, voice = tiny.codes(9, 110), tiny.noise(9, 110), tiny.voice(0)
-    [cut] = _speak([codes], voice, noise=[noise])
+    rows, voices, noises, waves = batch
+    one, empty, cut = _speak([rows[1], [], codes], [voices[1], voice, voice], noise=[noises[1], noise[:0], noise])
     np.testing.assert_allclose(cut, tiny.reference_wave(codes, voice, noise), atol=1e-5)
+    np.testing.assert_allclose(one, waves[1], atol=5e-6)
+    assert len(empty) == 0
