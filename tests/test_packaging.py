@@ -64,7 +64,7 @@ def sdist(tree, tmp_path_factory):
     git("commit", "-q", "-m", "all", cwd=checkout)
     git("tag", f"v{TAG}", cwd=checkout)
     with tarfile.open(build("sdist", checkout)) as archive:
-        archive.extractall(unpacked, filter="data")
+        archive.extractall(unpacked, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # ours
     return unpacked / f"omni_jax-{TAG}"
 
 

@@ -455,7 +455,7 @@ class VocoderStream:
             self._take_mel(s, mel[: s.count * self.config.dit.repeats])
 
     def _exact_mels(
-        self, codes: Sequence[Codes], flow: Flow, voices: Sequence[Voice] = (), seeds: Sequence[int] = ()
+        self, codes: Sequence[np.ndarray], flow: Flow, voices: Sequence[Voice] = (), seeds: Sequence[int] = ()
     ) -> Float32[np.ndarray, "B T M"]:
         voices = voices or [next(iter(self.voices.values()))] * len(codes)
         drawn = token2wav.codes_to_mel(

@@ -22,6 +22,7 @@ from omni_jax.infer.analysis.hlo import Module
 from omni_jax.model import audio
 from omni_jax.model.parameters import param_specs
 from omni_jax.parallel import meshes
+from omni_jax.settings import Precision
 from tests.ahead import needs_compiler
 
 MIB = 1 << 20
@@ -100,8 +101,7 @@ def test_the_command_prints_json_or_markdown(monkeypatch, capsys):
         "goals",
         "programs",
         "resident",
-        "quantize",
-        "kv_cache",
+        *(f.name for f in dataclasses.fields(Precision)),
     }
     assert set(result["goals"][0]) == {"metric", "value", "goal", "met"}
     (program,) = result["programs"].values()
