@@ -201,6 +201,11 @@ class Precision:
         """Raises InputError naming the setting that is wrong."""
         check(self)
 
+    def check_activations(self) -> None:
+        """Raises InputError for int8 activations without int8 weights, once it is known what the checkpoint holds."""
+        if self.activations is not None and self.quantize is None:
+            raise InputError("activations are int8, but the weights are not; give quantize as well")
+
     @property
     def itemsize(self) -> int:
         """Bytes of a value of weights that are not quantized, nor of Token2Wav."""

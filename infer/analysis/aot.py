@@ -113,6 +113,7 @@ def run(
     Raises:
       InputError: an unknown preset, topology, mesh or program; a folder that cannot be used.
     """
+    precision.check_activations()
     cfg = truncate_layers(C.preset(preset), layers)
     devices = targets.topology(topology)
     placement = meshes.place(cfg, mesh or targets.mesh_name(topology), devices=devices)

@@ -26,6 +26,7 @@ from omni_jax.model import bigvgan, token2wav, token2wav_stream
 from omni_jax.model.kv_cache import LANES
 from omni_jax.model.talker import EXTRA
 from omni_jax.parallel import meshes
+from omni_jax.parallel.sharding import SUBLANES
 from omni_jax.runtime import memory_model as M
 from omni_jax.runtime.engine_options import LISTENING_STEPS, READ_TOKENS
 from omni_jax.runtime.speech import TALKER_CACHE_STEP, cache_slots
@@ -38,8 +39,6 @@ BATCHES = (1, 8, 64)
 LATENCY = 5e-6
 # Bytes/s of all links of a chip, by the maker's data sheet.
 LINKS: Mapping[str, float] = {"v5e": 200e9, "v6e": 448e9}
-# Rows of a TPU's tile at four bytes a number; twice as many at two.
-SUBLANES = 8
 
 IMAGE = (1, 32, 32)  # patches of 448 × 448
 IMAGE_TOKENS = 256
@@ -387,6 +386,7 @@ def run(model: str, cfg: C.OmniConfig, precision: Precision = DEFAULT_PRECISION)
       `rows`: stage, article, target, batch, value, and whether the batch fits into the chips' memory; `first_pcm`:
       target → the programs that it is made of at batch 1; `sessions`: target → how many fit; `goals`.
     """
+    precision.check_activations()
     rows: list[dict[str, Any]] = []
     parts: dict[str, list[dict[str, Any]]] = {}
     sessions: dict[str, int] = {}

@@ -387,6 +387,7 @@ def run(
     device = M.CHIPS[chip]
     if folder is not None:
         precision = dataclasses.replace(precision, quantize=quantization_of(folder, precision.quantize))
+    precision.check_activations()
     itemsize, quantize = precision.itemsize, precision.quantize
     sizes = meshes.axis_sizes(mesh, cfg)
     at = M.Meshes(sizes, None if speech_mesh is None else meshes.axis_sizes(speech_mesh, cfg))

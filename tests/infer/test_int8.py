@@ -88,6 +88,9 @@ def test_the_plan_of_int8(checkpoint, tmp_path):
     seconds = [sum(s["seconds"] for s in made["steps"] if "decode" in s["name"]) for made in (small, plain)]
     assert seconds[0] < 0.52 * seconds[1]
     assert "bfloat16, weights int8-head, cache int8;" in plan.tables(small)
+    for run in (lambda p: plan.run("7b", asked, precision=p), lambda p: live.run("3b", C.preset("3b"), p)):
+        with pytest.raises(InputError, match="give quantize as well"):
+            run(Precision(activations="int8"))
     convert(checkpoint, tmp_path / "c", quantize="int8")
     assert plan.run(str(tmp_path / "c"), asked)["quantize"] == "int8"
     with pytest.raises(InputError, match="was converted with --quantize int8, not int8-all"):
