@@ -1,5 +1,5 @@
 # Two commands set everything up on a machine that has Python 3.11 or newer:
-#   make demo   install into .venv, make a small random checkpoint, and ask it about the files in docs/media
+#   make demo   install into .venv, and show what the model that comes along can do
 #   make test   install the test extra into .venv; lint, types, tests
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,21 +22,9 @@ $(VENV)/.installed-test: pyproject.toml $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
-out/tiny/config.json: | $(VENV)/.installed
-	$(BIN)/omni-jax init out/tiny --preset tiny
-
-# The main job on real input: a photograph, speech, and a clip with its sound.
-demo: $(VENV)/.installed out/tiny/config.json
-	$(BIN)/omni-jax generate --model out/tiny --max-new-tokens 32 --image docs/media/cat.jpg \
-	  --text 'What is in this picture?'
-	$(BIN)/omni-jax generate --model out/tiny --max-new-tokens 32 --audio docs/media/speech.flac \
-	  --text 'What does the voice say?'
-	$(BIN)/omni-jax generate --model out/tiny --max-new-tokens 32 --video docs/media/clip.mp4 --use-audio-in-video \
-	  --text 'What happens, and what is said?'
-	$(BIN)/omni-jax generate --model out/tiny --max-new-tokens 32 --image docs/media/cat.jpg \
-	  --audio docs/media/speech.flac --video docs/media/clip.mp4 --text 'Do they belong together?' --json
-	$(BIN)/omni-jax generate --model out/tiny --max-new-tokens 32 --image docs/media/cat.jpg \
-	  --audio docs/media/speech.flac --text 'Do they belong together?' --speech out/answer.wav --max-codes 250
+# What the model that comes along sees, hears, watches and says.
+demo: $(VENV)/.installed
+	$(BIN)/omni-jax demo --out out/demo
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -97,15 +85,15 @@ full-size: $(VENV)/.installed-test out/3b/config.json
 	$(BIN)/python -m tests.full_size out/3b
 
 # Nano: data, every part, and the checkpoint in out/nano/release. Runs that stop go on. Debian's flite, espeak-ng and npm
-# must be there, and a GPU: without one, the runs are as long as its steps are slow.
+# must be there.
 nano: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[nano]'
 	$(BIN)/python -m omni_jax.train.nano
 
-# What it can do on held-out data. The recipe's data must be there, which `make nano` begins with.
+# What it can do on held-out data, into its model card. The recipe's data must be there, which `make nano` begins with.
 nano-card: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[nano,nano-card]'
-	$(BIN)/python -m omni_jax.train.nano.card
+	$(BIN)/python -m omni_jax.train.nano.card --card omni_jax/nano/README.md
 
 # The speed in docs/training.md.
 bench-training: $(VENV)/.installed-test

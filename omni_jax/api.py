@@ -358,7 +358,7 @@ def _with_processing(reply: Reply, seconds: float) -> Reply:
 
 
 def load(
-    path: str | pathlib.Path,
+    path: str | pathlib.Path = "nano",
     *,
     parts: Sequence[str] = ("thinker",),
     dtype: Any = "bfloat16",
@@ -376,7 +376,8 @@ def load(
 
     Args:
       path: the folder: config.json, tokenizer files, weights; for speech, voices. Also a hub id
-        (`Qwen/Qwen2.5-Omni-3B`), or the URL of a converted folder.
+        (`Qwen/Qwen2.5-Omni-3B`), the URL of a converted folder, or "nano", the small trained model that is installed
+        with the package.
       parts: `PARTS` for a model that speaks; by default the Thinker alone, which takes less memory.
       dtype: of weights and computation, "bfloat16" or "float32".
       mesh: what to lay the model over: a name ("2x4", "data=2,tensor=4") or a mesh of `meshes.make_mesh`; None for one

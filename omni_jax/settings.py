@@ -168,8 +168,9 @@ class ModelSource:
     """Which checkpoint, and over what it is laid."""
 
     model: str = option(
-        dataclasses.MISSING, "Checkpoint folder, published or converted; a hub id; or the URL of a converted folder."
-    )
+        "nano", "Checkpoint folder, published or converted; a hub id; the URL of a converted folder; or nano, the "
+        "small trained model that is installed with the package.",
+    )  # fmt: skip
     mesh: str | None = option(
         None, "Mesh to shard the model over: chips (2x2, 2x4, …) or axes (data=2,tensor=4). Default: one device."
     )

@@ -67,6 +67,8 @@ def answer(
         made.append(code)
         return torch.zeros(0) if noise is None else real(code, **kwargs)
 
+    config = omni.config.talker_config
+    ends = [config.tts_codec_pad_token_id, config.tts_codec_end_token_id]
     real = omni.token2wav.forward
     options = {"do_sample": False, "pad_token_id": 0} | talker
     start = None if noise is None else torch.tensor(noise)[None]
@@ -76,7 +78,7 @@ def answer(
             ids, wave = omni.generate(
                 **conversations.oracle_inputs([prompt]), return_audio=True, thinker_max_new_tokens=tokens,
                 thinker_do_sample=False, thinker_eos_token_id=list(eos), thinker_pad_token_id=0,
-                talker_max_new_tokens=codes + 1, talker_eos_token_id=TALKER_ENDS, speaker=speaker,
+                talker_max_new_tokens=codes + 1, talker_eos_token_id=ends, speaker=speaker,
                 **{f"talker_{k}": v for k, v in options.items()},
             )  # fmt: skip
     finally:
@@ -86,7 +88,3 @@ def answer(
         ids[0, len(prompt.ids) :].tolist(), made[0][0].tolist(), sums[0][0].numpy(), np.stack(scores),
         None if noise is None else wave.numpy(),
     )  # fmt: skip
-
-
-# The tiny preset's codec pad and end.
-TALKER_ENDS = [260, 262]

@@ -22,6 +22,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # The small files beside the weights. Nothing else is downloaded or copied: other pickles have no use here.
 SMALL_FILES = ("*.json", "*.txt", "*.jinja", "*.md", "LICENSE*", SPEAKERS_FILE, PACK_FILE, CODEC_FILE)
 ADAPTER = "adapter"
+INCLUDED = "nano"  # the name of the trained model that is installed with the package
+INCLUDED_FOLDER = pathlib.Path(__file__).parents[1] / "nano"
 MAX_SMALL = 256 << 20
 PUBLISHED = "give a checkpoint in the published layout (safetensors), such as Qwen/Qwen2.5-Omni-3B"
 
@@ -31,6 +33,12 @@ def is_small_file(name: str) -> bool:
     ours = {MANIFEST, INDEX, CONFIG}
     plain = not name.startswith(".") and not set(name) & set("/\\")
     return plain and name not in ours and any(fnmatchcase(name, p) for p in SMALL_FILES)
+
+
+def folder_of(name: str | os.PathLike[str]) -> pathlib.Path:
+    """The path that a name stands for: itself, or the included model's where it names that and no folder here."""
+    path = pathlib.Path(name)
+    return INCLUDED_FOLDER if os.fspath(name) == INCLUDED and not path.exists() else path
 
 
 def what_it_is(path: pathlib.Path) -> str | None:
@@ -137,8 +145,8 @@ def local_files(source: str | os.PathLike[str]) -> Iterator[tuple[pathlib.Path, 
     """A checkpoint's folder on this machine, for as long as it is open.
 
     Args:
-      source: a folder, a hub id (`Qwen/Qwen2.5-Omni-3B`; downloaded where no such folder exists), or the URL of a
-        converted folder (gs://…), of which the small files are fetched.
+      source: a folder; "nano", the model installed with the package, or a hub id (`Qwen/Qwen2.5-Omni-3B`; downloaded),
+        where no such folder exists; or the URL of a converted folder (gs://…), of which the small files are fetched.
     Yields:
       the folder, and the URL where its arrays are (None: in the folder).
     Raises:
@@ -152,6 +160,7 @@ def local_files(source: str | os.PathLike[str]) -> Iterator[tuple[pathlib.Path, 
     elif HUB_ID.fullmatch(name) and not pathlib.Path(name).exists():
         yield _download(name), None
     else:
-        if what := what_it_is(pathlib.Path(name)):
+        folder = folder_of(name)
+        if what := what_it_is(folder):
             raise CheckpointError(f"{name} {what}")
-        yield pathlib.Path(name), None
+        yield folder, None

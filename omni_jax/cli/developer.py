@@ -140,7 +140,7 @@ def footprint(
 
 
 def solvers(
-    model: pathlib.Path,
+    model: pathlib.Path = pathlib.Path("nano"),
     *,
     codes: pathlib.Path | None = None,
     voice: str | None = None,

@@ -17,6 +17,7 @@ from omni_jax.errors import InputError, print_warnings, unknown_name
 # Command → (module of omni_jax.cli, what it does).
 COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("generate", "Answer a conversation with any mix of text, images, audio and video."),
+    "demo": ("demo", "Show what the included model sees, hears, watches and says."),
     "chat": ("chat", "Hold a conversation in the terminal."),
     "serve": ("serve", "Serve a model over OpenAI's interfaces, with a page to try it."),
     "batch": ("batch", "Answer the conversations of a file."),
@@ -35,6 +36,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "footprint": ("developer", "Measure start-up times and resident memory."),
     "solvers": ("developer", "Measure what cheaper ODE solvers of speech lose and save."),
 }
+
+INCLUDED = "nano"  # as checkpoint/sources.py has it, whose imports would keep --help waiting
+NOTE = (
+    "omni-jax: no --model is given, so this is nano, the small trained model that is installed with the package; "
+    "for the published one: --model Qwen/Qwen2.5-Omni-3B"
+)
 
 
 def command(name: str) -> Callable[..., None]:
@@ -63,7 +70,12 @@ def run(arguments: Sequence[str]) -> None:
         raise InputError(f"{wrong}; see omni-jax --help")
     from omni_jax.cli import flags
 
-    flags.parse(command(name), name, arguments[1:])()
+    function = command(name)
+    call = flags.parse(function, name, arguments[1:])
+    takes_included = any(o.flag == "--model" and o.default == INCLUDED for o in flags.options(function))
+    if takes_included and not any(a.partition("=")[0] == "--model" for a in arguments):
+        print(NOTE, file=sys.stderr)
+    call()
 
 
 def main() -> None:

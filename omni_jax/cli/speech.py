@@ -17,16 +17,17 @@ from omni_jax.settings import Dtype, ModelSource, SpeechSettings, VocoderSetting
 def encode(
     recordings: tyro.conf.Positional[tuple[pathlib.Path, ...]],
     *,
-    model: pathlib.Path,
+    model: pathlib.Path = pathlib.Path("nano"),
     mels: pathlib.Path | None = None,
 ) -> None:
     """Encode recordings as the codec ids that a Talker learns; prints one JSON object a recording.
 
-    Only checkpoints that hold `codec.safetensors` can do this: the published model's encoder was never released.
+    Only checkpoints that hold `codec.safetensors`, as nano does, can do this: the published model's encoder was never
+    released.
 
     Args:
       recordings: Sound files, or clips with sound.
-      model: Checkpoint folder, or the folder of a codec.
+      model: Checkpoint folder, the folder of a codec, or nano, the model that is installed with the package.
       mels: Folder for the mel frames that Token2Wav learns from: one .npy a recording, named in its object.
     """
     import json
@@ -34,6 +35,7 @@ def encode(
     import numpy as np
     from rich.progress import track
 
+    from omni_jax.checkpoint.sources import folder_of
     from omni_jax.files import replacing
     from omni_jax.processing.audio import load_audio
     from omni_jax.processing.codec import CodecError, load_codec, speech_mel
@@ -41,7 +43,7 @@ def encode(
 
     if not recordings:
         raise MediaError("no recording is given; name at least one")
-    codec = load_codec(model)
+    codec = load_codec(folder_of(model))
     if mels is not None:
         names = [r.stem for r in recordings]
         if twice := sorted({n for n in names if names.count(n) > 1}):
@@ -106,18 +108,19 @@ def vocode(
         write_audio(out, wave, token2wav.SAMPLE_RATE)
 
 
-def voices(path: tyro.conf.Positional[pathlib.Path]) -> None:
+def voices(path: tyro.conf.Positional[pathlib.Path] = pathlib.Path("nano")) -> None:
     """List the voices of a checkpoint or of a voice file.
 
     Args:
-      path: Checkpoint folder, spk_dict.pt or voice pack.
+      path: Checkpoint folder, spk_dict.pt, voice pack, or nano.
     """
     from rich.table import Table
     from rich.text import Text
 
+    from omni_jax.checkpoint.sources import folder_of
     from omni_jax.checkpoint.speakers import load_voices, pick_voice
 
-    found = load_voices(path)
+    found = load_voices(folder_of(path))
     default = pick_voice(found).name
     table = Table("voice", "begins with id", "reference", "")
     for name, voice in found.items():

@@ -8,6 +8,7 @@ import shlex
 
 import pytest
 
+from omni_jax.checkpoint.sources import INCLUDED_FOLDER
 from omni_jax.cli import flags, main
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -27,6 +28,7 @@ PARSED_ONLY = {
     "export": "of that checkpoint, or of a run; README's and docs/examples/finetune.py run",
     "generate": "of a fine-tuned or published checkpoint; README's run",
     "init": "README's runs",
+    "demo": "tests/test_nano.py runs it",
     "chat": "waits for lines; tests/cli/test_chat.py holds conversations",
     "serve": "serves until it is ended; tests/infer/serve talk to it",
     "warmup": "tests/runtime/test_warmup.py runs it",
@@ -72,7 +74,8 @@ def test_a_wrong_flag_would_be_seen():
 @pytest.mark.parametrize("page", RUN)
 def test_shown_commands_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    for name in ("docs", "omni_jax"):
+        (tmp_path / name).symlink_to(ROOT / name)
     for arguments in SHOWN[page]:
         if runs(page, arguments[0]):
             main.run(arguments)
@@ -82,5 +85,7 @@ def test_shown_commands_run(page, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
     if page == "README.md":
         assert (tmp_path / "out" / "answer.wav").stat().st_size > 1000
-        published, original = tmp_path / "out" / "tiny-published", tmp_path / "out" / "tiny"
-        assert all(p.read_bytes() == (published / p.name).read_bytes() for p in original.iterdir())
+        published = tmp_path / "out" / "nano-published"
+        names = {p.name for p in published.iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json", "spk_dict.pt", "codec.safetensors"} <= names
+        assert all((published / name).read_bytes() == (INCLUDED_FOLDER / name).read_bytes() for name in names)

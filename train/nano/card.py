@@ -14,6 +14,7 @@ import numpy as np
 import tyro
 
 import omni_jax
+from omni_jax.checkpoint.sources import INCLUDED_FOLDER
 from omni_jax.errors import InputError
 from omni_jax.files import replacing
 from omni_jax.processing.audio import load_audio
@@ -239,7 +240,7 @@ def into_card(text: str, card: pathlib.Path) -> None:
 
 
 def main(
-    model: tyro.conf.Positional[pathlib.Path] = pathlib.Path("out/nano/release"),
+    model: tyro.conf.Positional[pathlib.Path] = INCLUDED_FOLDER,
     data: pathlib.Path = pathlib.Path("out/nano/data"),
     packages: pathlib.Path = pathlib.Path("out/nano/packages"),
     out: pathlib.Path = pathlib.Path("out/nano/card.json"),

@@ -159,9 +159,15 @@ def test_the_command(checkpoint, tmp_path):
     assert any(programs.iterdir())
 
 
+def blocks_of_docs(language):
+    """The page's blocks of code, which name the included model, for the model that is served here."""
+    text = PAGE_OF_DOCS.read_text("utf-8").replace('"nano"', f'"{NAME}"').replace("model=nano", f"model={NAME}")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
 def test_the_python_of_the_docs_runs(url, capsys):
     names = {"url": url}
-    blocks = re.findall(r"```python\n(.*?)```", PAGE_OF_DOCS.read_text("utf-8"), re.DOTALL)
+    blocks = blocks_of_docs("python")
     assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "docs/serving.md", "exec"), names)
@@ -184,8 +190,7 @@ CURLS = [
 def test_the_curl_of_the_docs_runs(url, tmp_path):
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     (tmp_path / "out").mkdir()
-    blocks = re.findall(r"```bash\n(.*?)```", PAGE_OF_DOCS.read_text("utf-8"), re.DOTALL)
-    words = shlex.split("\n".join(blocks))
+    words = shlex.split("\n".join(blocks_of_docs("bash")), comments=True)
     begins = [i for i, word in enumerate(words) if word == "curl"] + [len(words)]
     assert len(begins) == len(CURLS) + 1
     for begin, end, (path, fits) in zip(begins, begins[1:], CURLS, strict=False):
