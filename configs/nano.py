@@ -19,8 +19,8 @@ RUNS: dict[tuple[str, ...], dict[str, Any]] = {
         "data": {"batch": 32, "sequence": 64, "sizes": (64,), "pack": False},
     },
     ("hear",): {
-        "task": "ctc", "rates": {"thinker.audio_tower": 1e-3}, "steps": 6000,
-        "data": {"batch": 32, "sequence": 192, "sizes": (192,), "pack": False},
+        "task": "ctc", "spell": True, "rates": {"thinker.audio_tower": 1e-3}, "steps": 6000,
+        "data": {"batch": 32, "sequence": 256, "sizes": (256,), "pack": False},
     },
     ("joint",): {"rates": {"thinker": 1e-3}, "steps": 10000, "data": {"batch": 8, "sequence": 384}},
     ("talker",): {

@@ -124,6 +124,8 @@ class Run:
       lora: adapters instead of whole weights; None for full fine-tuning.
       quantize: with adapters, which of the frozen weights are int8 (`omni_jax.load`); None: those that MODEL holds so.
       text_weight: of the text's own loss beside the codes' (`talker`).
+      spell: learn the characters of the answers in place of the tokenizer's pieces (`ctc`): there are few, so that they
+        are learned from less speech.
       corrupt: share of the codes before each place that are exchanged for random ones (`talker`), so that the Talker
         relies more on the text.
       beta: of preferences.
@@ -151,6 +153,7 @@ class Run:
     quantize: Quantize | None = None
     optimizer: Optimizer = Optimizer()
     text_weight: float = 0.0
+    spell: bool = False
     corrupt: float = 0.0
     beta: float = 0.1
     drop: float = 0.2
@@ -189,6 +192,8 @@ class Run:
             raise RunError("data.evaluate is given, but evaluate_every is 0, so nothing would be evaluated; set both")
         if d.evaluate is None and (self.evaluate_every or self.answers):
             raise RunError("evaluate_every and answers need data.evaluate; name its JSONL, or set both to 0")
+        if self.spell and self.task != "ctc":
+            raise RunError("spell is for the task 'ctc'; set it to False, or task to 'ctc'")
         if self.corrupt and self.task != "talker":
             raise RunError("corrupt is for the task 'talker'; set it to 0, or task to 'talker'")
         if list(d.sizes) != sorted(set(d.sizes)) or (d.sizes and d.sizes[-1] > d.sequence):

@@ -107,6 +107,7 @@ def test_changes_and_their_errors(tmp_path):
         (["steps=True"], "steps is True; it must be a whole number"),
         (["out=3"], "out is 3; it must be a string"),
         (["dtype=float16"], "dtype is 'float16'; it must be one of bfloat16, float32"),
+        (["spell=True"], "spell is for the task 'ctc'"),
         (["task=singer"], "task is 'singer'; it must be one of thinker, ctc, talker"),
         (["optimizer=muon"], r"optimizer is 'muon'; it must be Optimizer\(…\), such as --set optimizer.name="),
         (["lora=16"], r"lora is 16; it must be Lora\(…\) or None, such as --set lora.rank="),

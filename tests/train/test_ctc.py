@@ -12,6 +12,7 @@ import torch
 
 from omni_jax.train import losses
 from omni_jax.train.config import RunError
+from omni_jax.train.data.jsonl import DataError
 from omni_jax.train.nano.batches import ctc_room
 from omni_jax.train.step import make_trainer
 from tests import conversations, oracle, training
@@ -91,6 +92,21 @@ def test_logprob_of_labels_beside_torch():
     values = logits.detach().numpy()
     np.testing.assert_allclose(loss(values), want.detach().numpy(), rtol=1e-6)
     np.testing.assert_allclose(jax.grad(lambda x: loss(x).sum())(values), logits.grad.numpy(), atol=2e-6)
+
+
+def test_spelled_answers(model, checkpoint):
+    """The characters stand behind the conversation, whose own places ask for nothing; the mark at the end stays."""
+    record = {"messages": training.answered("audio", "A cat, twice."), "name": "x"}
+    (whole,), (spelled,) = (training.reader(model, checkpoint, "ctc", spell=s).samples(record) for s in (False, True))
+    tokenizer, end = model.processor.tokenizer, whole.labels[whole.labels >= 0][-1]
+    letters = [i for c in "A cat, twice." for i in tokenizer.encode(c)]
+    assert len(letters) > (whole.labels >= 0).sum()
+    assert spelled.labels[spelled.labels >= 0].tolist() == [*letters, end]
+    assert spelled.ids.tolist() == [*whole.ids, *letters, end]
+    assert spelled.labels[len(whole.ids) - 1 : -1].tolist() == spelled.ids[len(whole.ids) :].tolist()
+    assert spelled.positions.shape == (3, len(spelled.ids))
+    with pytest.raises(DataError, match="tokens and characters"):
+        training.reader(model, checkpoint, "ctc", spell=True, sequence=len(whole.ids) + 3).samples(record)
 
 
 def test_texts_longer_than_the_sound_and_rows_without_media_count_nothing(model, checkpoint):

@@ -34,11 +34,11 @@ def row_config(cfg: ThinkerConfig) -> ThinkerConfig:
 
 
 @functools.cache
-def _reader(model: str, task: str, folder: pathlib.Path, sequence: int) -> Reader:
+def _reader(model: str, task: str, folder: pathlib.Path, sequence: int, spell: bool) -> Reader:
     files = pathlib.Path(model)
     cfg = load_config(files)
     voices = load_voices(files) if cfg.token2wav is not None else {}
-    return Reader(cfg, Processor.from_folder(files, cfg.thinker), voices, task, folder, sequence)
+    return Reader(cfg, Processor.from_folder(files, cfg.thinker), voices, task, folder, sequence, spell=spell)
 
 
 def normalization(processor: Processor, cfg: ThinkerConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -51,7 +51,7 @@ def normalization(processor: Processor, cfg: ThinkerConfig) -> tuple[np.ndarray,
 def _features(job: tuple[Run, pathlib.Path, list[str], int, pathlib.Path]) -> None:
     """Writes the samples of some lines, their media as numbers from 0 of the rows of two arrays beside them."""
     run, file, lines, start, out = job
-    reader = _reader(run.model, run.task, file.parent, run.data.sequence)
+    reader = _reader(run.model, run.task, file.parent, run.data.sequence, run.spell)
     cfg, samples = reader.config.thinker, []
     mean, std = normalization(reader.processor, cfg)
     patches, frames = [np.zeros((0, len(mean)), np.uint8)], [np.zeros((0, cfg.audio.num_mel_bins), np.float16)]
