@@ -152,7 +152,7 @@ def made(checkpoint, tmp_path_factory):
     features._features((run, folder / "some.jsonl", lines[:3], 0, folder))
     features._features((run, folder / "some.jsonl", lines[3:], 3, folder))
     cfg = load_config(checkpoint).thinker
-    return run, cfg, features.load_features([folder], cfg)
+    return run, cfg, features.load_features(folder, cfg)
 
 
 def test_batches_of_features_are_those_of_the_loader(made, model, checkpoint):
@@ -208,7 +208,7 @@ def learned(short_checkpoint, tmp_path, monkeypatch):
     run = training.run(short_checkpoint, tmp_path, "x", steps=8)
     lines = [json.dumps(r) for r in training.questions(40)]
     features._features((run, tmp_path / "some.jsonl", lines, 0, tmp_path))
-    return run, features.load_features([tmp_path], load_config(short_checkpoint).thinker), tmp_path
+    return run, features.load_features(tmp_path, load_config(short_checkpoint).thinker), tmp_path
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(learned, monkeypatch, capsys):

@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import pathlib
 import pickle
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -99,13 +98,13 @@ class Features:
     frames: Any
 
 
-def load_features(folders: Sequence[pathlib.Path], cfg: ThinkerConfig) -> Features:
-    """The features of several folders of `make_features`, which this project wrote: their samples are pickled.
+def load_features(folder: pathlib.Path, cfg: ThinkerConfig) -> Features:
+    """The features of a folder of `make_features`, which this project wrote: their samples are pickled.
 
     Raises:
       RunError: more rows than can be numbered.
     """
-    files = sorted(f for folder in folders for f in folder.glob("*.npz"))
+    files = sorted(folder.glob("*.npz"))
     totals = np.ones(2, np.int64)
     for file in files:
         with np.load(file) as held:
