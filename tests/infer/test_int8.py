@@ -40,6 +40,14 @@ def test_a_step_moves_int8_bytes_once():
 
 
 @needs_compiler
+def test_a_loop_turns_no_scale_around():
+    """What a step writes of a cache's scales lies as the next one reads it."""
+    (f,) = aot.run("7b", "v5e:1x1", layers=LAYERS, only=("loop 1",), precision=SMALL)["programs"].values()
+    assert f["copies"] == ()
+    assert 0.99 <= f["ratio"] <= 1.005
+
+
+@needs_compiler
 def test_a_mesh_sums_in_the_dtype_of_the_activations():
     found = aot.run("3b", "v5e:2x4", layers=LAYERS, only=("decode 32",), precision=Precision(quantize="int8"))
     (f,) = found["programs"].values()
