@@ -98,6 +98,8 @@ def test_changes_and_their_errors(tmp_path):
     assert (run.data.batch, run.steps, run.seed, run.data.media) == (4, 7, 3, {"fps": 1})
     assert config.load(path, ["tracking=wandb"]).tracking == ("wandb",)
     assert config.load(path, ["tracking=wandb,tensorboard"]).tracking == ("wandb", "tensorboard")
+    both = config.load(path, ["evaluate_every=5", "data.evaluate=y.jsonl", "data.batch=6", "data.accumulate=3"])
+    assert (both.evaluate_every, both.data.evaluate, both.data.batch // both.data.accumulate) == (5, "y.jsonl", 2)
     for changes, message in (
         (["data.bach=4"], "there is no 'bach'; there are accumulate, batch"),
         (["stepps=4"], "there is no 'stepps'"),

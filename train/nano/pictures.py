@@ -64,11 +64,23 @@ def fetch(folder: pathlib.Path) -> None:
         archive = folder / run.stdout.strip().splitlines()[-1]
         part = folder / f".{short}"
         shutil.rmtree(part, ignore_errors=True)
-        with tarfile.open(archive) as tar:
-            tar.extractall(part, filter="data")
-        (part / "package").rename(folder / short)
-        shutil.rmtree(part)
+        _unpack(archive, part)
+        part.rename(folder / short)
         archive.unlink()
+
+
+def _unpack(archive: pathlib.Path, folder: pathlib.Path) -> None:
+    """Writes the JSON files of an npm package into a new folder, without the folder that they all are in."""
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            path = pathlib.PurePosixPath(member.name)
+            if not member.isfile() or path.suffix != ".json" or path.is_absolute() or ".." in path.parts:
+                continue
+            file = folder.joinpath(*path.parts[1:])
+            file.parent.mkdir(parents=True, exist_ok=True)
+            held = tar.extractfile(member)
+            assert held is not None  # it is a file
+            file.write_bytes(held.read())
 
 
 @functools.cache
