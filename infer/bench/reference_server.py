@@ -22,7 +22,7 @@ import tyro
 
 from omni_jax.config import load_config
 from omni_jax.errors import InputError
-from omni_jax.infer.bench.reference import reference_torch
+from omni_jax.infer.bench.reference import reference_model, reference_torch
 from omni_jax.processing.processor import Processor, stop_token_ids
 
 READY = 300.0  # seconds that it may take to load
@@ -33,16 +33,10 @@ class Reference:
 
     def __init__(self, folder: pathlib.Path, tokens: int, codes: int):
         self._cfg = load_config(folder)
-        self._torch = reference_torch()
-        from transformers import Qwen2_5OmniForConditionalGeneration
-
+        self._torch, self._model = reference_torch(), reference_model(folder)
         self._processor = Processor.from_folder(folder, self._cfg.thinker)
-        self._model = Qwen2_5OmniForConditionalGeneration.from_pretrained(folder).eval()
-        self._eos, self._tokens, self._codes = (
-            list(stop_token_ids(folder, self._cfg, self._processor.tokenizer)),
-            tokens,
-            codes,
-        )
+        self._eos = list(stop_token_ids(folder, self._cfg, self._processor.tokenizer))
+        self._tokens, self._codes = tokens, codes
         self._alone = threading.Lock()
 
     def speak(self, messages: list[dict[str, Any]], temperature: float) -> tuple[str, np.ndarray]:

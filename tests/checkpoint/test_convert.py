@@ -12,8 +12,6 @@ import shutil
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -151,25 +149,6 @@ def test_bfloat16_leaves_token2wav_alone(tiny, tmp_path, checkpoint):
             assert array.tobytes() == want[name].astype(BFLOAT16).tobytes()
     config = json.loads((checkpoint / "config.json").read_text())
     assert json.loads((tmp_path / "e" / "config.json").read_text()) == config | {"torch_dtype": "bfloat16"}
-
-
-def test_speech_in_bfloat16_is_stored_as_it_is_used(tiny, converted, tmp_path):
-    """Half the bytes of what Token2Wav multiplies by, and the same parameters as from float32."""
-    size = convert(tiny, tmp_path / "c", speech_dtype="bfloat16")
-    cfg, parts = C.load_config(tiny), ("token2wav",)
-    whole, half = (
-        load_params(folder, cfg, parts=parts, unroll=False, speech_dtype="bfloat16")
-        for folder in (converted, tmp_path / "c")
-    )
-    jax.tree.map(np.testing.assert_array_equal, whole, half)
-    halves = [x for x in jax.tree.leaves(half) if x.dtype == jnp.bfloat16]
-    assert halves
-    assert size == convert(tiny, tmp_path / "whole") - 2 * sum(x.size for x in halves)
-    exact = load_params(tmp_path / "c", cfg, parts=parts, unroll=False)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(jnp.float32), b), half, exact)
-    export(tmp_path / "c", tmp_path / "e")
-    kinds = {n: t.dtype for n, t in state(tmp_path / "e").items() if n.startswith("token2wav.")}
-    assert {str(k) for k in kinds.values()} == {"bfloat16", "float32"}
 
 
 def test_layers_of_different_dtypes_come_back(tiny, tmp_path):
