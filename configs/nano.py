@@ -24,15 +24,15 @@ RUNS: dict[tuple[str, ...], dict[str, Any]] = {
     },
     ("joint",): {"rates": {"thinker": 1e-3}, "steps": 10000, "data": {"batch": 8, "sequence": 384}},
     ("talker",): {
-        "task": "talker", "rates": {"talker": 1e-3}, "steps": 8000, "corrupt": 0.15,
+        "task": "talker", "rates": {"talker": 1e-3}, "steps": 11000, "corrupt": 0.15,
         "data": {"batch": 8, "sequence": 384},
     },
     ("vocoder",): {
-        "task": "vocoder", "rates": {"token2wav.code2wav_bigvgan_model": 1e-3}, "steps": 4500,
+        "task": "vocoder", "rates": {"token2wav.code2wav_bigvgan_model": 1e-3}, "steps": 9000,
         "data": {"batch": 4, "crop": 48},
     },
     ("flow",): {
-        "task": "token2wav", "rates": {"token2wav.code2wav_dit_model": 1e-3}, "steps": 4000,
+        "task": "token2wav", "rates": {"token2wav.code2wav_dit_model": 1e-3}, "steps": 12000,
         "data": {"batch": 8, "sequence": 480},
     },
 }  # fmt: skip
