@@ -15,24 +15,24 @@ from omni_jax.train.config import Data, Optimizer, Run, choose
 
 RUNS: dict[tuple[str, ...], dict[str, Any]] = {
     ("see",): {
-        "task": "ctc", "rates": {"thinker.visual": 1e-3}, "steps": 18000,
-        "data": {"batch": 128, "sequence": 64, "sizes": (64,), "pack": False},
+        "task": "ctc", "rates": {"thinker.visual": 1e-3}, "steps": 20000,
+        "data": {"batch": 32, "sequence": 64, "sizes": (64,), "pack": False},
     },
     ("hear",): {
-        "task": "ctc", "rates": {"thinker.audio_tower": 2e-3}, "steps": 8000,
-        "data": {"batch": 96, "sequence": 192, "sizes": (192,), "pack": False},
+        "task": "ctc", "spell": True, "rates": {"thinker.audio_tower": 1e-3}, "steps": 6000,
+        "data": {"batch": 32, "sequence": 256, "sizes": (256,), "pack": False},
     },
-    ("joint",): {"rates": {"thinker": 1e-3}, "steps": 6000, "data": {"batch": 16, "sequence": 1024}},
+    ("joint",): {"rates": {"thinker": 1e-3}, "steps": 10000, "data": {"batch": 8, "sequence": 384}},
     ("talker",): {
-        "task": "talker", "rates": {"talker": 1e-3}, "steps": 6000, "corrupt": 0.15,
-        "data": {"batch": 32, "sequence": 768},
+        "task": "talker", "rates": {"talker": 1e-3}, "steps": 11000, "corrupt": 0.15,
+        "data": {"batch": 8, "sequence": 384},
     },
     ("vocoder",): {
-        "task": "vocoder", "rates": {"token2wav.code2wav_bigvgan_model": 1e-3}, "steps": 4500,
+        "task": "vocoder", "rates": {"token2wav.code2wav_bigvgan_model": 1e-3}, "steps": 9000,
         "data": {"batch": 4, "crop": 48},
     },
     ("flow",): {
-        "task": "token2wav", "rates": {"token2wav.code2wav_dit_model": 1e-3}, "steps": 4000,
+        "task": "token2wav", "rates": {"token2wav.code2wav_dit_model": 1e-3}, "steps": 12000,
         "data": {"batch": 8, "sequence": 480},
     },
 }  # fmt: skip

@@ -142,17 +142,18 @@ def _built(
     kind: str, part: Any, cfg: C.OmniConfig, place: meshes.Placement, sizes: meshes.Sizes, case: Case
 ) -> tuple[P.Program, M.Use]:
     s, p = case.sizes, case.precision
-    small: Any = {"quantize": p.quantize, "kv_cache": p.kv_cache}
     held = ITEMSIZE, p.cache_itemsize
     if kind == "talker prefill":
         return P.talker_prefill(cfg, place, *s), M.prefill(cfg, sizes, part, *s, ITEMSIZE)
     if kind == "thinker prefill":
-        return P.thinker_prefill(cfg, place, *s, **small), M.prefill(cfg, sizes, part, *s, *held, quantize=p.quantize)
+        return P.thinker_prefill(cfg, place, *s, precision=p), M.prefill(
+            cfg, sizes, part, *s, *held, quantize=p.quantize
+        )
     if kind.endswith("decode"):
         if part == "thinker":
-            made, reply = P.thinker_decode(cfg, place, *s, loop=True, **small), 0
+            made, reply = P.thinker_decode(cfg, place, *s, loop=True, precision=p), 0
         else:
-            made, reply = P.talker_decode(cfg, place, *s, loop=True, reply=REPLY, **small), REPLY
+            made, reply = P.talker_decode(cfg, place, *s, loop=True, reply=REPLY, precision=p), REPLY
         return made, M.decode(cfg, sizes, part, *s, *held, reply=reply, quantize=p.quantize)
     if kind == "vision":
         frames, windows = s

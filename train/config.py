@@ -124,6 +124,8 @@ class Run:
       lora: adapters instead of whole weights; None for full fine-tuning.
       quantize: with adapters, which of the frozen weights are int8 (`omni_jax.load`); None: those that MODEL holds so.
       text_weight: of the text's own loss beside the codes' (`talker`).
+      spell: learn the characters of the answers in place of the tokenizer's pieces (`ctc`): there are few, so that they
+        are learned from less speech.
       corrupt: share of the codes before each place that are exchanged for random ones (`talker`), so that the Talker
         relies more on the text.
       beta: of preferences.
@@ -151,6 +153,7 @@ class Run:
     quantize: Quantize | None = None
     optimizer: Optimizer = Optimizer()
     text_weight: float = 0.0
+    spell: bool = False
     corrupt: float = 0.0
     beta: float = 0.1
     drop: float = 0.2
@@ -189,6 +192,8 @@ class Run:
             raise RunError("data.evaluate is given, but evaluate_every is 0, so nothing would be evaluated; set both")
         if d.evaluate is None and (self.evaluate_every or self.answers):
             raise RunError("evaluate_every and answers need data.evaluate; name its JSONL, or set both to 0")
+        if self.spell and self.task != "ctc":
+            raise RunError("spell is for the task 'ctc'; set it to False, or task to 'ctc'")
         if self.corrupt and self.task != "talker":
             raise RunError("corrupt is for the task 'talker'; set it to 0, or task to 'talker'")
         if list(d.sizes) != sorted(set(d.sizes)) or (d.sizes and d.sizes[-1] > d.sequence):
@@ -315,31 +320,49 @@ def load(path: str | pathlib.Path, changes: Sequence[str] = ()) -> Run:
         raise RunError(f"{path} has no get_config(); it must return a omni_jax.train.config.Run")
     if not isinstance(run, Run):
         raise RunError(f"{path}: get_config() returns {type(run).__name__}; it must return a omni_jax.train.config.Run")
-    for change in changes:
-        name, equals, text = change.partition("=")
-        if not equals:
-            raise RunError(f"--set {change!r} has no value; write name=value")
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
-        value = tuple(value) if isinstance(value, list) else value
-        run = _changed(run, name.split("."), value, name)
-    return run
+    return _changed(run, [_change(text) for text in changes])
 
 
-def _changed(settings: Any, path: Sequence[str], value: Any, name: str) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _Change:
+    """What `--set` asks for: the whole name, what of it leads on from here, and the value."""
+
+    name: str
+    path: tuple[str, ...]
+    value: Any
+
+
+def _change(given: str) -> _Change:
+    name, equals, text = given.partition("=")
+    if not equals:
+        raise RunError(f"--set {given!r} has no value; write name=value")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    return _Change(name, tuple(name.split(".")), tuple(value) if isinstance(value, list) else value)
+
+
+def _changed(settings: Any, changes: Sequence[_Change]) -> Any:
+    """The settings with all changes made at once: some are valid only together."""
     fields = {f.name for f in dataclasses.fields(settings)}
-    if path[0] not in fields:
-        raise RunError(f"--set {name}: there is no {path[0]!r}; there are {', '.join(sorted(fields))}")
-    if len(path) > 1:
-        inner = getattr(settings, path[0])
+    values: dict[str, Any] = {}
+    for c in changes:
+        first, *rest = c.path
+        if first not in fields:
+            raise RunError(f"--set {c.name}: there is no {first!r}; there are {', '.join(sorted(fields))}")
+        if not rest:
+            value = c.value
+            if isinstance(value, str) and get_origin(get_type_hints(type(settings))[first]) is tuple:
+                value = tuple(word.strip() for word in value.split(",") if word.strip())
+            values[first] = value
+    for first in dict.fromkeys(c.path[0] for c in changes if len(c.path) > 1):
+        inner = values.get(first, getattr(settings, first))
+        deeper = [dataclasses.replace(c, path=c.path[1:]) for c in changes if c.path[0] == first and len(c.path) > 1]
         if not dataclasses.is_dataclass(inner):
-            raise RunError(f"--set {name}: {path[0]} is {inner!r} and has no {path[1]!r}")
-        value = _changed(inner, path[1:], value, name)
-    elif get_origin(get_type_hints(type(settings))[path[0]]) is tuple and isinstance(value, str):
-        value = tuple(word.strip() for word in value.split(",") if word.strip())
-    return dataclasses.replace(settings, **{path[0]: value})
+            raise RunError(f"--set {deeper[0].name}: {first} is {inner!r} and has no {deeper[0].path[0]!r}")
+        values[first] = _changed(inner, deeper)
+    return dataclasses.replace(settings, **values)
 
 
 def describe(run: Run) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def _train(run: Run, files: pathlib.Path, arrays: str | None) -> State:
     def reader(lines: Lines) -> Reader:
         data = run.data
         return Reader(
-            cfg, processor, voices, run.task, lines.path.parent, data.sequence, dict(data.media), data.format
+            cfg, processor, voices, run.task, lines.path.parent, data.sequence, dict(data.media), data.format, run.spell
         )  # fmt: skip
 
     # Every line is checked before anything is loaded.

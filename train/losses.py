@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
 from omni_jax.config import DecoderConfig, OmniConfig, TalkerConfig, ThinkerConfig
@@ -29,17 +28,25 @@ from omni_jax.train.data.batch import Batch, Media, Speech, Tokens
 # Logits that exist at one time on a device; beyond this they are taken a block of places at a time, and again in the
 # backward pass.
 LOGIT_BYTES = 512 * 2**20
+IMPOSSIBLE = -1e9  # of log-probabilities
 Metrics = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardOptions:
-    """How the model is run: dtype of the computation, what the backward pass computes again, and the layouts of a mesh
-    (`meshes.layout_fn`)."""
+    """How the model is run.
+
+    Attributes:
+      dtype: of the computation.
+      remat: what the backward pass computes again.
+      layout_for: the layouts of a mesh (`meshes.layout_fn`).
+      ctc_room: how many of the towers' outputs and how many labels a row holds at most; None: as many as tokens.
+    """
 
     dtype: Any = jnp.bfloat16
     remat: str = "full"
     layout_for: LayoutFn = on_one_device
+    ctc_room: tuple[int, int] | None = None
 
 
 def token_logprobs(
@@ -97,24 +104,68 @@ def ctc_loss(
     products with these are the scores, and no head is added. The padding token, which texts never hold, is the blank.
     One conversation a row. Rows without audio, or with more tokens than audio, count as 0.
 
-    Source: Graves et al. 2006, as `optax.ctc_loss`.
+    Source: Graves et al. 2006; `optax.ctc_loss` would hold the vocabulary's one-hot vector of every label of a row.
     """
-    tree, tokens = params["thinker"], batch.tokens
+    tree, tokens, blank = params["thinker"], batch.tokens, cfg.thinker.pad_token_id
+    assert blank is not None  # a `Trainer` says what to do
     vectors = media_vectors(cfg.thinker, tree, batch.media, how)
     if vectors is None or tokens.media_index is None:
         return jnp.zeros(()), {}
+    length = tokens.ids.shape[1]
+    frames, texts = how.ctc_room or (length, length)
     heard, written = tokens.media_index >= 0, tokens.labels >= 0
-    x = vectors[jnp.maximum(tokens.media_index, 0)].astype(jnp.float32)
+    # Both to the front of their rows; the labels without the ending mark, which is the last of them.
+    index = _first(tokens.media_index, heard, frames)
+    labels = _first(tokens.labels, written, texts)
+    frame_count, count = jnp.sum(heard, axis=1), jnp.sum(written, axis=1) - 1
+    x = vectors[jnp.maximum(index, 0)].astype(jnp.float32)
     table = tree["model"]["embed_tokens"]["weight"].astype(jnp.float32)
-    scores = jnp.einsum("btd,vd->btv", x, table) / math.sqrt(x.shape[-1])
-    # Labels to the front of their rows, without the ending mark, which is the last of them.
-    order = jnp.argsort(~written, axis=1, stable=True)
-    labels = jnp.take_along_axis(tokens.labels, order, axis=1)
-    count = jnp.sum(written, axis=1) - 1
-    padding = jnp.arange(labels.shape[1]) >= count[:, None]
-    loss = optax.ctc_loss(scores, ~heard, jnp.where(padding, 0, labels), padding, blank_id=cfg.thinker.pad_token_id)
-    fits = (count > 0) & (jnp.sum(heard, axis=1) >= count)
+    ids = jnp.pad(jnp.maximum(labels, 0), ((0, 0), (1, 0)), constant_values=blank)
+    # Of the whole vocabulary only the sum is kept.
+    total_score = jax.nn.logsumexp(jnp.einsum("btd,vd->btv", x, table) / math.sqrt(x.shape[-1]), axis=-1)
+    scores = jnp.einsum("btd,bnd->btn", x, table[ids]) / math.sqrt(x.shape[-1]) - total_score[..., None]
+    loss = -ctc_logprob(scores, frame_count, labels, count)
+    fits = (count > 0) & (frame_count >= count)
     return jnp.sum(jnp.where(fits, loss, 0.0)) / total["tokens"], {}
+
+
+def _first(values: jax.Array, chosen: jax.Array, size: int) -> jax.Array:
+    """[B, size]: the chosen values of each row, in order, and others behind them."""
+    order = jnp.argsort(~chosen, axis=1, stable=True)[:, :size]
+    return jnp.take_along_axis(values, order, axis=1)
+
+
+def ctc_logprob(scores: jax.Array, frames: jax.Array, labels: jax.Array, count: jax.Array) -> jax.Array:
+    """float32 [B]: log-probability of each row's labels over all alignments. Its memory does not grow with V.
+
+    Args:
+      scores: [B, T, 1 + N], log-probabilities of the blank and of each label of the row at each frame.
+      frames: int32 [B], frames of the row, from 0 to T.
+      labels: int32 [B, N].
+      count: int32 [B], labels of the row, from 0 to N.
+    Source: Graves et al. 2006, equations 5 to 8.
+    """
+    B, N = labels.shape
+    # Finite, so that the gradient of a sum of impossible alignments is no NaN.
+    blank = jnp.full((B, N + 1), IMPOSSIBLE).at[:, 0].set(0.0)  # ending in the blank behind so many labels
+    label = jnp.full((B, N), IMPOSSIBLE)  # ending in this label
+    # Between two equal labels there must be a blank.
+    repeated = jnp.pad(labels[:, 1:] == labels[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+
+    def frame(state: tuple[jax.Array, jax.Array], given: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        (blank, label), (at, score) = state, given
+        before = jnp.pad(label, ((0, 0), (1, 0)), constant_values=IMPOSSIBLE)
+        skipped = jnp.where(repeated, IMPOSSIBLE, before[:, :-1])
+        new_label = score[:, 1:] + jnp.logaddexp(jnp.logaddexp(label, blank[:, :-1]), skipped)
+        new_blank = score[:, :1] + jnp.logaddexp(blank, before)
+        live = (at < frames)[:, None]
+        return (jnp.where(live, new_blank, blank), jnp.where(live, new_label, label)), None
+
+    steps = jnp.arange(scores.shape[1]), jnp.moveaxis(scores, 1, 0)
+    (blank, label), _ = lax.scan(frame, (blank, label), steps)
+    ends = jnp.pad(label, ((0, 0), (1, 0)), constant_values=IMPOSSIBLE)
+    last = jnp.maximum(count, 0)[:, None]
+    return jnp.take_along_axis(jnp.logaddexp(blank, ends), last, axis=1)[:, 0]
 
 
 def media_vectors(cfg: ThinkerConfig, params: Params, media: Media, how: ForwardOptions) -> jax.Array | None:

@@ -11,8 +11,8 @@ HEAD = """# What the compilers say of training steps
 Written by `make plans`; [training.md](training.md#what-it-needs) explains it. One optimizer step of each run in
 `configs/`, compiled for the machine; no hardware was used. Sizes are of one device, in GiB: the compiler's peak, the
 state, weights and batch in it, and the bytes that a step moves to and from the device's memory. The collectives are
-all-gather (AG), all-reduce (AR), reduce-scatter (RS) and collective-permute (CP). Steps of the H100 are compiled with
-attention as plain products, since cuDNN is not there without a GPU. To compile one of them again:
+all-gather (AG), all-reduce (AR), reduce-scatter (RS) and collective-permute (CP). Attention of the H100 is by
+Triton. To compile one of them again:
 
     omni-jax finetune --config configs/full.py:3b,v5e-8 --plan v5e:2x4
 

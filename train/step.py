@@ -157,6 +157,7 @@ class Trainer:
       trained: shapes of the trained parameters, flat, float32: weights, or adapters.
       frozen: names of the parameters that stay.
       shardings: flat, of every loaded parameter as the model computes with it; None on one device.
+      ctc_room: see `losses.ForwardOptions`.
     """
 
     run: Run
@@ -165,6 +166,7 @@ class Trainer:
     trained: Flat
     frozen: tuple[str, ...]
     shardings: Flat | None
+    ctc_room: tuple[int, int] | None = None
 
     @property
     def mesh(self) -> Mesh | None:
@@ -292,7 +294,7 @@ class Trainer:
     @property
     def how(self) -> losses.ForwardOptions:
         """How the losses run the model."""
-        return losses.ForwardOptions(self.dtype, self.run.remat, meshes.layout_fn(self.placement))
+        return losses.ForwardOptions(self.dtype, self.run.remat, meshes.layout_fn(self.placement), self.ctc_room)
 
     def totals(self, batch: Any) -> Any:
         """What the sums over all micro batches of a step are divided by."""

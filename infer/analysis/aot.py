@@ -38,59 +38,58 @@ def listed(
     precision: Precision = DEFAULT_PRECISION,
 ) -> dict[str, Callable[[], Facts]]:  # fmt: skip
     """The facts of every program of the table, by name; `keep` as for `compile_program`."""
-    small: Any = {"dtype": precision.dtype, "quantize": precision.quantize, "kv_cache": precision.kv_cache}
-    reading = small | {"activations": precision.activations}
-    towers = {name: reading[name] for name in ("dtype", "quantize", "activations")}
     loop, context = slots.LOOP_STEPS, CONTEXT
+    decode, prefill, extend, see, hear, talk, flow = (
+        partial(f, cfg, placement, precision=precision)
+        for f in (
+            P.thinker_decode, P.thinker_prefill, P.thinker_extend, P.vision_call, P.audio_call, P.talker_decode,
+            P.dit_flow,
+        )
+    )  # fmt: skip
     run: dict[str, Callable[[], Facts]] = {}
     said = partial(facts, keep=keep)
     for b in (1, 32):
         where = f"batch {b}, {context} slots"
-        run[f"decode {b}"] = partial(
-            lambda b, w: said(P.thinker_decode(cfg, placement, b, context, **small), w), b, where
-        )
+        run[f"decode {b}"] = partial(lambda b, w: said(decode(b, context), w), b, where)
         run[f"loop {b}"] = partial(
-            lambda b, w: said(P.thinker_decode(cfg, placement, b, context, loop=True, **small), w, loop),
+            lambda b, w: said(decode(b, context, loop=True), w, loop),
             b, f"{where}, {loop} steps",
         )  # fmt: skip
-    run["prefill 8k"] = lambda: said(
-        P.thinker_prefill(cfg, placement, 1, 6144, 8192, **reading), "6144 tokens, 8192 slots"
-    )
+    run["prefill 8k"] = lambda: said(prefill(1, 6144, 8192), "6144 tokens, 8192 slots")
     for name, (batch, capacity) in {"extend 4k": (1, CONTEXT), "extend 1 of 8": (8, CONTEXT)}.items():
         run[name] = partial(
-            lambda b, c, w: said(P.thinker_extend(cfg, placement, 1, PIECE, b, c, **reading), w),
+            lambda b, c, w: said(extend(1, PIECE, b, c), w),
             batch, capacity, f"{PIECE} tokens, {batch} × {capacity} slots",
         )  # fmt: skip
     if placement.thinker.size == 1:
         run["extend 32k"] = lambda: said(
-            P.thinker_extend(cfg, placement, 1, PIECE, 1, LONG, **reading), f"{PIECE} tokens, 1 × {LONG} slots"
+            extend(1, PIECE, 1, LONG),
+            f"{PIECE} tokens, 1 × {LONG} slots",
         )
-        run["decode 32k"] = lambda: said(P.thinker_decode(cfg, placement, 1, LONG, **small), f"batch 1, {LONG} slots")
-        run["prefill 32k"] = lambda: said(P.thinker_prefill(cfg, placement, 1, LONG, LONG, **reading), f"{LONG} tokens")
-    run["vision image"] = lambda: said(P.vision_call(cfg, placement, 1, IMAGE_WINDOWS, **towers), "1 frame of 448×448")
+        run["decode 32k"] = lambda: said(decode(1, LONG), f"batch 1, {LONG} slots")
+        run["prefill 32k"] = lambda: said(prefill(1, LONG, LONG), f"{LONG} tokens")
+    run["vision image"] = lambda: said(see(1, IMAGE_WINDOWS), "1 frame of 448×448")
     for name, (frames, _) in tower_programs(cfg)["video"].items():
         run[name] = partial(
-            lambda n: said(P.vision_call(cfg, placement, n, IMAGE_WINDOWS, **towers), f"{n} frames of 448×448"),
+            lambda n: said(see(n, IMAGE_WINDOWS), f"{n} frames of 448×448"),
             frames,
         )
     for name, (chunks, _) in tower_programs(cfg)["audio"].items():
-        run[name] = partial(lambda n: said(P.audio_call(cfg, placement, n, **towers), f"{n} chunks of 2 s"), chunks)
+        run[name] = partial(lambda n: said(hear(n), f"{n} chunks of 2 s"), chunks)
     if cfg.talker is not None:
         for b in (1, 32):
             where = f"batch {b}, {context} slots"
-            run[f"talker {b}"] = partial(
-                lambda b, w: said(P.talker_decode(cfg, placement, b, context, **small), w), b, where
-            )
+            run[f"talker {b}"] = partial(lambda b, w: said(talk(b, context), w), b, where)
     if cfg.token2wav is not None:
         sound = f"{SPEECH_CODES / 50:g} s"
         run["dit"] = lambda: said(
-            P.dit_flow(cfg, placement, 1, SPEECH_CODES, dtype=precision.speech_dtype),
+            flow(1, SPEECH_CODES),
             f"{sound}, {Flow().evaluations} evaluations",
             Flow().evaluations,
         )
         # On a mesh every chip runs one row whole: the program of one chip.
         one = meshes.place(cfg, "1", devices=list(placement.speech.devices.flat[:1]))
-        run["bigvgan"] = lambda: said(P.bigvgan_call(cfg, one, 1, SPEECH_CODES, precision.speech_dtype), sound)
+        run["bigvgan"] = lambda: said(P.bigvgan_call(cfg, one, 1, SPEECH_CODES, precision), sound)
     return run
 
 

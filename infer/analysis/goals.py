@@ -51,10 +51,7 @@ def resident(
         part: 2 * on_device(P.cache_shapes(d, placement.layout(part), 1, 8192, precision.kv_cache or precision.dtype).k)
         for part, d in decoders
     }
-    parts = {
-        p: P.weights(cfg, placement, p, precision.dtype, quantize=precision.quantize) for p in ("thinker", "talker")
-    }
-    parts["token2wav"] = P.weights(cfg, placement, "token2wav", precision.speech_dtype)
+    parts = {p: P.weights(cfg, placement, p, precision) for p in ("thinker", "talker", "token2wav")}
     weights = sum(on_device(tree) for tree in parts.values())
     # The cache of a prefill is a result: in its peak, though not among its arguments.
     working = max(f.peak - f.weights - (caches["thinker"] if f.name == "thinker prefill" else f.cache) for f in chosen)

@@ -27,7 +27,7 @@ from omni_jax.model.stages import inner_part, use_unrolled_layers
 from omni_jax.parallel.meshes import Placement
 from omni_jax.parallel.sharding import Layout, param_formats
 from omni_jax.runtime import slots
-from omni_jax.settings import Activations, KVCacheDtype, Quantize
+from omni_jax.settings import DEFAULT_PRECISION, Precision
 
 FLOW = token2wav.Flow()
 
@@ -76,15 +76,13 @@ def whole(layout: Layout, tree: Any) -> Any:
 
 
 def weights(
-    cfg: OmniConfig, placement: Placement, part: str, dtype: Any, names: tuple[str, ...] | None = None,
-    quantize: Quantize | None = None, activations: Activations | None = None,
+    cfg: OmniConfig, placement: Placement, part: str, precision: Precision = DEFAULT_PRECISION,
+    names: tuple[str, ...] | None = None,
 ) -> Any:  # fmt: skip
-    """The parameters of a loaded part (or its subtrees `names`) as shapes with shardings.
-
-    Args:
-      dtype: of those that are not quantized; of Token2Wav, that of `parameters.has_speech_dtype`.
-    """
-    specs = quantized_specs(param_specs(cfg, (part,)), quantize)[part]
+    """The parameters of a loaded part (or its subtrees `names`) as shapes with shardings."""
+    speech = part == "token2wav"
+    dtype = precision.speech_dtype if speech else precision.dtype
+    specs = quantized_specs(param_specs(cfg, (part,)), None if speech else precision.quantize)[part]
     out = {}
     for name in names or tuple(specs):
         layout = placement.layout(inner_part(part, name))
@@ -92,12 +90,12 @@ def weights(
 
         def shaped(path: Any, s: ParamSpec, sharding: Any, name: str = name) -> jax.ShapeDtypeStruct:
             keys = (part, name, *(k.key for k in path if isinstance(k, jax.tree_util.DictKey)))
-            held = jnp.float32 if part == "token2wav" and not has_speech_dtype(keys) else dtype
+            held = jnp.float32 if speech and not has_speech_dtype(keys) else dtype
             return jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype or held), sharding=sharding)
 
         tree = jax.tree_util.tree_map_with_path(shaped, specs[name], shardings)
         out[name] = _per_layer(tree, (part, name)) if _looped(layout) else tree
-    return out if activations is None else multiplied_by_int8(out)
+    return out if precision.activations is None else multiplied_by_int8(out)
 
 
 def _looped(layout: Layout) -> bool:
@@ -135,19 +133,20 @@ def cache_shapes(d: DecoderConfig, layout: Layout, batch: int, capacity: int, dt
     return KVCache(rows, rows, lengths)
 
 
-def text_weights(cfg: OmniConfig, placement: Placement, dtype: Any, quantize: Quantize | None = None) -> Any:
+def text_weights(cfg: OmniConfig, placement: Placement, precision: Precision = DEFAULT_PRECISION) -> Any:
     """The Thinker's decoder and head, without its towers."""
     names = ("model",) if cfg.thinker.text.tie_word_embeddings else ("model", "lm_head")
-    return weights(cfg, placement, "thinker", dtype, names, quantize)
+    return weights(cfg, placement, "thinker", precision, names)
 
 
 def slots_shapes(
-    program: slots.DecoderProgram, params: Any, layout: Layout, batch: int, capacity: int, dtype: Any, reply: int = 0,
-    kv_cache: KVCacheDtype | None = None,
+    program: slots.DecoderProgram, params: Any, layout: Layout, batch: int, capacity: int, precision: Precision,
+    reply: int = 0,
 ) -> slots.Slots:  # fmt: skip
     """The slots of a decoder as shapes with shardings, as every operation on them leaves them."""
-    cache_dtype = kv_cache or dtype
-    marks = jax.ShapeDtypeStruct((2, program.vector_size), dtype) if program.hears_reply else None
+    cache_dtype = precision.kv_cache or precision.dtype
+    vectors = jax.ShapeDtypeStruct((2, program.vector_size), precision.dtype)
+    marks = vectors if program.hears_reply else None
     make = functools.partial(
         slots.make_slots, program, rows=batch, capacity=capacity, cache_dtype=cache_dtype, reply=reply
     )
@@ -176,25 +175,25 @@ def _decode(
 
 
 def thinker_decode(
-    cfg: OmniConfig, placement: Placement, batch: int, capacity: int, *, loop: bool = False, dtype: Any = jnp.bfloat16,
-    quantize: Quantize | None = None, kv_cache: KVCacheDtype | None = None,
+    cfg: OmniConfig, placement: Placement, batch: int, capacity: int, *, loop: bool = False,
+    precision: Precision = DEFAULT_PRECISION,
 ) -> Program:  # fmt: skip
     """One decode step of the Thinker, or the loop of up to 32."""
     layout, program = placement.layout("thinker", batch), slots.thinker_program(cfg.thinker)
-    params = text_weights(cfg, placement, dtype, quantize)
-    state = slots_shapes(program, params, layout, batch, capacity, dtype, kv_cache=kv_cache)
+    params = text_weights(cfg, placement, precision)
+    state = slots_shapes(program, params, layout, batch, capacity, precision)
     return _decode("thinker decode", program, params, layout, state, loop=loop)
 
 
 def talker_decode(
     cfg: OmniConfig, placement: Placement, batch: int, capacity: int, *, loop: bool = False, reply: int = 512,
-    dtype: Any = jnp.bfloat16, quantize: Quantize | None = None, kv_cache: KVCacheDtype | None = None,
+    precision: Precision = DEFAULT_PRECISION,
 ) -> Program:  # fmt: skip
     """One decode step of the Talker, or the loop of up to 32, with room for a reply of `reply` vectors."""
     assert cfg.talker is not None
     layout, program = placement.layout("talker", batch), slots.talker_program(cfg.talker)
-    params = weights(cfg, placement, "talker", dtype, quantize=quantize)
-    state = slots_shapes(program, params, layout, batch, capacity, dtype, reply, kv_cache)
+    params = weights(cfg, placement, "talker", precision)
+    state = slots_shapes(program, params, layout, batch, capacity, precision, reply)
     return _decode("talker decode", program, params, layout, state, loop=loop)
 
 
@@ -210,33 +209,30 @@ def _extend(
 
 
 def thinker_prefill(
-    cfg: OmniConfig, placement: Placement, batch: int, length: int, capacity: int, dtype: Any = jnp.bfloat16,
-    quantize: Quantize | None = None, kv_cache: KVCacheDtype | None = None, activations: Activations | None = None,
+    cfg: OmniConfig, placement: Placement, batch: int, length: int, capacity: int,
+    precision: Precision = DEFAULT_PRECISION,
 ) -> Program:  # fmt: skip
     """Reading prompts of text, into slots of as many rows."""
-    held = dtype, quantize, kv_cache, activations
-    return _thinker_extend("thinker prefill", cfg, placement, batch, length, batch, capacity, *held)
+    return _thinker_extend("thinker prefill", cfg, placement, batch, length, batch, capacity, precision)
 
 
 def thinker_extend(
     cfg: OmniConfig, placement: Placement, batch: int, length: int, rows: int, capacity: int,
-    dtype: Any = jnp.bfloat16, quantize: Quantize | None = None, kv_cache: KVCacheDtype | None = None,
-    activations: Activations | None = None,
+    precision: Precision = DEFAULT_PRECISION,
 ) -> Program:  # fmt: skip
     """Reading `length` further tokens of text in `batch` of `rows` rows."""
-    held = dtype, quantize, kv_cache, activations
-    return _thinker_extend("thinker extend", cfg, placement, batch, length, rows, capacity, *held)
+    return _thinker_extend("thinker extend", cfg, placement, batch, length, rows, capacity, precision)
 
 
 def _thinker_extend(
-    name: str, cfg: OmniConfig, placement: Placement, batch: int, length: int, rows: int, capacity: int, dtype: Any,
-    quantize: Quantize | None, kv_cache: KVCacheDtype | None, activations: Activations | None,
+    name: str, cfg: OmniConfig, placement: Placement, batch: int, length: int, rows: int, capacity: int,
+    precision: Precision,
 ) -> Program:  # fmt: skip
     first = name == "thinker prefill"
     layout = placement.layout("thinker", batch, length, rows)
     program = slots.thinker_program(cfg.thinker)
-    params = weights(cfg, placement, "thinker", dtype, ("model",), quantize, activations)
-    state = slots_shapes(program, params, placement.layout("thinker", rows), rows, capacity, dtype, kv_cache=kv_cache)
+    params = weights(cfg, placement, "thinker", precision, ("model",))
+    state = slots_shapes(program, params, placement.layout("thinker", rows), rows, capacity, precision)
     which: Any = None if first else _struct(layout, (batch,), jnp.int32)
     tokens = slots.Tokens(
         _struct(layout, (batch, length), jnp.int32), _struct(layout, (3, batch, length), jnp.int32),
@@ -246,39 +242,31 @@ def _thinker_extend(
 
 
 def vision_call(
-    cfg: OmniConfig, placement: Placement, frames: int, windows: int, dtype: Any = jnp.bfloat16,
-    quantize: Quantize | None = None, activations: Activations | None = None,
-) -> Program:  # fmt: skip
+    cfg: OmniConfig, placement: Placement, frames: int, windows: int, precision: Precision = DEFAULT_PRECISION
+) -> Program:
     """One call of the vision tower."""
     layout, v = placement.layout("vision", frames), cfg.thinker.vision
-    params = weights(cfg, placement, "thinker", dtype, ("visual",), quantize, activations)["visual"]
-    inputs = whole(layout, vision.vision_shapes(v, frames, windows, dtype))
+    params = weights(cfg, placement, "thinker", precision, ("visual",))["visual"]
+    inputs = whole(layout, vision.vision_shapes(v, frames, windows, jnp.dtype(precision.dtype)))
     return Program("vision", layout, vision.vision_program(v), (params, *inputs), {}, params)
 
 
-def audio_call(
-    cfg: OmniConfig,
-    placement: Placement,
-    chunks: int,
-    dtype: Any = jnp.bfloat16,
-    quantize: Quantize | None = None,
-    activations: Activations | None = None,
-) -> Program:
+def audio_call(cfg: OmniConfig, placement: Placement, chunks: int, precision: Precision = DEFAULT_PRECISION) -> Program:
     """One call of the audio tower."""
     layout, a = placement.layout("audio", chunks), cfg.thinker.audio
-    params = weights(cfg, placement, "thinker", dtype, ("audio_tower",), quantize, activations)["audio_tower"]
-    inputs = whole(layout, audio.audio_shapes(a, chunks, dtype))
+    params = weights(cfg, placement, "thinker", precision, ("audio_tower",))["audio_tower"]
+    inputs = whole(layout, audio.audio_shapes(a, chunks, jnp.dtype(precision.dtype)))
     return Program("audio", layout, audio.audio_program(a), (params, *inputs), {}, params)
 
 
 def dit_flow(
     cfg: OmniConfig, placement: Placement, batch: int, codes: int, reference: int = 512,
-    flow: token2wav.Flow = FLOW, dtype: Any = jnp.float32,
+    flow: token2wav.Flow = FLOW, precision: Precision = DEFAULT_PRECISION,
 ) -> Program:  # fmt: skip
     """The whole flow of the DiT for a padded number of codes."""
     assert cfg.token2wav is not None
     layout, d = placement.layout("dit", batch), cfg.token2wav.dit
-    params = weights(cfg, placement, "token2wav", dtype, ("code2wav_dit_model",))["code2wav_dit_model"]
+    params = weights(cfg, placement, "token2wav", precision, ("code2wav_dit_model",))["code2wav_dit_model"]
     n, f = token2wav.padded_codes(d, codes), jnp.float32
     row = _struct(layout, (batch,), jnp.int32)
     args = (
@@ -306,15 +294,16 @@ def _kinds(cfg: DiTConfig) -> tuple[float, ...]:
 
 def dit_window(
     cfg: OmniConfig, placement: Placement, batch: int, blocks: int, look_ahead: int = 1, rows: int | None = None,
-    flow: token2wav.Flow = FLOW, dtype: Any = jnp.float32,
+    flow: token2wav.Flow = FLOW, precision: Precision = DEFAULT_PRECISION,
 ) -> Program:  # fmt: skip
     """A window of streamed speech (`token2wav_stream.draw_window`) for `batch` of `rows` streams: `blocks` final blocks
     and those of the look-ahead."""
     assert cfg.token2wav is not None
     layout, d, f = placement.layout("dit", batch), cfg.token2wav.dit, jnp.float32
-    params = weights(cfg, placement, "token2wav", dtype, ("code2wav_dit_model",))["code2wav_dit_model"]
+    params = weights(cfg, placement, "token2wav", precision, ("code2wav_dit_model",))["code2wav_dit_model"]
     modulations = jax.eval_shape(lambda p: token2wav_stream.flow_modulations(p, d, flow), params)
-    states = jax.eval_shape(lambda: token2wav_stream.init_states(d, flow, rows or batch, dtype))
+    held = jnp.dtype(precision.speech_dtype)
+    states = jax.eval_shape(lambda: token2wav_stream.init_states(d, flow, rows or batch, held))
     codes = (blocks + look_ahead) * d.block_size // d.repeats
     row = jax.ShapeDtypeStruct((batch,), jnp.int32)
     given = token2wav_stream.Round(
@@ -326,33 +315,38 @@ def dit_window(
     return Program("dit window", layout, token2wav_stream.draw_window, args, {}, params, branches=_kinds(d))
 
 
-def bigvgan_call(cfg: OmniConfig, placement: Placement, batch: int, codes: int, dtype: Any = jnp.float32) -> Program:
+def bigvgan_call(
+    cfg: OmniConfig, placement: Placement, batch: int, codes: int, precision: Precision = DEFAULT_PRECISION
+) -> Program:
     """A call of the vocoder for a padded number of codes (`token2wav.vocoder_call`)."""
     assert cfg.token2wav is not None
     d = cfg.token2wav.dit
     rows, frames = token2wav.vocoder_call(cfg.token2wav, batch, token2wav.padded_codes(d, codes) * d.repeats)
-    return bigvgan_piece(cfg, placement, rows, frames, dtype)
+    return bigvgan_piece(cfg, placement, rows, frames, precision)
 
 
-def bigvgan_piece(cfg: OmniConfig, placement: Placement, batch: int, frames: int, dtype: Any = jnp.float32) -> Program:
+def bigvgan_piece(
+    cfg: OmniConfig, placement: Placement, batch: int, frames: int, precision: Precision = DEFAULT_PRECISION
+) -> Program:
     """The vocoder for so many mel frames."""
     assert cfg.token2wav is not None
     layout, t = placement.layout("bigvgan", batch), cfg.token2wav
-    params = weights(cfg, placement, "token2wav", dtype, ("code2wav_bigvgan_model",))["code2wav_bigvgan_model"]
+    params = weights(cfg, placement, "token2wav", precision, ("code2wav_bigvgan_model",))["code2wav_bigvgan_model"]
     mel = _struct(layout, (batch, frames, t.bigvgan.mel_dim), jnp.float32, "batch", None, None)
     args = (params, t.bigvgan, mel, _struct(layout, (batch,), jnp.int32))
     return Program("bigvgan", layout, token2wav.vocode_mel, args, {}, params)
 
 
 def talker_prefill(
-    cfg: OmniConfig, placement: Placement, batch: int, length: int, capacity: int, dtype: Any = jnp.bfloat16
-) -> Program:
+    cfg: OmniConfig, placement: Placement, batch: int, length: int, capacity: int,
+    precision: Precision = DEFAULT_PRECISION,
+) -> Program:  # fmt: skip
     """The Talker reading `length` places of what the Thinker has read, into slots of as many rows."""
     assert cfg.talker is not None
     layout, program = placement.layout("talker", batch, length), slots.talker_program(cfg.talker)
-    params = weights(cfg, placement, "talker", dtype, ("model", "thinker_to_talker_proj"))
-    state = slots_shapes(program, params, placement.layout("talker", batch), batch, capacity, dtype, 64)
-    vectors = _struct(layout, (batch, length, program.vector_size), dtype)
+    params = weights(cfg, placement, "talker", precision, ("model", "thinker_to_talker_proj"))
+    state = slots_shapes(program, params, placement.layout("talker", batch), batch, capacity, precision, 64)
+    vectors = _struct(layout, (batch, length, program.vector_size), precision.dtype)
     positions, counts = _struct(layout, (3, batch, length), jnp.int32), _struct(layout, (batch,), jnp.int32)
     return _extend(
         "talker prefill", program, params, layout, state, slots.Tokens(vectors, positions, counts), first=True

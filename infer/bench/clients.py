@@ -90,6 +90,14 @@ def time_completion(client: httpx.Client, body: Mapping[str, Any]) -> ReplyTimin
     return ReplyTiming(began, time.perf_counter(), tuple(pieces))
 
 
+def time_whole_completion(client: httpx.Client, body: Mapping[str, Any]) -> ReplyTiming:
+    """One chat completion that comes as a whole, from a server that does not stream."""
+    began = time.perf_counter()
+    answer = client.post("/v1/chat/completions", json=dict(body)).raise_for_status().json()
+    ended, data = time.perf_counter(), base64.b64decode(answer["choices"][0]["message"]["audio"]["data"])
+    return ReplyTiming(began, ended, ((ended, len(data) / 2 / SAMPLE_RATE),) if data else ())
+
+
 class Talk:
     """A realtime session, for one thread."""
 

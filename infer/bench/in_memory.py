@@ -18,6 +18,7 @@ import numpy as np
 
 from omni_jax.api import Omni
 from omni_jax.checkpoint import keys, tokenizer_files
+from omni_jax.checkpoint.load import insert_leaf, numbered_as_tuples
 from omni_jax.checkpoint.publish import deviation, random_voices
 from omni_jax.config import OmniConfig, to_dict
 from omni_jax.model.parameters import inv_freq
@@ -74,29 +75,15 @@ def random_params(cfg: OmniConfig, dtype: Any = jnp.bfloat16, seed: int = 0, unr
         path, layer = keys.tree_path(name)
         tensor = pool.tensor(name, shape)
         if layer is None:
-            _insert(tree, path, jax.device_put(tensor))
+            insert_leaf(tree, path, jax.device_put(tensor))
         elif unroll:
             depth = keys.stack_of(path)
-            _insert(tree, (*path[:depth], layer, *path[depth:]), jax.device_put(tensor))
+            insert_leaf(tree, (*path[:depth], layer, *path[depth:]), jax.device_put(tensor))
         else:
             stacks.setdefault(path, []).append(tensor)
     for path, layers in stacks.items():
-        _insert(tree, path, jax.device_put(np.stack(layers)))
-    return jax.block_until_ready(_tuples(tree))
-
-
-def _insert(tree: dict[Any, Any], path: tuple[Any, ...], leaf: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = leaf
-
-
-def _tuples(tree: Any) -> Any:
-    """Dicts keyed by layer numbers become tuples."""
-    if not isinstance(tree, dict):
-        return tree
-    values = {key: _tuples(value) for key, value in tree.items()}
-    return tuple(values[i] for i in range(len(values))) if 0 in values else values
+        insert_leaf(tree, path, jax.device_put(np.stack(layers)))
+    return jax.block_until_ready(numbered_as_tuples(tree))
 
 
 def random_model(cfg: OmniConfig, dtype: Any = jnp.bfloat16, seed: int = 0) -> Omni:

@@ -72,14 +72,21 @@ class ReplyTiming:
 
 
 @contextlib.contextmanager
-def opened(model: str | None, quantize: Quantize | None = None) -> Iterator[Omni]:
-    """The model of a checkpoint, or for None one with small random weights."""
+def checkpoint(model: str | None) -> Iterator[str]:
+    """A checkpoint, or for None the folder of one with small random weights."""
     if model is not None:
-        yield load(model, parts=PARTS, quantize=quantize)
+        yield model
         return
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "tiny")
         write_random(path, C.preset("tiny"), seed=0)
+        yield str(path)
+
+
+@contextlib.contextmanager
+def opened(model: str | None, quantize: Quantize | None = None) -> Iterator[Omni]:
+    """The model of `checkpoint`."""
+    with checkpoint(model) as path:
         yield load(path, parts=PARTS, quantize=quantize)
 
 

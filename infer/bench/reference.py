@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pathlib
 import statistics
 import time
 from collections.abc import Callable
@@ -51,6 +52,13 @@ def reference_torch() -> Any:
     torch.set_num_threads(os.cpu_count() or 1)
     transformers.logging.set_verbosity_error()
     return torch
+
+
+def reference_model(folder: pathlib.Path) -> Any:
+    """The reference's whole model of a folder in the published layout, after `reference_torch`."""
+    from transformers import Qwen2_5OmniForConditionalGeneration
+
+    return Qwen2_5OmniForConditionalGeneration.from_pretrained(folder).eval()
 
 
 class SharedWeights:

@@ -4,10 +4,12 @@ sound, gaps, replies a second; and the goals that the server has."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import pathlib
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +19,15 @@ import httpx
 from omni_jax import buckets
 from omni_jax.errors import InputError
 from omni_jax.events import Event
-from omni_jax.infer.bench.clients import ReplyTiming, audio_after_cancel, time_completion, time_turns
-from omni_jax.infer.bench.live import CAPACITY, QUESTION, SPEECH, opened
+from omni_jax.infer.bench import reference_server
+from omni_jax.infer.bench.clients import (
+    ReplyTiming,
+    audio_after_cancel,
+    time_completion,
+    time_turns,
+    time_whole_completion,
+)
+from omni_jax.infer.bench.live import CAPACITY, QUESTION, SPEECH, checkpoint, opened
 from omni_jax.infer.bench.text import machine
 from omni_jax.infer.serve.options import ServeOptions
 from omni_jax.infer.serve.replica import Replica, audio_of
@@ -70,7 +79,7 @@ class Figures:
     """What is measured.
 
     Attributes:
-      rows: of each kind and number of clients.
+      rows: of each kind and number of clients; those of `beside` last.
       after_cancel: seconds of sound that came after a cancellation, at most.
       overhead: seconds from the engine's piece of sound to the client's, p95.
     """
@@ -102,13 +111,18 @@ def _body(number: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def completions(url: str, clients: int, count: int) -> list[ReplyTiming]:
+def completions(
+    url: str,
+    clients: int,
+    count: int,
+    timed: Callable[[httpx.Client, Mapping[str, Any]], ReplyTiming] = time_completion,
+) -> list[ReplyTiming]:
     """`count` completions, so many at a time."""
     with (
         httpx.Client(base_url=url, timeout=600, limits=httpx.Limits(max_connections=clients)) as client,
         ThreadPoolExecutor(clients) as pool,
     ):
-        return list(pool.map(lambda i: time_completion(client, _body(i)), range(count)))
+        return list(pool.map(lambda i: timed(client, _body(i)), range(count)))
 
 
 def talks(url: str, sessions: int, turns: int) -> list[ReplyTiming]:
@@ -166,6 +180,32 @@ def measure(replica: Replica, url: str, rounds: int, clients: Sequence[int] = CL
     return Figures(tuple(rows), late, p95(overhead(replica, url, rounds)))
 
 
+def beside(url: str, reference: str, rounds: int, clients: Sequence[int] = (1, 16)) -> tuple[Row, ...]:
+    """Rows of completions by our server and by the reference's, which take turns.
+
+    Args:
+      url, reference: of the servers.
+      rounds: of one reply to each client.
+    """
+    servers = {"chat, in turn": (url, time_completion), "reference": (reference, time_whole_completion)}
+    completions(reference, 1, 1, time_whole_completion)
+    out = []
+    for n in clients:
+        found: dict[str, list[Row]] = {what: [] for what in servers}
+        for _ in range(rounds):
+            for what, (server, timed) in servers.items():
+                found[what].append(row(what, n, completions(server, n, n, timed)))
+        out += [_median(rows) for rows in found.values()]
+    return tuple(out)
+
+
+def _median(rows: Sequence[Row]) -> Row:
+    """Of each figure of rows of one kind the median."""
+    first, *_ = rows
+    fields = ("first_p50", "first_p95", "flowing", "real_time", "rate")
+    return Row(first.what, first.clients, *(statistics.median(getattr(r, name) for r in rows) for name in fields))
+
+
 def _until_left(replica: Replica) -> None:
     """The places of clients that have gone are free soon."""
     while replica.sessions:
@@ -180,6 +220,8 @@ def goals(found: Figures) -> list[Goal]:
         ratio = of["realtime", 4].first_p95 / of["realtime", 1].first_p50
         out.append(Goal("first sound after a turn, p95 of 4 sessions / p50 of 1", ratio, "≤ 2", ratio <= 2))
     for (what, clients), one in of.items():
+        if what not in ("chat", "realtime"):
+            continue
         alone = of.get((what, 1))
         # Each client asks for a stream that costs what one alone does: beyond the machine's time, some must wait.
         asked = alone is not None and clients * alone.real_time < 1
@@ -191,26 +233,33 @@ def goals(found: Figures) -> list[Goal]:
     if ("chat", 1) in of and ("chat", 16) in of:
         gain = of["chat", 16].rate / of["chat", 1].rate
         out.append(Goal("chat: replies a second, 16 clients / 1", gain, "≥ 3", gain >= 3))
+    ours, theirs = of.get(("chat, in turn", 16)), of.get(("reference", 16))
+    if ours is not None and theirs is not None:
+        gain, sooner = ours.rate / theirs.rate, theirs.first_p50 / ours.first_p50
+        out.append(Goal("replies a second, 16 clients, ours / reference", gain, "≥ 3", gain >= 3))
+        out.append(Goal("first sound, 16 clients, reference / ours", sooner, "≥ 10", sooner >= 10))
     cost = 1e3 * found.overhead
     out.append(Goal("from the engine to the client, each piece of sound, p95, ms", cost, "≤ 5", cost <= 5))
     return out
 
 
 def run(
-    model: str | None, seconds: float, rounds: int, clients: Sequence[int] = CLIENTS, quantize: Quantize | None = None
-) -> Figures:
+    model: str | None, seconds: float, rounds: int, clients: Sequence[int] = CLIENTS, quantize: Quantize | None = None,
+    reference: bool = False,
+) -> Figures:  # fmt: skip
     """The figures of a server of its own.
 
     Args:
       model: a checkpoint, or None for small random weights.
       seconds: of speech of a reply at most.
       rounds, clients: see `measure`.
+      reference: also measure `beside` the reference.
     Raises:
-      InputError: numbers that make no sense, or a model that does not speak.
+      InputError: numbers that make no sense, a model that does not speak, or one that the reference does not load.
     """
     if rounds < 1:
         raise InputError("bench serve needs --pairs of at least 1")
-    with opened(model, quantize) as m:
+    with checkpoint(model) as path, opened(path, quantize) as m:
         speech = change(SPEECH, {"max_codes": max(1, round(seconds * m.loaded.codes_per_second))})
         speech = change(speech, {"mode": "windowed"})
         rows = max(clients) + 1  # one is kept for requests beside realtime sessions
@@ -222,7 +271,12 @@ def run(
         replica.start()
         try:
             with in_thread(replica) as url:
-                return measure(replica, url, rounds, clients)
+                found = measure(replica, url, rounds, clients)
+                if reference:
+                    folder, codes = pathlib.Path(path), speech.max_codes
+                    with reference_server.running(folder, TOKENS, codes) as other:
+                        found = dataclasses.replace(found, rows=found.rows + beside(url, other, rounds))
+                return found
         finally:
             replica.stop()
 
@@ -246,10 +300,13 @@ def markdown(found: Figures) -> str:
     return "\n".join(lines)
 
 
-def main(model: str | None, seconds: float, rounds: int, as_json: bool, quantize: Quantize | None = None) -> None:
+def main(
+    model: str | None, seconds: float, rounds: int, as_json: bool, quantize: Quantize | None = None,
+    reference: bool = False,
+) -> None:  # fmt: skip
     """The command behind `omni-jax bench serve`."""
     where = machine()
-    found = run(model, seconds, rounds, quantize=quantize)
+    found = run(model, seconds, rounds, quantize=quantize, reference=reference)
     if as_json:
         tables = {"rows": [vars(r) for r in found.rows], "goals": [vars(g) for g in goals(found)]}
         print(json.dumps({"machine": where, "model": model or "tiny, random", **tables}))

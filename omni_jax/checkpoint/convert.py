@@ -33,7 +33,7 @@ from omni_jax.checkpoint.speakers import PACK_FILE, SPEAKERS_FILE, load_voices
 from omni_jax.config import OmniConfig, load_config
 from omni_jax.errors import warn
 from omni_jax.model.declare import walk
-from omni_jax.model.parameters import is_quantized, param_specs
+from omni_jax.model.parameters import has_speech_dtype, is_quantized, param_specs
 from omni_jax.packing import without_packing
 from omni_jax.progress import progress_bar
 from omni_jax.settings import Quantize
@@ -256,7 +256,9 @@ class _Leaf:
         return sum(math.prod(t.shape) for t in self.tensors) * self.dtype.itemsize
 
 
-def _leaves(tensors: Mapping[str, Stored], cfg: OmniConfig, dtype: DTypeName, mode: Quantize | None) -> list[_Leaf]:
+def _leaves(
+    tensors: Mapping[str, Stored], cfg: OmniConfig, dtype: DTypeName, speech_dtype: DTypeName, mode: Quantize | None
+) -> list[_Leaf]:
     """The arrays that tensors become: two of a matrix that is int8, its values before its scales."""
     specs = dict(walk(param_specs(cfg)))
     stacks: dict[tuple[str, ...], dict[int | None, str]] = {}
@@ -268,7 +270,9 @@ def _leaves(tensors: Mapping[str, Stored], cfg: OmniConfig, dtype: DTypeName, mo
         names = tuple(name for _, name in sorted(layers.items(), key=lambda item: item[0] or 0))
         stacked, held = None not in layers, tuple(tensors[name] for name in names)
         if not is_quantized(path, specs[path], mode):
-            out.append(_Leaf(path, names, held, stacked, _stored_dtype(held, dtype)))
+            chosen = speech_dtype != "keep" and has_speech_dtype(path)
+            kind = _DTYPES[speech_dtype] if chosen else _stored_dtype(held, dtype)
+            out.append(_Leaf(path, names, held, stacked, kind))
             continue
         for array, parts in int8_arrays(held).items():
             out.append(_Leaf((*path, array), names, tuple(parts), stacked, parts[0].dtype))
@@ -318,6 +322,7 @@ def convert(
     dst: str | os.PathLike[str],
     *,
     dtype: DTypeName = "keep",
+    speech_dtype: DTypeName = "keep",
     parts: Sequence[str] | None = None,
     adapter: str | os.PathLike[str] | None = None,
     keep_adapter: bool = False,
@@ -333,6 +338,7 @@ def convert(
       src: the folder (also a converted one), or a hub id.
       dst: the folder to make, or a URL that TensorStore writes to (gs://…).
       dtype: of the stored parameters; "bfloat16" leaves Token2Wav in float32.
+      speech_dtype: of the weights of Token2Wav that `parameters.has_speech_dtype` names.
       parts: which to take, the Thinker among them; by default all there are.
       adapter: folder of a PEFT adapter (LoRA) to merge.
       keep_adapter: put the adapter beside the weights instead of merging it. One that SRC keeps so goes along, unless
@@ -361,7 +367,7 @@ def convert(
             tensors = tensors if keep_adapter else merged
         kept = pathlib.Path(adapter) if adapter is not None and keep_adapter else files / ADAPTER
         mode = orbax_io.quantization_of(files, quantize)
-        leaves = _leaves(tensors, cfg, dtype, mode)
+        leaves = _leaves(tensors, cfg, dtype, speech_dtype, mode)
         total = sum(leaf.nbytes for leaf in leaves)
         with building(dst, total) as place, progress_bar("converting", total, progress, in_bytes=True) as advance:
             _put_small_files(files, place, config)

@@ -113,17 +113,18 @@ def _make_quantized(tensors: Sequence[Stored], stacked: bool, shardings: Any) ->
     return QuantizedArray(values, _make_leaf(arrays[SCALE], stacked, np.float32, _lookup(shardings, (SCALE,))))
 
 
-def _insert(tree: dict[Any, Any], path: Sequence[Any], leaf: Any) -> None:
+def insert_leaf(tree: dict[Any, Any], path: Sequence[Any], leaf: Any) -> None:
+    """Puts a leaf at a path of nested dicts, which are made as they are needed."""
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = leaf
 
 
-def _tuples(tree: Any) -> Any:
-    """Dicts keyed by layer numbers become tuples."""
+def numbered_as_tuples(tree: Any) -> Any:
+    """The tree with dicts that are keyed by layer numbers as tuples."""
     if not isinstance(tree, dict):
         return tree
-    values = {key: _tuples(value) for key, value in tree.items()}
+    values = {key: numbered_as_tuples(value) for key, value in tree.items()}
     return tuple(values[i] for i in range(len(values))) if 0 in values else values
 
 
@@ -198,6 +199,6 @@ def load_params(
                 leaf: Any = _make_quantized(tensors, stacked, sharding)
             else:
                 leaf = _make_leaf(tensors, stacked, wanted, sharding)
-            _insert(params, place, leaf)
+            insert_leaf(params, place, leaf)
             advance(sum(map(nbytes, tensors)))
-    return _tuples(params)
+    return numbered_as_tuples(params)

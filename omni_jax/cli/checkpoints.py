@@ -51,6 +51,7 @@ def convert(
     dst: tyro.conf.Positional[str],
     *,
     dtype: Literal["keep", "bfloat16", "float32"] = "keep",
+    speech_dtype: Literal["keep", "bfloat16", "float32"] = "keep",
     parts: str | None = None,
     adapter: pathlib.Path | None = None,
     keep_adapter: Flag = False,
@@ -63,6 +64,7 @@ def convert(
       src: Checkpoint folder, or a model on the hub (Qwen/Qwen2.5-Omni-3B).
       dst: Folder to make, or a URL (gs://bucket/folder).
       dtype: Of the stored weights; bfloat16 leaves Token2Wav in float32.
+      speech_dtype: Of the weights that Token2Wav multiplies by. bfloat16 halves them, for `--speech-dtype bfloat16`.
       parts: Which to take, with commas: thinker,talker,token2wav. All there are if not given.
       adapter: Folder of a PEFT adapter (LoRA) to merge into the weights.
       keep_adapter: Put the adapter beside the weights instead.
@@ -74,8 +76,8 @@ def convert(
     began = time.perf_counter()
     wanted = None if parts is None else tuple(parts.split(","))
     size = run(
-        src, dst, dtype=dtype, parts=wanted, adapter=adapter, keep_adapter=keep_adapter, quantize=quantize,
-        progress=sys.stderr.isatty(),
+        src, dst, dtype=dtype, speech_dtype=speech_dtype, parts=wanted, adapter=adapter, keep_adapter=keep_adapter,
+        quantize=quantize, progress=sys.stderr.isatty(),
     )  # fmt: skip
     report("converted", dst, size, began, as_json)
 

@@ -21,7 +21,7 @@ BENCH_OPTIONS = {
     "live": ("model", "quantize", "seconds", "pairs", "timeline"),
     "batch": ("model", "quantize", "requests", "rows", "pairs"),
     "turns": ("model", "quantize", "pairs"),
-    "serve": ("model", "quantize", "seconds", "pairs"),
+    "serve": ("model", "quantize", "seconds", "pairs", "reference"),
     "chip": ("programs", "preset", "batches", "pairs", "layers"),
 }
 
@@ -105,7 +105,7 @@ def bench(
     if what == "serve":
         from omni_jax.infer.bench import serve
 
-        return serve.main(live.model, live.seconds, pairs, as_json, live.quantize)
+        return serve.main(live.model, live.seconds, pairs, as_json, live.quantize, live.reference)
     if what == "chip":
         from omni_jax.infer.bench import chip
 

@@ -1,4 +1,4 @@
-"""Attention, and the one place that chooses its form: a kernel on TPU, cuDNN on a GPU that has it, else plain jnp.
+"""Attention, and the one place that chooses its form: a kernel on TPU, cuDNN or Triton on a GPU, else plain jnp.
 
 The choice falls when a program is lowered, by `jax.lax.platform_dependent`: so it is right as well where one platform
 compiles for another, and `jax.default_backend()` would not be.
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from omni_jax.model.kernels import cudnn, decode, plain, prefill
+from omni_jax.model.kernels import cudnn, decode, plain, prefill, triton
 from omni_jax.model.kernels.plain import SCORE_BYTES
 from omni_jax.model.quantize import QuantizedArray
 from omni_jax.model.types import AnyArray
@@ -88,11 +88,21 @@ def full_attention(
     def by_plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
         return plain.full_attention(q, k, v, mask, scale=scale, score_bytes=score_bytes)
 
+    by_triton = functools.partial(triton.full_attention, scale=scale)
+    on_gpu = by_triton if T == S and triton.supported(q.dtype, D) else by_plain
     if max(T, S) < KERNEL_CELL:
-        return by_plain(q, k, v, mask).reshape(shape)
-    if mask is None:
+        attend: Any = on_gpu if _for_gpu() else by_plain
+    else:
+        attend = _chosen(functools.partial(prefill.full_attention, scale=scale), by_plain, on_gpu)
+    if mask is None and attend is not by_plain:
         mask = jnp.ones(k.shape[:2], bool)
-    return _chosen(functools.partial(prefill.full_attention, scale=scale), by_plain)(q, k, v, mask).reshape(shape)
+    return attend(q, k, v, mask).reshape(shape)
+
+
+def _for_gpu() -> bool:
+    """Whether the program is traced for GPUs: those of the active layout, or this process's."""
+    layout = active_layout()
+    return (jax.default_backend() if layout is None else layout.mesh.devices.flat[0].platform) in ("gpu", "cuda")
 
 
 def causal_attention(
@@ -122,7 +132,9 @@ def causal_attention(
         def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segments: Any) -> jax.Array:
             return cudnn.causal_attention(q, k, v)
 
-        on_gpu = by_cudnn if segments is None and cudnn.supported(k.dtype, q.shape[-1]) else by_plain
+        on_gpu = triton.causal_attention if triton.supported(k.dtype, q.shape[-1]) else by_plain
+        if segments is None and cudnn.supported(k.dtype, q.shape[-1]):
+            on_gpu = by_cudnn
         return _chosen(by_kernel, by_plain, on_gpu)(q, k, v, segments)
 
     def with_plain(q: jax.Array, k: jax.Array, v: jax.Array, old: Past) -> jax.Array:

@@ -171,13 +171,14 @@ def _write(
 def _in_place(arrays: tuple[jax.Array, ...], ndim: int) -> tuple[jax.Array, ...]:
     """The arrays, in the memory order in which a TPU takes them as arguments: slots innermost where heads are narrower
     than a tile. Left to choose, the compiler turns them around for this loop, and back after it; in a loop of steps of
-    one row even heads of 128. Those of scales, which have fewer axes than `ndim`, are left to it."""
+    one row even heads of 128. Scales have one axis less than `ndim`, and their slots innermost."""
     *before, slots, size = range(ndim)
     wide = arrays[0].shape[-1] >= LANES
     order = MemoryLayout((*before, slots, size) if wide else (*before, size, slots))
+    scales = MemoryLayout((*before, slots))
 
     def on_tpu(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(with_layout_constraint(x, order) if x.ndim == ndim else x for x in arrays)
+        return tuple(with_layout_constraint(x, order if x.ndim == ndim else scales) for x in arrays)
 
     return tuple(lax.platform_dependent(*arrays, tpu=on_tpu, default=lambda *x: x))
 

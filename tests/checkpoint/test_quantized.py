@@ -205,3 +205,18 @@ def test_the_engine_runs_on_int8(converted, model):
     exact = model.generate(ask, max_new_tokens=1, logprobs=1)
     for a, b in zip(exact, both, strict=True):
         assert abs(a.logprobs[0].logprob - b.logprobs[0].logprob) < 0.1
+
+
+def test_speech_in_bfloat16_is_stored_as_it_is_used(checkpoint, tmp_path):
+    """Half the bytes of what Token2Wav multiplies by, and the same parameters as from float32."""
+    size = convert(checkpoint, tmp_path / "c", speech_dtype="bfloat16")
+    speech = {"parts": ("token2wav",)}
+    whole, half = (load(f, **speech, speech_dtype="bfloat16") for f in (checkpoint, tmp_path / "c"))
+    assert_same(whole, half)
+    halves = [x for x in jax.tree.leaves(half) if x.dtype == jnp.bfloat16]
+    assert halves
+    assert size == convert(checkpoint, tmp_path / "whole") - 2 * sum(x.size for x in halves)
+    assert_same(jax.tree.map(lambda x: x.astype(jnp.float32), half), load(tmp_path / "c", **speech))
+    export(tmp_path / "c", tmp_path / "e")
+    kinds = {str(t.dtype) for n, t in open_checkpoint(tmp_path / "e", CFG).items() if keys.part_of(n) == "token2wav"}
+    assert kinds == {"bfloat16", "float32"}

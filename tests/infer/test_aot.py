@@ -283,7 +283,7 @@ def test_the_loader_and_the_programs_hold_layers_alike():
     """On CPU as on a GPU the layers are apart, whole and in order."""
     cfg = truncate_layers(C.preset("tiny"), 3)
     placement = meshes.place(cfg, "1", devices=jax.devices()[:1])
-    tree = programs.weights(cfg, placement, "thinker", jnp.bfloat16)
+    tree = programs.weights(cfg, placement, "thinker")
     stacked = param_specs(cfg, ("thinker",))["thinker"]
     assert len(tree["model"]["layers"]) == cfg.thinker.text.num_hidden_layers
     whole = jax.tree.leaves(stacked["model"]["layers"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from omni_jax.model.attention import Past, _with_live_cache, causal_attention, full_attention
-from omni_jax.model.kernels import cudnn, decode, plain, prefill
+from omni_jax.model.kernels import cudnn, decode, plain, prefill, triton
 from tests import tpu
 from tests.oracle import relative_error
 
@@ -29,14 +29,16 @@ CAUSAL = {
 }
 
 
+@pytest.mark.parametrize("module", [prefill, triton], ids=["tpu", "gpu"])
 @pytest.mark.parametrize("case", CAUSAL.values(), ids=CAUSAL)
-def test_prefill_and_its_gradients(case):
+def test_prefill_and_its_gradients(case, module):
     B, T, N, K, pattern = case
     q, k, v = _qkv(B, T, N, K, 16)
     segments = None if pattern is None else np.sort(np.resize(np.array(pattern, np.int32), (B, T)), axis=1)
 
     def kernel(q, k, v):
-        return prefill.causal_attention(q, k, v, segments, interpret=True)[0]
+        out = module.causal_attention(q, k, v, segments, interpret=True)
+        return out[0] if module is prefill else out
 
     def reference(q, k, v):
         return plain.causal_attention(q, k, v, segments=segments)
@@ -77,6 +79,19 @@ def test_full_attention_with_masked_keys(case):
     assert relative_error(ours, plain.full_attention(q, k, v, mask)) < 1e-6
     nothing = prefill.full_attention(q, k, v, np.zeros_like(mask), scale=D**-0.5, interpret=True)
     assert np.isfinite(nothing).all()
+
+
+@pytest.mark.parametrize("case", [c for c in FULL.values() if c[1] == c[2]] + [(2, 140, 140, 3, 24)])
+def test_full_attention_by_triton(case):
+    """Queries that the mask excludes, as padding is, mean nothing but are finite."""
+    B, T, _, H, D = case
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.normal(size=(B, T, H, D)).astype(np.float32) for _ in range(3))
+    mask = rng.random((B, T)) < 0.6
+    mask[-1] = np.arange(T) < 9
+    ours = np.asarray(triton.full_attention(q, k, v, mask, scale=D**-0.5, interpret=True))
+    assert relative_error(ours[mask], np.asarray(plain.full_attention(q, k, v, mask))[mask]) < 1e-6
+    assert np.isfinite(ours).all()
 
 
 def _cache(L, B, K, C, H):
@@ -132,9 +147,9 @@ def _int(*shape):
     return _struct(*shape, dtype=jnp.int32)
 
 
-@pytest.mark.parametrize(("platform", "chosen"), [("cpu", False), ("cuda", False), ("tpu", True)])
+@pytest.mark.parametrize(("platform", "chosen"), [("cpu", None), ("cuda", "triton"), ("tpu", "tpu_custom_call")])
 def test_the_platform_chooses(platform, chosen):
-    """When lowering, whatever the machine is."""
+    """When lowering, whatever the machine is; float32 on a GPU stays plain, where Triton would round it."""
 
     def causal(q, k, v):
         return causal_attention(q, k, v, None)
@@ -145,7 +160,10 @@ def test_the_platform_chooses(platform, chosen):
     }
     for f, shapes in programs.items():
         text = jax.jit(f).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
-        assert ("tpu_custom_call" in text) == chosen
+        assert {name for name in ("tpu_custom_call", "triton") if name in text} == ({chosen} if chosen else set())
+    if platform == "cuda":
+        exact = jax.jit(full_attention).trace(*(_struct(1, 512, 4, 80, dtype=jnp.float32),) * 3)
+        assert "triton" not in exact.lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize("kind", ["v5e", "v6e"])

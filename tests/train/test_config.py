@@ -98,6 +98,8 @@ def test_changes_and_their_errors(tmp_path):
     assert (run.data.batch, run.steps, run.seed, run.data.media) == (4, 7, 3, {"fps": 1})
     assert config.load(path, ["tracking=wandb"]).tracking == ("wandb",)
     assert config.load(path, ["tracking=wandb,tensorboard"]).tracking == ("wandb", "tensorboard")
+    both = config.load(path, ["evaluate_every=5", "data.evaluate=y.jsonl", "data.batch=6", "data.accumulate=3"])
+    assert (both.evaluate_every, both.data.evaluate, both.data.batch // both.data.accumulate) == (5, "y.jsonl", 2)
     for changes, message in (
         (["data.bach=4"], "there is no 'bach'; there are accumulate, batch"),
         (["stepps=4"], "there is no 'stepps'"),
@@ -107,6 +109,7 @@ def test_changes_and_their_errors(tmp_path):
         (["steps=True"], "steps is True; it must be a whole number"),
         (["out=3"], "out is 3; it must be a string"),
         (["dtype=float16"], "dtype is 'float16'; it must be one of bfloat16, float32"),
+        (["spell=True"], "spell is for the task 'ctc'"),
         (["task=singer"], "task is 'singer'; it must be one of thinker, ctc, talker"),
         (["optimizer=muon"], r"optimizer is 'muon'; it must be Optimizer\(…\), such as --set optimizer.name="),
         (["lora=16"], r"lora is 16; it must be Lora\(…\) or None, such as --set lora.rank="),

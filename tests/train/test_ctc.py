@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 from omni_jax.train import losses
 from omni_jax.train.config import RunError
+from omni_jax.train.data.jsonl import DataError
+from omni_jax.train.nano.batches import ctc_room
 from omni_jax.train.step import make_trainer
 from tests import conversations, oracle, training
 
@@ -38,14 +41,20 @@ def _oracle_loss(thinker, kind, prompt, sample, blank):
     return torch.nn.functional.ctc_loss(scores[:, None], target[None], *lengths, blank=blank, reduction="sum")
 
 
-def test_loss_and_gradients(model, checkpoint, oracle_thinker):
+@pytest.mark.parametrize("room", [None, "measured"])
+def test_loss_and_gradients(model, checkpoint, oracle_thinker, room):
     read = training.reader(model, checkpoint)
     answered = {kind: training.answered(kind, ANSWER) for kind in KINDS}
     samples = [s for kind in KINDS for s in read.samples({"messages": answered[kind], "name": kind})]
     batch = training.batch(model, [[s] for s in samples])
 
+    how = training.FLOAT32
+    if room == "measured":
+        how = dataclasses.replace(how, ctc_room=ctc_room(model.config.thinker, samples))
+        assert max(how.ctc_room) < batch.tokens.ids.shape[1]
+
     def loss(tree):
-        return losses.ctc_loss(model.config, {"thinker": tree}, batch, losses.counts(batch), training.FLOAT32)
+        return losses.ctc_loss(model.config, {"thinker": tree}, batch, losses.counts(batch), how)
 
     (ours, _), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(training.stacked(checkpoint, model)["thinker"])
     total, want = sum(int((s.labels >= 0).sum()) for s in samples), 0.0
@@ -61,6 +70,43 @@ def test_loss_and_gradients(model, checkpoint, oracle_thinker):
         oracle_thinker.zero_grad(set_to_none=True)
     assert abs(float(ours) - want) < 1e-5 * want
     print("largest gradient error", training.compare(grads, theirs, 2e-4))
+
+
+def test_logprob_of_labels_beside_torch():
+    """Rows of several lengths, equal neighbours among the labels, one with no frame to spare, an empty text."""
+    rng = np.random.default_rng(5)
+    frames, count, classes = np.array([12, 9, 5, 4]), np.array([5, 1, 3, 0]), 7
+    labels = np.array([[3, 3, 1, 1, 3], [6, 0, 0, 0, 0], [2, 2, 4, 0, 0], [0] * 5], np.int32)
+    logits = torch.tensor(rng.normal(0, 2, (4, 12, classes)).astype(np.float32), requires_grad=True)
+    lengths = torch.tensor(frames), torch.tensor(count)
+    want = torch.nn.functional.ctc_loss(
+        logits.log_softmax(-1).transpose(0, 1), torch.tensor(labels), *lengths, reduction="none"
+    )
+    want.sum().backward()
+
+    def loss(logits):
+        ids = np.concatenate([np.zeros((4, 1), np.int32), labels], 1)
+        scores = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[:, None], axis=2)
+        return -losses.ctc_logprob(scores, frames, labels, count)
+
+    values = logits.detach().numpy()
+    np.testing.assert_allclose(loss(values), want.detach().numpy(), rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(lambda x: loss(x).sum())(values), logits.grad.numpy(), atol=2e-6)
+
+
+def test_spelled_answers(model, checkpoint):
+    """The characters stand behind the conversation, whose own places ask for nothing; the mark at the end stays."""
+    record = {"messages": training.answered("audio", "A cat, twice."), "name": "x"}
+    (whole,), (spelled,) = (training.reader(model, checkpoint, "ctc", spell=s).samples(record) for s in (False, True))
+    tokenizer, end = model.processor.tokenizer, whole.labels[whole.labels >= 0][-1]
+    letters = [i for c in "A cat, twice." for i in tokenizer.encode(c)]
+    assert len(letters) > (whole.labels >= 0).sum()
+    assert spelled.labels[spelled.labels >= 0].tolist() == [*letters, end]
+    assert spelled.ids.tolist() == [*whole.ids, *letters, end]
+    assert spelled.labels[len(whole.ids) - 1 : -1].tolist() == spelled.ids[len(whole.ids) :].tolist()
+    assert spelled.positions.shape == (3, len(spelled.ids))
+    with pytest.raises(DataError, match="tokens and characters"):
+        training.reader(model, checkpoint, "ctc", spell=True, sequence=len(whole.ids) + 3).samples(record)
 
 
 def test_texts_longer_than_the_sound_and_rows_without_media_count_nothing(model, checkpoint):

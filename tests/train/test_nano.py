@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pathlib
+import tarfile
 from collections.abc import Iterator
 
 import jax
@@ -152,7 +154,7 @@ def made(checkpoint, tmp_path_factory):
     features._features((run, folder / "some.jsonl", lines[:3], 0, folder))
     features._features((run, folder / "some.jsonl", lines[3:], 3, folder))
     cfg = load_config(checkpoint).thinker
-    return run, cfg, features.load_features([folder], cfg)
+    return run, cfg, features.load_features(folder, cfg)
 
 
 def test_batches_of_features_are_those_of_the_loader(made, model, checkpoint):
@@ -208,7 +210,7 @@ def learned(short_checkpoint, tmp_path, monkeypatch):
     run = training.run(short_checkpoint, tmp_path, "x", steps=8)
     lines = [json.dumps(r) for r in training.questions(40)]
     features._features((run, tmp_path / "some.jsonl", lines, 0, tmp_path))
-    return run, features.load_features([tmp_path], load_config(short_checkpoint).thinker), tmp_path
+    return run, features.load_features(tmp_path, load_config(short_checkpoint).thinker), tmp_path
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(learned, monkeypatch, capsys):
@@ -291,3 +293,18 @@ def test_the_release_holds_what_was_learned(learned, short_checkpoint, tmp_path)
         with pytest.raises(RunError, match="no tensor of"):
             release.assemble(short_checkpoint, wrong, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
+
+
+def test_of_a_package_only_its_json_files_are_unpacked(tmp_path):
+    archive = tmp_path / "a.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name in ("package/icons.json", "package/src/digits/1.json", "package/run.js", "package/../../evil.json"):
+            info = tarfile.TarInfo(name)
+            info.size = 2
+            tar.addfile(info, io.BytesIO(b"{}"))
+        link = tarfile.TarInfo("package/link.json")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    pictures._unpack(archive, tmp_path / "deep" / "out")
+    found = [str(f.relative_to(tmp_path)) for f in sorted(tmp_path.rglob("*")) if f.is_file()]
+    assert found == ["a.tgz", "deep/out/icons.json", "deep/out/src/digits/1.json"]

@@ -86,6 +86,7 @@ class Reader:
       sequence: most places of a sample.
       media: defaults of media items.
       form: of the records; see `formats`.
+      spell: ask for the characters of the answers, in place of the tokenizer's pieces.
     """
 
     config: OmniConfig
@@ -96,6 +97,7 @@ class Reader:
     sequence: int
     media: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     form: Form = "auto"
+    spell: bool = False
 
     @property
     def talker(self) -> TalkerConfig:
@@ -252,20 +254,33 @@ class Reader:
             labels[begin - 1 : end] = prompt.ids[begin : end + 1]  # the ending mark included
         # A medium that the assistant shows is none of its words.
         labels[np.isin(labels, self._media_ids)] = IGNORED
+        ids, positions = prompt.ids, prompt.positions
+        if self.spell:
+            ids, positions, labels = self._spelled(ids, positions, labels)
+            self._fits(len(ids), "tokens and characters")
         spoken = None
         if codes is not None:
             spoken = self._codes(prompt, turns[-1], self.codes(codes), record.get("voice"))
             self._fits(len(spoken.labels), "codes and prompt tokens of the Talker")
         seen = (*((p.pixels, p.grid) for p in prompt.images), *((whole(c.pixels), c.grid) for c in prompt.videos))
         audios = tuple(map(whole, prompt.audios))
-        return Sample(
-            str(record["name"]), prompt.ids, prompt.positions, labels, seen, len(prompt.images), audios, spoken
-        )
+        return Sample(str(record["name"]), ids, positions, labels, seen, len(prompt.images), audios, spoken)
 
     @functools.cached_property
     def _media_ids(self) -> np.ndarray:
         """The ids of media's places and of their beginnings and ends."""
         return np.array([getattr(self.config.thinker, f"{name}_token_id") for name in CONTROLS])
+
+    def _spelled(self, ids: np.ndarray, positions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Tokens, positions and labels with the answers' characters, each in its own tokens, and the last label behind
+        the others; they alone are asked."""
+        tokenizer, asked = self.processor.tokenizer, labels[labels != IGNORED]
+        characters = [i for c in tokenizer.decode(asked) for i in tokenizer.encode(c)]
+        tail = np.array([*characters, *asked[-1:]], np.int32)
+        places = positions[:, -1:] + 1 + np.arange(len(tail), dtype=np.int32)
+        # A label is the id that follows.
+        spelled = np.concatenate([np.full(len(ids) - 1, IGNORED, np.int32), tail, [IGNORED]]).astype(np.int32)
+        return np.concatenate([ids, tail]), np.concatenate([positions, places], axis=1), spelled
 
     def _codes(self, prompt: Prompt, turn: tuple[int, int], codes: np.ndarray, voice: Any) -> Codes:
         """What the Talker reads place by place; see `talker.prompt_vectors`, `opening_vectors` and `step_vectors`."""

@@ -20,13 +20,8 @@ from omni_jax.train.config import Run, load
 from omni_jax.train.nano import features, model, pictures, records, release, resident, speech, voices
 
 OUT = pathlib.Path("out/nano")  # as configs/nano.py names it
-# Each run of `resident` with the features that it takes and the runs whose weights it begins with, in this order.
-RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "see": (("see",), ()),
-    "hear": (("hear",), ()),
-    "joint": (("joint", "hear"), ("see", "hear")),
-    "talker": (("talker",), ("joint",)),
-}
+# The runs of `resident`, in this order, with those whose weights each begins with.
+RUNS: dict[str, tuple[str, ...]] = {"see": (), "hear": (), "joint": ("see", "hear"), "talker": ("joint",)}
 FINETUNED = ("vocoder", "flow")
 
 
@@ -58,18 +53,16 @@ def weights(names: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 def learn(config: pathlib.Path, name: str, processes: int) -> None:
     """One run of `resident`, whose weights go to a file."""
-    taken, before = RUNS[name]
     to = OUT / f"{name}.npz"
     if to.exists():
         return
-    run, folders = load(f"{config}:{name}"), [OUT / "features" / use for use in taken]
-    for use, folder in zip(taken, folders, strict=True):
-        features.make_features(load(f"{config}:{use}"), OUT / "data" / f"{use}-train.jsonl", folder, processes)
-    start = weights(before)
+    run, folder = load(f"{config}:{name}"), OUT / "features" / name
+    features.make_features(run, OUT / "data" / f"{name}-train.jsonl", folder, processes)
+    start = weights(RUNS[name])
     keep = OUT / f"{name}.state.npz"
     made = resident.train(
         run,
-        features.load_features(folders, load_config(run.model).thinker),
+        features.load_features(folder, load_config(run.model).thinker),
         start=start,
         processes=processes,
         keep=keep,

@@ -63,6 +63,12 @@ class Layout:
             used = used + need
 
 
+def ctc_room(cfg: ThinkerConfig, samples: Sequence[Sample]) -> tuple[int, int]:
+    """The most tokens of media and the most labels that one of the samples has (`losses.ForwardOptions`)."""
+    media = (cfg.image_token_id, cfg.video_token_id, cfg.audio_token_id)
+    return max(int(np.isin(s.ids, media).sum()) for s in samples), max(int((s.labels >= 0).sum()) for s in samples)
+
+
 def layout(cfg: ThinkerConfig, run: Run, needs: np.ndarray) -> Layout:
     """The shape that holds a batch of most of these samples, whichever are drawn.
 
@@ -72,11 +78,17 @@ def layout(cfg: ThinkerConfig, run: Run, needs: np.ndarray) -> Layout:
     pack, room = packs(run.data, run.task), run.data.sequence
     size = needs[:, :2].max(1).mean()
     count = run.data.batch * (0.95 * room / size if pack else 1.0)  # samples of a batch
-    media = needs[:, 2:]
-    most = np.maximum(count * media.mean(0) + 2 * np.sqrt(count) * media.std(0), media.max(0))
-    most = -(-most // 16).astype(np.int64) * 16
-    codes = room if needs[:, 1].any() else 0
-    return Layout(row_config(cfg), run.data.batch, np.array([room, codes, *most]), pack)
+    media = _usual(needs[:, 2:], count)
+    tokens, codes = room, 0
+    if needs[:, 1].any():  # a row is full of codes, which are several times as many as tokens
+        tokens, codes = min(room, int(_usual(needs[:, 0], count / run.data.batch))), room
+    return Layout(row_config(cfg), run.data.batch, np.array([tokens, codes, *media]), pack)
+
+
+def _usual(needs: np.ndarray, count: float) -> np.ndarray:
+    """int64, multiples of 16: what holds most draws of so many of the samples, and every sample."""
+    most = np.maximum(count * needs.mean(0) + 2 * np.sqrt(count) * needs.std(0), needs.max(0))
+    return -(-most // 16).astype(np.int64) * 16
 
 
 # Of the processes that make batches, which inherit it: samples, what each needs, the layout, the seed.

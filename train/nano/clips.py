@@ -55,10 +55,10 @@ class Clip:
 
 def _frames(clip: Clip, rng: np.random.Generator) -> list[Image.Image]:
     far = [c for c in COLOURS if np.abs(np.subtract(RGB[c], RGB[clip.colour])).sum() > 200]
-    paper, radius = RGB[str(rng.choice(far))], float(rng.uniform(13, 22))
+    paper, radius = RGB[str(rng.choice(far))], float(rng.uniform(10, 16))
     moving = clip.seconds - clip.moves
     way = np.array(STEPS[clip.direction], float)
-    path = float(min(rng.uniform(14, 26) * moving, SIDE - 2 * radius - 2))
+    path = float(min(rng.uniform(10, 19) * moving, SIDE - 2 * radius - 2))
     low = radius + 1 + np.maximum(-way, 0) * path
     high = SIDE - radius - 1 - np.maximum(way, 0) * path
     start, turn = rng.uniform(low, np.maximum(high, low + 1e-6)), float(rng.uniform(-0.2, 0.2))

@@ -181,6 +181,7 @@ def clip(job: Job, rng: np.random.Generator) -> Record:
     shown = clips.make(path, known[int(rng.integers(len(known)))], rng)
     first, second = (str(k) for k in rng.choice(list(CLIP), 2, replace=False))
     item = {"type": "video", "video": str(path.relative_to(job.data)), "use_audio_in_video": True}
+    item["min_pixels"] = pictures.SIDE**2  # frames as they are, and not enlarged to 128 tokens
     messages = _turn([item, _text(str(rng.choice(CLIP[first])))], shown.answer(first))
     if job.split == "train":
         messages += _turn([_text(str(rng.choice(CLIP[second])))], shown.answer(second))

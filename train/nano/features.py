@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import pathlib
 import pickle
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -34,11 +33,11 @@ def row_config(cfg: ThinkerConfig) -> ThinkerConfig:
 
 
 @functools.cache
-def _reader(model: str, task: str, folder: pathlib.Path, sequence: int) -> Reader:
+def _reader(model: str, task: str, folder: pathlib.Path, sequence: int, spell: bool) -> Reader:
     files = pathlib.Path(model)
     cfg = load_config(files)
     voices = load_voices(files) if cfg.token2wav is not None else {}
-    return Reader(cfg, Processor.from_folder(files, cfg.thinker), voices, task, folder, sequence)
+    return Reader(cfg, Processor.from_folder(files, cfg.thinker), voices, task, folder, sequence, spell=spell)
 
 
 def normalization(processor: Processor, cfg: ThinkerConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -51,7 +50,7 @@ def normalization(processor: Processor, cfg: ThinkerConfig) -> tuple[np.ndarray,
 def _features(job: tuple[Run, pathlib.Path, list[str], int, pathlib.Path]) -> None:
     """Writes the samples of some lines, their media as numbers from 0 of the rows of two arrays beside them."""
     run, file, lines, start, out = job
-    reader = _reader(run.model, run.task, file.parent, run.data.sequence)
+    reader = _reader(run.model, run.task, file.parent, run.data.sequence, run.spell)
     cfg, samples = reader.config.thinker, []
     mean, std = normalization(reader.processor, cfg)
     patches, frames = [np.zeros((0, len(mean)), np.uint8)], [np.zeros((0, cfg.audio.num_mel_bins), np.float16)]
@@ -99,13 +98,13 @@ class Features:
     frames: Any
 
 
-def load_features(folders: Sequence[pathlib.Path], cfg: ThinkerConfig) -> Features:
-    """The features of several folders of `make_features`, which this project wrote: their samples are pickled.
+def load_features(folder: pathlib.Path, cfg: ThinkerConfig) -> Features:
+    """The features of a folder of `make_features`, which this project wrote: their samples are pickled.
 
     Raises:
       RunError: more rows than can be numbered.
     """
-    files = sorted(f for folder in folders for f in folder.glob("*.npz"))
+    files = sorted(folder.glob("*.npz"))
     totals = np.ones(2, np.int64)
     for file in files:
         with np.load(file) as held:

@@ -26,6 +26,7 @@ from omni_jax.model.voice import Voice
 from omni_jax.processing.chat import SPEECH_SYSTEM_MESSAGE
 from omni_jax.processing.codec import load_codec
 from omni_jax.train.nano import words
+from omni_jax.train.nano.pictures import SIDE
 from omni_jax.train.nano.speech import CODES
 from omni_jax.train.nano.voices import OWN
 
@@ -37,19 +38,24 @@ LOUD = 6.0  # frames count as speech down to so much (natural log) below the lou
 def config() -> OmniConfig:
     """The sizes; special-token ids are replaced by the tokenizer's when the checkpoint is written."""
     text = DecoderConfig(
-        vocab_size=1280, hidden_size=256, intermediate_size=704, num_hidden_layers=5, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, mrope_section=(8, 12, 12), max_position_embeddings=32768,
+        vocab_size=1280, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=48, mrope_section=(8, 8, 8), max_position_embeddings=32768,
     )  # fmt: skip
     vision = VisionConfig(
-        depth=4, hidden_size=128, intermediate_size=320, num_heads=4, out_hidden_size=256, fullatt_block_indexes=(1, 3)
+        depth=4,
+        hidden_size=128,
+        intermediate_size=320,
+        num_heads=4,
+        out_hidden_size=192,
+        fullatt_block_indexes=(1, 3),
+        window_size=SIDE,
     )
-    audio = AudioConfig(encoder_layers=4, encoder_attention_heads=4, encoder_ffn_dim=640, d_model=160, output_dim=256)
+    audio = AudioConfig(encoder_layers=4, encoder_attention_heads=4, encoder_ffn_dim=640, d_model=160, output_dim=192)
     decoder = dataclasses.replace(
-        text, vocab_size=CODES + 16, hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=48, mrope_section=(8, 8, 8),
+        text, vocab_size=CODES + 16, num_hidden_layers=5,
     )  # fmt: skip
     talker = TalkerConfig(
-        decoder=decoder, embedding_size=256, tts_codec_pad_token_id=CODES + 2, tts_codec_start_token_id=CODES + 3,
+        decoder=decoder, embedding_size=192, tts_codec_pad_token_id=CODES + 2, tts_codec_start_token_id=CODES + 3,
         tts_codec_end_token_id=CODES + 4, tts_codec_mask_token_id=CODES + 6,
     )  # fmt: skip
     dit = DiTConfig(

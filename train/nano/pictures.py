@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from omni_jax.train.nano.voices import ToolError
 from omni_jax.train.nano.words import COLOURS, NUMBERS, SHAPES, THINGS
 
-SIDE = 112
+SIDE = 84
 # npm packages, their versions, and what they hold. Licences are in the model card.
 PACKAGES = {
     "mnist": "1.1.0", "@iconify-json/noto": "1.2.9", "@iconify-json/fluent-emoji-flat": "1.2.6",
@@ -64,11 +64,23 @@ def fetch(folder: pathlib.Path) -> None:
         archive = folder / run.stdout.strip().splitlines()[-1]
         part = folder / f".{short}"
         shutil.rmtree(part, ignore_errors=True)
-        with tarfile.open(archive) as tar:
-            tar.extractall(part, filter="data")
-        (part / "package").rename(folder / short)
-        shutil.rmtree(part)
+        _unpack(archive, part)
+        part.rename(folder / short)
         archive.unlink()
+
+
+def _unpack(archive: pathlib.Path, folder: pathlib.Path) -> None:
+    """Writes the JSON files of an npm package into a new folder, without the folder that they all are in."""
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            path = pathlib.PurePosixPath(member.name)
+            if not member.isfile() or path.suffix != ".json" or path.is_absolute() or ".." in path.parts:
+                continue
+            file = folder.joinpath(*path.parts[1:])
+            file.parent.mkdir(parents=True, exist_ok=True)
+            held = tar.extractfile(member)
+            assert held is not None  # it is a file
+            file.write_bytes(held.read())
 
 
 @functools.cache
@@ -86,7 +98,7 @@ def handwritten(folder: pathlib.Path, split: str, rng: np.random.Generator) -> t
     place = np.arange(len(every)) % 20
     own = np.flatnonzero({"test": place == 0, "validation": place == 1}.get(split, place > 1))
     ink = every[rng.choice(own)]
-    size = int(rng.integers(56, 100))
+    size = int(rng.integers(42, 76))
     mask = Image.fromarray((ink * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
     if split == "train":
         mask = mask.rotate(float(rng.uniform(-12, 12)), Image.Resampling.BICUBIC)
@@ -151,7 +163,7 @@ def _shade(colour: str, rng: np.random.Generator) -> tuple[int, ...]:
 def shapes(rng: np.random.Generator) -> tuple[Image.Image, Drawn]:
     """One to five shapes of one kind and colour that do not touch."""
     what = Drawn(str(rng.choice(COLOURS)), str(rng.choice(SHAPES)), int(rng.integers(1, 6)))
-    radius = float(rng.uniform(9, 15 if what.count > 2 else 26))
+    radius = float(rng.uniform(7, 11.5 if what.count > 2 else 20))
     _, paper = _paper(what.colour, rng)
     out = Image.new("RGB", (4 * SIDE, 4 * SIDE), paper)  # drawn larger, so that edges are smooth
     pen, places = ImageDraw.Draw(out), _places(what.count, radius, rng)
@@ -200,7 +212,7 @@ def drawing(
     if rng.integers(2):
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     image = image.rotate(float(rng.uniform(-25, 25)), Image.Resampling.BICUBIC, expand=True)
-    size = int(rng.integers(60, 109))
+    size = int(rng.integers(48, 83))
     image = image.resize((size, size), Image.Resampling.LANCZOS)
     paper = rng.integers(0, 256, 3) if rng.integers(2) else rng.integers(190, 256, 3)
     out = Image.new("RGB", (SIDE, SIDE), tuple(int(v) for v in paper))

@@ -19,10 +19,11 @@ from omni_jax.train.nano.conversations import Job, lines
 from omni_jax.train.nano.questions import READ
 
 # How many conversations of each kind; `heard` of a set is each of its recordings once.
-SEE = {"named": 60000}
-HEAR = {"heard": 24000}
-# Beside those of `HEAR`, whose features the run also takes.
-JOINT = {"seen": 40000, "asked": 10000, "clip": 4000, "seen-before": 5000, "heard-before": 4000, "read": 12000}
+SEE = {"named": 48000}
+HEAR = {"heard": 8000}
+JOINT = {
+    "seen": 20000, "asked": 6000, "clip": 5000, "seen-before": 3000, "heard-before": 2000, "read": 5000, "heard": 8000,
+}  # fmt: skip
 VALIDATION = {"see": {"named": 200}, "hear": {"heard": 200}, "joint": dict.fromkeys(JOINT, 32)}
 SEED = 20260803
 

@@ -27,7 +27,7 @@ from omni_jax.processing.processor import Processor
 from omni_jax.train.config import Run, RunError
 from omni_jax.train.data.batch import Batch, Media
 from omni_jax.train.nano.augment import heard_otherwise, seen_otherwise
-from omni_jax.train.nano.batches import batches
+from omni_jax.train.nano.batches import batches, ctc_room
 from omni_jax.train.nano.features import Features, normalization
 from omni_jax.train.step import State, Trainer, flatten, make_trainer
 
@@ -105,6 +105,8 @@ def train(
     """
     cfg = load_config(run.model)
     trainer = make_trainer(run, cfg)
+    if run.task == "ctc":
+        trainer = dataclasses.replace(trainer, ctc_room=ctc_room(cfg.thinker, features.samples))
     state, made = None, 0
     if keep is not None and keep.exists():
         with np.load(keep, allow_pickle=False) as held:

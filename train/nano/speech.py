@@ -28,10 +28,10 @@ SEED = 20260801
 CODES = 512
 # How many sentences: both own voices read each of them.
 OWN_SENTENCES = {"train": 1500, "validation": 40, "test": 200}  # with mel frames, for Token2Wav
-SPOKEN_SENTENCES = {"train": 12000, "validation": 100, "test": 200}  # with codes, for the Talker
-OTHER_SENTENCES = {"train": 12000, "validation": 200, "test": 300}  # by the other voices, to be transcribed
-SHORT_TEXTS = {"train": 1600}  # pairs of words with codes, beside each word alone, as answers are
-ASKED_TIMES = {"train": 100, "validation": 4, "test": 20}  # how often each question is asked by a voice
+SPOKEN_SENTENCES = {"train": 4000, "validation": 100, "test": 200}  # with codes, for the Talker
+OTHER_SENTENCES = {"train": 4000, "validation": 200, "test": 300}  # by the other voices, to be transcribed
+SHORT_TEXTS = {"train": 400}  # pairs of words with codes, beside each word alone, as answers are
+ASKED_TIMES = {"train": 40, "validation": 4, "test": 20}  # how often each question is asked by a voice
 
 
 def _speed(rng: np.random.Generator) -> float:

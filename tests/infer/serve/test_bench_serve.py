@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
 from omni_jax.errors import InputError
-from omni_jax.infer.bench import serve
+from omni_jax.infer.bench import reference_server, serve
 from omni_jax.infer.bench.clients import ReplyTiming
 from tests.infer.serve.conftest import NAME
 
@@ -47,6 +48,12 @@ def test_goals():
     table = serve.markdown(figures)
     assert table.count("\n| ") == len(rows) + 1 + len(found)
     assert "| ≤ 2 | no |" in table
+    with_reference = dataclasses.replace(figures, rows=(
+        *rows, made("chat, in turn", 16, 0.2, rate=4.0), made("reference", 16, 3.0, rate=0.5)
+    ))  # fmt: skip
+    more = [g for g in serve.goals(with_reference) if "reference" in g.figure]
+    assert [(round(g.value, 3), g.holds) for g in more] == [(8.0, True), (15.0, True)]
+    assert len(serve.goals(with_reference)) == len(found) + 2
 
 
 def test_the_server_is_measured(replica, url, monkeypatch, capsys):
@@ -64,6 +71,28 @@ def test_the_server_is_measured(replica, url, monkeypatch, capsys):
     assert told["goals"][-1]["goal"] == "≤ 5"
     serve.main(None, 1.0, 2, as_json=False)
     assert "| realtime | 1 |" in capsys.readouterr().out
+
+
+def test_beside_the_reference(checkpoint, url, monkeypatch):
+    """Which speaks as often as ours, and answers with the whole sound at once."""
+    monkeypatch.setattr(serve, "NAME", NAME)
+    with reference_server.running(checkpoint, 8, 26) as other:
+        rows = serve.beside(url, other, 1, (1, 2))
+    assert [(r.what, r.clients) for r in rows] == [
+        ("chat, in turn", 1), ("reference", 1), ("chat, in turn", 2), ("reference", 2)
+    ]  # fmt: skip
+    ours, theirs = rows[0], rows[1]
+    assert theirs.flowing == 100
+    assert 0 < ours.first_p50 < theirs.first_p50
+    assert rows[3].rate > 0
+
+
+def test_a_reference_that_does_not_start_says_why(tmp_path):
+    with (
+        pytest.raises(InputError, match=r"did not start: .*config\.json does not exist"),
+        reference_server.running(tmp_path, 8, 26),
+    ):
+        raise AssertionError("it runs")
 
 
 def test_no_rounds_are_refused():
