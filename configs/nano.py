@@ -24,7 +24,7 @@ RUNS: dict[tuple[str, ...], dict[str, Any]] = {
     },
     ("joint",): {"rates": {"thinker": 1e-3}, "steps": 10000, "data": {"batch": 8, "sequence": 384}},
     ("talker",): {
-        "task": "talker", "rates": {"talker": 1e-3}, "steps": 11000, "corrupt": 0.15,
+        "task": "talker", "rates": {"talker": 2.5e-3}, "steps": 11000, "corrupt": 0.15,
         "data": {"batch": 8, "sequence": 384},
     },
     ("vocoder",): {
@@ -32,7 +32,7 @@ RUNS: dict[tuple[str, ...], dict[str, Any]] = {
         "data": {"batch": 4, "crop": 48},
     },
     ("flow",): {
-        "task": "token2wav", "rates": {"token2wav.code2wav_dit_model": 1e-3}, "steps": 12000,
+        "task": "token2wav", "rates": {"token2wav.code2wav_dit_model": 1e-3}, "steps": 8000,
         "data": {"batch": 8, "sequence": 480},
     },
 }  # fmt: skip

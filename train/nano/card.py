@@ -176,10 +176,10 @@ def speaks(
             (made,) = model.vocoder([codes], [settings])
             asked = [{"role": "user", "content": f"say {text}"}]
             reply = model.generate(asked, speech=settings, max_new_tokens=LONGEST)
-            for task, sound in (("originals", original), ("codes to sound", made), ("text to sound", reply.audio)):
+            for task, sound in (("originals", original), ("codes to sound", made), ("text to sound", reply.waveform)):
                 for judge, recognise in recognisers.items():
                     said.setdefault(f"{task}{judge}", []).append((text, recognise(np.asarray(sound))))
-            pitches[voice].append(scores.pitch(np.asarray(reply.audio)))
+            pitches[voice].append(scores.pitch(np.asarray(reply.waveform)))
             advance()
     out: Measured = {task: (scores.word_error_rate(pairs), len(pairs), None) for task, pairs in said.items()}
     middle = np.mean([np.median(p) for p in pitches.values()])
