@@ -27,6 +27,7 @@ from omni_jax.errors import InputError
 from omni_jax.events import AudioEvent, DoneEvent, ErrorEvent
 from omni_jax.infer.analysis import live, plan
 from omni_jax.infer.analysis.depth import truncate_layers
+from omni_jax.infer.bench import attention
 from omni_jax.infer.bench.in_memory import random_model
 from omni_jax.infer.bench.live import ReplyTiming
 from omni_jax.infer.bench.text import machine
@@ -40,7 +41,7 @@ from omni_jax.runtime.engine_options import LISTENING_STEPS
 from omni_jax.runtime.vocoder_stream import Schedule
 from omni_jax.settings import GenerationSettings, Precision, SpeechSettings
 
-PROGRAMS = ("decode", "prefill", "towers", "talker", "dit", "vocoder", "conversation")
+PROGRAMS = ("decode", "prefill", "towers", "attention", "talker", "dit", "vocoder", "conversation")
 ROWS = (1, 8, 32, 64)
 SLOTS = SESSION_TOKENS  # of the Thinker's cache
 PROMPT = 6144
@@ -118,6 +119,7 @@ class ChipBench:
             "decode": lambda: (case for n in rows for case in self.thinker_steps(n)),
             "prefill": self.reading,
             "towers": self.towers,
+            "attention": self.attention,
             "talker": lambda: (case for n in rows for case in self.talker_steps(n)),
             "dit": lambda: (case for n in rows for case in self.windows(n)),
             "vocoder": lambda: (case for n in rows for case in self.pieces(n)),
@@ -224,6 +226,11 @@ class ChipBench:
             self.cfg, self.count.sizes, M.Request(1, 1, 1, frames=frames), self.count.chip, self.count.precision
         ):
             yield live.Work(step.name, 1, step.seconds, step.bytes, step.operations, 0)
+
+    def attention(self) -> Iterator[Case]:
+        """One layer's attention, by each kernel that the device runs; the plan counts whole programs only."""
+        for what, run in attention.cases(self.cfg, self.model.dtype):
+            yield Case("attention", what, run, attention.LOOPS)
 
     # Token2Wav
 

@@ -38,10 +38,13 @@ def bench(
         "dit",
         "vocoder",
     ),
-    programs: tuple[Literal["decode", "prefill", "towers", "talker", "dit", "vocoder", "conversation"], ...] = (
+    programs: tuple[
+        Literal["decode", "prefill", "towers", "attention", "talker", "dit", "vocoder", "conversation"], ...
+    ] = (
         "decode",
         "prefill",
         "towers",
+        "attention",
         "talker",
         "dit",
         "vocoder",
@@ -70,7 +73,8 @@ def bench(
     Args:
       what: Which one.
       stages: Of reference. token2wav, the whole way from codes to sound, takes minutes a pair.
-      programs: Of chip. conversation: turns of one listener, through the engine.
+      programs: Of chip. attention: one layer's, by each kernel that the device runs; conversation: turns of one
+        listener, through the engine.
       preset: Of reference and chip: whose shapes.
       batches: Of chip: rows of decode steps and of speech, one table row each.
       pairs: Interleaved pairs; of live, replies; of serve, replies to each client; of chip, runs of each program.

@@ -13,7 +13,7 @@ from omni_jax import config as C
 from omni_jax.errors import InputError
 from omni_jax.events import AudioEvent, DoneEvent, TextEvent
 from omni_jax.infer.analysis import live
-from omni_jax.infer.bench import chip
+from omni_jax.infer.bench import attention, chip
 from omni_jax.infer.bench.in_memory import random_params
 from omni_jax.model import token2wav
 from omni_jax.model.parameters import param_specs
@@ -55,6 +55,19 @@ def test_programs_beside_what_is_counted(monkeypatch, capsys):
         # No CPU is as quick as the chip that is counted.
         assert 0 < row["counted"] < row["measured"]
         assert row["rate"] > 0
+
+
+def test_attention_by_each_kernel(monkeypatch):
+    for name, value in {"PROMPTS": (32,), "PACKED": (2, 32), "WINDOWS": 3, "CHUNKS": 2, "LOOPS": 2}.items():
+        monkeypatch.setattr(attention, name, value)
+    found = list(chip.run("tiny", ["attention"], repeats=1))
+    assert [t.what.partition(" (")[0] for t in found] == [
+        "a prompt of 32", *2 * ["packed rows"], *2 * ["vision, windows"], "vision, a whole frame",
+        *2 * ["audio, chunks"],
+    ]  # fmt: skip
+    assert sum(", with gradients" in t.what for t in found) == 3
+    assert {t.what.rpartition(": ")[2] for t in found} == {"plain"}, "a CPU has no other"
+    assert all(t.measured > 0 and t.counted is None for t in found)
 
 
 class Turn:

@@ -19,8 +19,8 @@ from omni_jax.parallel import on_mesh
 # The kernel multiplies float32 with fewer bits than it has.
 DTYPES = (jnp.bfloat16, jnp.float16)
 MAX_HEAD = 128
-# Queries and keys of one step of the kernel; its products take no fewer rows than `LEAST`. Of the backward pass, a
-# fourth: it holds more at once.
+# Queries and keys of one step of the kernel; its products take no fewer rows than `LEAST`. Of the backward pass, half:
+# it holds more at once, and by fourths it took 1.7 times as long on an H100 (docs/performance.md).
 BLOCK, LEAST = 128, 16
 
 
@@ -41,7 +41,7 @@ def _attend(
     _, length, heads, _ = q.shape
     pad, group = padded_length(length) - length, heads // k.shape[2]
     block = min(BLOCK, length + pad)
-    less = max(LEAST, block // 4)
+    less = max(LEAST, block // 2)
     sizes = gpu.BlockSizes(block, block, less, less, less, less)
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> tuple[jax.Array]:
