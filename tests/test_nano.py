@@ -30,7 +30,10 @@ def placed(messages, folder=SAMPLE):
     def item(of):
         return of if of["type"] == "text" else of | {of["type"]: str(folder / of[of["type"]])}
 
-    return [m | {"content": [item(i) for i in m["content"]]} for m in messages[:-1]]
+    def content(of):
+        return of if isinstance(of, str) else [item(i) for i in of]
+
+    return [m | {"content": content(m["content"])} for m in messages[:-1]]
 
 
 RECORDS = [json.loads(line) for line in (SAMPLE / "sample.jsonl").read_text("utf-8").splitlines()]
@@ -75,7 +78,7 @@ def test_it_answers_what_it_was_not_trained_on(answers):
 
 def test_it_stops_by_itself(answers):
     """Trained on answers that end, it ends them; random weights never show whether the ending id is heeded."""
-    assert sum(reason == "stop" for *_, reason in answers) >= 38
+    assert sum(reason == "eos" for *_, reason in answers) >= 38
 
 
 def test_size_and_shape():
@@ -119,7 +122,8 @@ def test_demo(monkeypatch, capsys, tmp_path):
     for name in ("digit.png", "drawing.png", "shapes.png", "question.flac", "clip.mp4"):
         assert f"[{name}]" in shown.out
         assert (INCLUDED_FOLDER / "demo" / name).is_file()
-    assert shown.out.count("model ") == shown.out.count("you ") == 6
+    who = [line.split()[0] for line in shown.out.splitlines()]
+    assert who == 6 * ["you", "model"]
     assert "three" in shown.out, "the digit of digit.png"
     files = sorted((tmp_path / "out").iterdir())
     assert [f.name for f in files] == ["3.wav", "6.wav"]
@@ -145,16 +149,16 @@ def oracle_nano(nano):
     return omni.eval()
 
 
-@pytest.mark.parametrize("kind", ["digit", "thing", "asked", "read"])
+@pytest.mark.parametrize("kind", ["asked", "read"])
 def test_ids_and_sound_equal_the_oracles(kind, nano, oracle_nano):
     """Greedy text to its end, greedy codes to theirs, and with the same noise the same sound to 1e-4 of full scale."""
     messages = placed(next(r for r in RECORDS if r["kind"].startswith(kind))["messages"])
-    settings = SpeechSettings(max_codes=100, temperature=0.0, repetition_penalty=1.05, mode="exact", watchdog=None)
+    settings = SpeechSettings(max_codes=50, temperature=0.0, repetition_penalty=1.05, mode="exact", watchdog=None)
     reply = nano.generate(messages, max_new_tokens=40, speech=settings)
     count = len(reply.codes)
     start = np.random.default_rng(0).standard_normal((2 * count, 80)).astype(np.float32)
     want = oracle_speech.answer(
-        oracle_nano, nano.prepare(messages), nano.eos, tokens=40, codes=100, noise=start, repetition_penalty=1.05
+        oracle_nano, nano.prepare(messages, speech=True), nano.eos, tokens=40, codes=50, noise=start, repetition_penalty=1.05
     )
     assert list(reply.token_ids) == want.ids
     assert want.ids[-1] in nano.eos

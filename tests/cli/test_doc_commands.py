@@ -84,7 +84,7 @@ def test_shown_commands_run(page, tmp_path, monkeypatch, capsys):
         exec(compile(block, page, "exec"), {})
     assert capsys.readouterr().out.strip()
     if page == "README.md":
-        assert (tmp_path / "out" / "answer.wav").stat().st_size > 1000
+        assert (tmp_path / "answer.wav").stat().st_size > 1000
         published = tmp_path / "out" / "nano-published"
         names = {p.name for p in published.iterdir()}
         assert {"config.json", "model.safetensors", "tokenizer.json", "spk_dict.pt", "codec.safetensors"} <= names
