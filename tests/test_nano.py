@@ -158,7 +158,13 @@ def test_ids_and_sound_equal_the_oracles(kind, nano, oracle_nano):
     count = len(reply.codes)
     start = np.random.default_rng(0).standard_normal((2 * count, 80)).astype(np.float32)
     want = oracle_speech.answer(
-        oracle_nano, nano.prepare(messages, speech=True), nano.eos, tokens=40, codes=50, noise=start, repetition_penalty=1.05
+        oracle_nano,
+        nano.prepare(messages, speech=True),
+        nano.eos,
+        tokens=40,
+        codes=50,
+        noise=start,
+        repetition_penalty=1.05,
     )
     assert list(reply.token_ids) == want.ids
     assert want.ids[-1] in nano.eos

@@ -160,7 +160,7 @@ def local_files(source: str | os.PathLike[str]) -> Iterator[tuple[pathlib.Path, 
     elif HUB_ID.fullmatch(name) and not pathlib.Path(name).exists():
         yield _download(name), None
     else:
-        folder = folder_of(name)
-        if what := what_it_is(folder):
+        place = folder_of(name)
+        if what := what_it_is(place):
             raise CheckpointError(f"{name} {what}")
-        yield folder, None
+        yield place, None
