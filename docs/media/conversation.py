@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,11 @@ def main() -> None:
     lines = [line for line in run.stdout.splitlines() if not line.startswith(("omni-jax:", "the files are"))]
     console = Console(record=True, width=WIDTH, file=io.StringIO(), highlight=False)
     console.print("$ omni-jax demo\n" + "\n".join(lines), markup=False)
-    console.save_svg(str(pathlib.Path(__file__).with_name("conversation.svg")), title="omni-jax demo")
+    drawn = console.export_svg(title="omni-jax demo")
+    drawn = re.sub(
+        r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL
+    )  # fonts of the reader's machine: nothing is fetched
+    pathlib.Path(__file__).with_name("conversation.svg").write_text(drawn, "utf-8")
 
 
 if __name__ == "__main__":
