@@ -18,7 +18,7 @@ def script(name):
 
 def test_every_example_is_tested_and_shown():
     names = {p.stem for p in EXAMPLES.glob("*.py")}
-    assert names == {"answer_about_image", "speak", "finetune", "convert_and_export", "shard"}
+    assert names == {"answer_about_image", "speak", "finetune", "teach_a_thing", "convert_and_export", "shard"}
     page = (EXAMPLES.parent / "examples.md").read_text("utf-8")
     assert all(f'"examples/{name}.py"' in page for name in names)
 
@@ -38,6 +38,15 @@ def test_speak(checkpoint, tmp_path):
 
 def test_finetune(checkpoint, tmp_path):
     assert script("finetune")(checkpoint, tmp_path).text.startswith("Yes")
+
+
+def test_teach_a_thing(tmp_path, capsys):
+    """nano learns a word that it has never written, and keeps what it knew."""
+    before, after, others = script("teach_a_thing")(tmp_path)
+    assert before == 0
+    assert after >= 0.9
+    assert others == ["three", "cloud"]
+    assert "called a ladder: 0% before" in capsys.readouterr().out
 
 
 def test_convert_and_export(checkpoint, tmp_path):
