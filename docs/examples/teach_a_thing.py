@@ -1,7 +1,7 @@
 """Teach nano to name a thing that it has never seen: python docs/examples/teach_a_thing.py [FOLDER]
 
-Draws ladders for training and others for the test, and shapes beside them, so that it does not come to call everything a
-ladder. Says what nano calls the test's pictures before and after.
+Draws ladders for training and others for the test, and shapes beside them, so that it does not come to call everything
+a ladder. Says what nano calls the test's pictures before and after.
 """
 
 import json
