@@ -260,7 +260,8 @@ def test_a_minute_costs_what_its_seconds_cost(fresh):
     joined(events + drain(fresh)[0], codes)
     assert max(frames for frames, _ in kept) <= 2 * SCHEDULE.context
     assert max(count for _, count in kept) <= 48 + SCHEDULE.context
-    early, late = np.median(seconds[4:54]), np.median(seconds[-50:])
+    # The quickest tenth: a round during which nothing else ran.
+    early, late = np.quantile(seconds[4:54], 0.1), np.quantile(seconds[-50:], 0.1)
     print("milliseconds a round", early * 1e3, late * 1e3)
     assert late < 1.5 * early  # of one program; the slack is for a busy machine
 
