@@ -20,7 +20,7 @@ def test_every_example_is_tested_and_shown():
     names = {p.stem for p in EXAMPLES.glob("*.py")}
     assert names == {"answer_about_image", "speak", "finetune", "teach_a_thing", "convert_and_export", "shard"}
     page = (EXAMPLES.parent / "examples.md").read_text("utf-8")
-    assert all(f'"examples/{name}.py"' in page for name in names)
+    assert all(f'--8<-- "examples/{name}.py"' in page for name in names)
 
 
 def test_answer_about_image(checkpoint, capsys):

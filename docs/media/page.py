@@ -1,6 +1,6 @@
 """Makes page.png: the server's page, on which nano is shown pictures and asked about them.
 
-    pip install playwright; python docs/media/page.py [/usr/bin/chromium]
+pip install playwright; python docs/media/page.py [/usr/bin/chromium]
 """
 
 import pathlib
