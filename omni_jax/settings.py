@@ -343,6 +343,12 @@ class SpeechSettings(VocoderSettings):
         "the codes come). Default: windowed where the reply is streamed, else exact.",
         flag=None,
     )
+    head_start: float | None = option(
+        None,
+        "Seconds for which the first audio of a streamed reply is held back, so that a player that starts with it "
+        "never waits; 0 gives it out at once. Default: as long as the last replies needed, 0.5 at most.",
+        (0.0, 10.0),
+    )
 
     def __post_init__(self) -> None:
         """Raises InputError naming the setting that is wrong."""

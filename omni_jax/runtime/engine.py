@@ -30,6 +30,7 @@ from omni_jax.runtime.engine_options import (
     CapacityError,
     EngineOptions,
 )
+from omni_jax.runtime.head_start import HeadStart
 from omni_jax.runtime.loaded import LoadedModel
 from omni_jax.runtime.media import Towers, common_prefix, map_media, reply_keys, token_keys
 from omni_jax.runtime.reply import ReplyBuilder
@@ -38,7 +39,6 @@ from omni_jax.runtime.schedule import first_to_vocode, must_defer_reading, readi
 from omni_jax.runtime.talker_stage import TalkerStage
 from omni_jax.runtime.thinker_stage import LOOP_STEPS, Made, Piece, ThinkerStage
 from omni_jax.runtime.turn import Clock, EngineEvent, Request, Times, Turn
-from omni_jax.runtime.vocoder_stream import Pcm
 
 
 class Engine:
@@ -68,6 +68,7 @@ class Engine:
         self._count = 0
         self._now = clock()  # the round's time, by which it is decided who goes first
         self._tokens_read = self._deferred = 0
+        self._head_start = HeadStart()
 
     # Requests
 
@@ -424,6 +425,7 @@ class Engine:
         if self.speech is None:
             return
         for turn in self._serving:
+            self._give_out(turn)
             # A reply too short to be spoken has never begun.
             if turn.speech is not None and turn.speech.finish_reason is not None and not turn.audio_done:
                 turn.times.spoken = turn.times.spoken or self.clock()
@@ -439,18 +441,21 @@ class Engine:
             if isinstance(piece, InputError):
                 self._give_up(spoken, piece)
             else:
-                self._play(spoken, piece)
+                spoken.add_audio(piece, self._now)
+                self._give_out(spoken)
 
-    def _play(self, turn: Turn, piece: Pcm) -> None:
+    def _give_out(self, turn: Turn) -> None:
+        """Gives a turn's audio to its listener, unless its beginning is still held back."""
+        if not turn.held or self._head_start.holds_back(turn, self._now):
+            return
         now, times = self.clock(), turn.times
-        if len(piece.samples):
+        turn.playing_from = self._now if turn.playing_from is None else turn.playing_from
+        times.first_audio = times.first_audio or now
+        for piece in turn.held:
             turn.samples.append(piece.samples)
-            turn.samples_given += len(piece.samples)
-            turn.playing_from = self._now if turn.playing_from is None else turn.playing_from
-            times.first_audio = times.first_audio or now
             if turn.request.stream:
                 self._emit(turn, AudioEvent(piece.samples, piece.codes, turn.drawn, now - times.submitted))
-        turn.audio_done = turn.audio_done or piece.last
+        turn.held.clear()
 
     # Ends
 
@@ -462,6 +467,8 @@ class Engine:
         """The last event of a request, and its row is idle."""
         if self._turns.pop(turn.number, None) is None:
             return
+        if turn.request.stream and turn.needed is not None:
+            self._head_start.learn(turn.needed)
         turn.times.ended = self.clock()
         seconds = turn.times.ended - turn.times.submitted
         if turn.failed is not None:
