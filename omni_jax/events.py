@@ -95,12 +95,15 @@ class AudioEvent:
       samples: float32 [n] at 24 kHz, 480 for each code.
       codes: the codec ids that these samples are.
       drawn: codes that the Talker had drawn when this piece left.
+      head_start: of a reply's first piece: seconds for which a player does well to wait before it begins, so that it
+        never has to wait for a further one; None where no reply has shown that yet: until the next one is there.
     """
 
     samples: np.ndarray
     codes: tuple[int, ...]
     drawn: int
     seconds: float = 0.0
+    head_start: float | None = 0.0
 
 
 @dataclass(frozen=True)

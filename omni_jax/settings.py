@@ -345,8 +345,8 @@ class SpeechSettings(VocoderSettings):
     )
     head_start: float | None = option(
         None,
-        "Seconds for which the first audio of a streamed reply is held back, so that a player that starts with it "
-        "never waits; 0 gives it out at once. Default: as long as the last replies needed, 0.5 at most.",
+        "Seconds to wait with the first audio of a streamed reply, so that its player never waits later; 0 plays it at "
+        "once. Default: as long as the last replies needed, 0.5 at most.",
         (0.0, 10.0),
     )
 

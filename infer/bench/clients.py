@@ -125,7 +125,11 @@ class Talk:
         self._send(frames.TextMessage(json.dumps({"type": kind, **fields})))
 
     def next(self) -> dict[str, Any]:
-        """The next event of the server. Raises InputError for an error, and where the connection has ended."""
+        """The next event of the server; that a reply had ended before it was cancelled is none.
+
+        Raises:
+          InputError: an error, or the connection has ended.
+        """
         while not self._events:
             data = self._socket.recv(1 << 16)
             self._connection.receive_data(data or None)
@@ -141,6 +145,8 @@ class Talk:
                     raise InputError(f"the server has ended a realtime session: {frame}")
         event = self._events.popleft()
         if event["type"] == "error":
+            if event["error"].get("code") == "response_cancel_not_active":
+                return self.next()
             raise InputError(f"the server: {event['error']['message']}")
         return event
 

@@ -47,12 +47,14 @@ class ReplyTiming:
     Attributes:
       first_token, first_code, first_pcm: seconds since the request.
       pieces: of audio: when each came, and its seconds.
+      head_start: of the first piece (`AudioEvent`).
     """
 
     first_token: float
     first_code: float
     first_pcm: float
     pieces: tuple[tuple[float, float], ...]
+    head_start: float | None = 0.0
 
     @property
     def gaps(self) -> list[float]:
@@ -98,18 +100,19 @@ def endless(model: Omni, options: EngineOptions) -> Engine:
 def time_reply(engine: Engine, prompt: Prompt, settings: GenerationSettings, speech: SpeechSettings) -> ReplyTiming:
     """One streamed reply. Raises InputError where it fails, or says nothing."""
     engine.submit(Request(prompt, settings, speech, stream=True))
-    pieces = []
+    pieces, waits = [], []
     for _, _, event in engine.run():
         if isinstance(event, ErrorEvent):
             raise event.error
         if isinstance(event, AudioEvent):
             pieces.append((event.seconds, len(event.samples) / SAMPLE_RATE))
+            waits.append(event.head_start)
         if isinstance(event, DoneEvent):
             reply = event.reply
     if len(pieces) < 2:
         raise InputError(f"the reply has {len(reply.codes or ())} codes, too few to be timed; raise --seconds")
     t = reply.timings
-    return ReplyTiming(t["to_first_token"], t["to_first_code"], t["to_first_audio"], tuple(pieces))
+    return ReplyTiming(t["to_first_token"], t["to_first_code"], t["to_first_audio"], tuple(pieces), waits[0])
 
 
 def cost_of_speech(
@@ -189,11 +192,13 @@ def rows(
     def of(values: Sequence[float], scale: float = 1e3) -> dict[str, float]:
         return {"median": scale * statistics.median(values), "worst": scale * max(values)}
 
-    least = [min(h.in_hand) for h in heard]
+    waits = [h.head_start or 0.0 for h in heard]
+    least = [min(h.in_hand) + wait for h, wait in zip(heard, waits, strict=True)]
     out = {
         "time to first token, ms": of([h.first_token for h in heard]),
         "time to first code, ms": of([h.first_code for h in heard]),
         "time to first PCM, ms": of([h.first_pcm for h in heard]),
+        "its wait before it is played, ms": of(waits),
         "gap between pieces, ms": of([gap for h in heard for gap in h.gaps]),
         "audio in hand when the next piece came, least, ms": {
             "median": 1e3 * statistics.median(least), "worst": 1e3 * min(least),

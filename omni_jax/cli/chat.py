@@ -180,7 +180,7 @@ class Chat:
             print(event.text, end="", flush=True)
             self._shown = True
         elif isinstance(event, AudioEvent):
-            self.player.play(event.samples)
+            self.player.play(event.samples, event.head_start)
         elif isinstance(event, DoneEvent):
             self._end_line()
             self.player.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import queue
 import threading
@@ -29,8 +30,8 @@ class Player(Protocol):
         """Seconds of the reply that were heard; None where it is not known, or nothing is playing."""
         ...
 
-    def play(self, samples: np.ndarray) -> None:
-        """Takes the next float32 samples of the reply, at 24 kHz."""
+    def play(self, samples: np.ndarray, wait: float | None = 0.0) -> None:
+        """Takes the next float32 samples of the reply, at 24 kHz. `wait`: see `AudioEvent.head_start`."""
         ...
 
     def finish(self) -> None:
@@ -57,8 +58,9 @@ class WavFolder:
     is_playing = False
     played_seconds = None
 
-    def play(self, samples: np.ndarray) -> None:
+    def play(self, samples: np.ndarray, wait: float | None = 0.0) -> None:
         """Keeps them until the reply is whole."""
+        del wait
         self._pieces.append(samples)
 
     def finish(self) -> None:
@@ -101,6 +103,7 @@ class Loudspeaker:
 
         self._lock, self._rate = threading.Lock(), SAMPLE_RATE
         self._left, self._played = np.zeros(0, np.float32), 0
+        self._silent = 0.0  # samples to wait before those that are left
         self._stream = devices.OutputStream(
             samplerate=SAMPLE_RATE, channels=1, dtype="float32", callback=self._fill
         )  # fmt: skip
@@ -109,10 +112,12 @@ class Loudspeaker:
     def _fill(self, out: np.ndarray, frames: int, _time: Any, _status: Any) -> None:
         """Called by the device's thread, with out [frames, 1] to be filled."""
         with self._lock:
-            block, self._left = self._left[:frames], self._left[frames:]
+            quiet = int(min(frames, self._silent))
+            self._silent -= quiet
+            block, self._left = self._left[: frames - quiet], self._left[frames - quiet :]
             self._played += len(block)
-        out[: len(block), 0] = block
-        out[len(block) :] = 0
+        out[:] = 0
+        out[quiet : quiet + len(block), 0] = block
 
     @property
     def is_playing(self) -> bool:
@@ -126,16 +131,22 @@ class Loudspeaker:
         with self._lock:
             return max(0.0, self._played / self._rate - self._stream.latency) if len(self._left) else None
 
-    def play(self, samples: np.ndarray) -> None:
+    def play(self, samples: np.ndarray, wait: float | None = 0.0) -> None:
         """Queues them."""
         import numpy as np
 
         with self._lock:
+            if wait is None:
+                self._silent = math.inf
+            elif wait or math.isinf(self._silent):
+                self._silent = round(wait * self._rate)
             self._left = np.concatenate([self._left, samples])
 
     def finish(self) -> None:
         """The rest is played; the next reply counts anew once it is."""
         with self._lock:
+            if math.isinf(self._silent):
+                self._silent = 0
             if not len(self._left):
                 self._played = 0
 
@@ -143,7 +154,7 @@ class Loudspeaker:
         """Drops what is left."""
         played = self.played_seconds
         with self._lock:
-            self._left, self._played = self._left[:0], 0
+            self._left, self._played, self._silent = self._left[:0], 0, 0
         return played
 
     def close(self) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
 
 from omni_jax.events import DoneEvent, ErrorEvent, Event, ReadEvent
 from omni_jax.runtime.engine import Engine
+from omni_jax.runtime.head_start import Pacer, Sink
 from omni_jax.runtime.turn import Request
 
-Sink = Callable[[int, Event], None]
 # Seconds between two looks at the queue of a thread that has nothing to do.
 IDLE = 0.5
 
@@ -57,6 +56,7 @@ class EngineDriver:
         self._sinks: dict[int, Sink] = {}
         self._thread: threading.Thread | None = None
         self._wake, self._stopping = threading.Event(), False
+        self._pacer = Pacer()
 
     @property
     def running(self) -> bool:
@@ -92,8 +92,12 @@ class EngineDriver:
                 if isinstance(event, DoneEvent | ErrorEvent | ReadEvent):
                     self._sinks.pop(number, None)
         for sink, number, event in found:
-            if sink is not None:
+            if sink is None:
+                continue
+            if self._thread is None:
                 sink(number, event)
+            else:
+                self._pacer.take(sink, number, event)
 
     def wait(self, waiting: queue.SimpleQueue[Event]) -> Event:
         """The next event of a queue that a sink fills; turns the engine meanwhile where no thread does."""

@@ -39,6 +39,7 @@ from omni_jax.runtime.schedule import first_to_vocode, must_defer_reading, readi
 from omni_jax.runtime.talker_stage import TalkerStage
 from omni_jax.runtime.thinker_stage import LOOP_STEPS, Made, Piece, ThinkerStage
 from omni_jax.runtime.turn import Clock, EngineEvent, Request, Times, Turn
+from omni_jax.runtime.vocoder_stream import Pcm
 
 
 class Engine:
@@ -425,7 +426,6 @@ class Engine:
         if self.speech is None:
             return
         for turn in self._serving:
-            self._give_out(turn)
             # A reply too short to be spoken has never begun.
             if turn.speech is not None and turn.speech.finish_reason is not None and not turn.audio_done:
                 turn.times.spoken = turn.times.spoken or self.clock()
@@ -441,21 +441,25 @@ class Engine:
             if isinstance(piece, InputError):
                 self._give_up(spoken, piece)
             else:
-                spoken.add_audio(piece, self._now)
-                self._give_out(spoken)
+                self._play(spoken, piece)
 
-    def _give_out(self, turn: Turn) -> None:
-        """Gives a turn's audio to its listener, unless its beginning is still held back."""
-        if not turn.held or self._head_start.holds_back(turn, self._now):
-            return
+    def _play(self, turn: Turn, piece: Pcm) -> None:
         now, times = self.clock(), turn.times
-        turn.playing_from = self._now if turn.playing_from is None else turn.playing_from
-        times.first_audio = times.first_audio or now
-        for piece in turn.held:
-            turn.samples.append(piece.samples)
+        if len(piece.samples):
+            first = times.first_audio is None
+            if first:
+                turn.playing_from, times.first_audio = self._now, now
+            turn.add_audio(piece.samples, now)
             if turn.request.stream:
-                self._emit(turn, AudioEvent(piece.samples, piece.codes, turn.drawn, now - times.submitted))
-        turn.held.clear()
+                wait = self._head_start_of(turn) if first else 0.0
+                self._emit(turn, AudioEvent(piece.samples, piece.codes, turn.drawn, now - times.submitted, wait))
+        turn.audio_done = turn.audio_done or piece.last
+
+    def _head_start_of(self, turn: Turn) -> float | None:
+        assert turn.request.speech is not None
+        chosen = turn.request.speech.head_start
+        turn.speakers = sum(t.request.stream and t.speech is not None for t in self._serving)
+        return self._head_start.seconds(turn.speakers) if chosen is None else chosen
 
     # Ends
 
@@ -468,7 +472,7 @@ class Engine:
         if self._turns.pop(turn.number, None) is None:
             return
         if turn.request.stream and turn.needed is not None:
-            self._head_start.learn(turn.needed)
+            self._head_start.learn(turn.speakers, turn.needed)
         turn.times.ended = self.clock()
         seconds = turn.times.ended - turn.times.submitted
         if turn.failed is not None:

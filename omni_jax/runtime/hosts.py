@@ -19,8 +19,9 @@ from omni_jax.errors import InputError
 from omni_jax.processing.images import Patches
 from omni_jax.processing.processor import Prompt
 from omni_jax.processing.video import Video
-from omni_jax.runtime.driver import EngineDriver, Sink
+from omni_jax.runtime.driver import EngineDriver
 from omni_jax.runtime.engine import Engine
+from omni_jax.runtime.head_start import Sink
 from omni_jax.runtime.turn import Request
 from omni_jax.settings import GenerationSettings, SpeechSettings, Watchdog
 

@@ -31,10 +31,9 @@ def slack(turn: Turn, now: float) -> float:
     """Seconds until speech of a turn is needed: what its listener has ahead, negative once there is a gap."""
     if not turn.request.stream:
         return turn.placed + BACKGROUND - now
-    begun = turn.made_from if turn.playing_from is None else turn.playing_from
-    if begun is None:
+    if turn.playing_from is None:
         return turn.placed + PATIENCE - now
-    return begun + turn.samples_made / SAMPLE_RATE - now
+    return turn.playing_from + turn.samples_given / SAMPLE_RATE - now
 
 
 def first_to_vocode(turns: Sequence[Turn], now: float) -> list[int]:
@@ -45,5 +44,5 @@ def first_to_vocode(turns: Sequence[Turn], now: float) -> list[int]:
 
 def must_defer_reading(turns: Iterable[Turn], now: float, deferred: int) -> bool:
     """Whether prompts wait in this round, after `deferred` rounds in which they did: a listener is about to run dry."""
-    playing = (t for t in turns if t.made_from is not None and t.request.stream and not t.audio_done)
+    playing = (t for t in turns if t.playing_from is not None and t.request.stream and not t.audio_done)
     return deferred < MOST_DEFERRED and any(slack(t, now) < URGENT for t in playing)

@@ -18,7 +18,6 @@ from omni_jax.processing.positions import next_position
 from omni_jax.processing.processor import Prompt
 from omni_jax.runtime.media import Keys, MediaMap
 from omni_jax.runtime.reply import ReplyBuilder
-from omni_jax.runtime.vocoder_stream import Pcm
 from omni_jax.runtime.watchdog import SpeechBuilder
 from omni_jax.settings import GenerationSettings, SpeechSettings
 
@@ -100,15 +99,14 @@ class Turn:
       vectors: vectors of the reply that the Talker could read so far.
       drawn: codes drawn, those after a cut included.
       pushed: codes given to the vocoder.
-      samples: what was given to the listener, in pieces.
-      held: what is to follow, held back at the beginning (`runtime.head_start`).
+      samples: what the vocoder has given, in pieces.
       audio_done: the vocoder has given all that it will.
       failed: why the request ended early.
-      placed: the round's time when it got its row; made_from: when its first audio was made, where there is some;
-        playing_from: when that was given to the listener.
-      samples_made: of its audio so far.
-      needed: seconds by which its first audio had to be held back so that no further piece came too late; None before
-        the second one.
+      placed: the round's time when it got its row; playing_from: that of its first audio, where there is some.
+      samples_given: of its audio so far.
+      needed: seconds by which the latest piece of its audio, of all after the first, came later than those before it
+        last; None before the second one.
+      speakers: streams that were spoken when its first piece came, this one included.
       reading_tag: see `schedule.reading_order`.
     """
 
@@ -128,16 +126,15 @@ class Turn:
     drawn: int = 0
     pushed: int = 0
     samples: list[Float32[np.ndarray, " N"]] = field(default_factory=list)
-    held: list[Pcm] = field(default_factory=list)
     audio_done: bool = False
     failed: InputError | None = None
     interrupted: bool = False
     events: int = 0
     placed: float = 0.0
-    made_from: float | None = None
     playing_from: float | None = None
-    samples_made: int = 0
+    samples_given: int = 0
     needed: float | None = None
+    speakers: int = 1
     reading_tag: int = 0
     vectors_of_cells: dict[int, Float[np.ndarray, "N D"]] = field(default_factory=dict)
 
@@ -193,17 +190,14 @@ class Turn:
         reply is complete."""
         return None if self.text_ended else self.spoken_tokens - self.drawn
 
-    def add_audio(self, piece: Pcm, now: float) -> None:
-        """Takes what the vocoder has made, in a round of this time."""
-        if len(piece.samples):
-            if self.made_from is None:
-                self.made_from = now
-            else:
-                late = now - self.made_from - self.samples_made / SAMPLE_RATE
-                self.needed = max(self.needed or 0.0, late)
-            self.samples_made += len(piece.samples)
-            self.held.append(piece)
-        self.audio_done = self.audio_done or piece.last
+    def add_audio(self, samples: Float32[np.ndarray, " N"], now: float) -> None:
+        """Takes a piece that the vocoder has made by now."""
+        assert self.times.first_audio is not None
+        if self.samples:
+            late = now - self.times.first_audio - self.samples_given / SAMPLE_RATE
+            self.needed = max(self.needed or 0.0, late)
+        self.samples.append(samples)
+        self.samples_given += len(samples)
 
     def tokens_heard(self, seconds: float, codes_per_second: float) -> int:
         """Tokens of the reply that somebody has heard after so many seconds of its audio, in proportion.

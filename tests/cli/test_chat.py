@@ -32,7 +32,7 @@ class FakePlayer:
         self.pieces, self.stopped, self.finished, self.on_play = [], [], 0, on_play
         self.is_playing, self.played_seconds, self.closed = False, 0.1, False
 
-    def play(self, samples):
+    def play(self, samples, wait):
         self.pieces.append(samples)
         self.on_play()
 
@@ -239,6 +239,28 @@ def test_loudspeaker_and_microphone(monkeypatch):
         assert block.shape == (512,)
         assert microphone.blocks() == []
     assert not microphone._stream.open
+
+
+def test_the_loudspeaker_waits_before_it_begins(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sounddevice", fake_sounddevice(output=True, input=True))
+    speaker, one = players.open_loudspeaker(), np.ones(480, np.float32)
+
+    def heard(frames):
+        out = np.full((frames, 1), 7, np.float32)
+        speaker._fill(out, frames, None, None)
+        return out[:, 0].tolist()
+
+    speaker.play(one, 0.02)
+    assert heard(300) + heard(300) == [0] * 480 + [1] * 120
+    speaker.play(one)
+    assert heard(840) == [1] * 840
+    speaker.play(one, None)
+    assert heard(100) == [0] * 100
+    speaker.play(one)
+    assert heard(960) == [1] * 960
+    speaker.play(one, None)
+    speaker.finish()
+    assert heard(481) == [1] * 480 + [0]
 
 
 @pytest.mark.parametrize("module", [None, fake_sounddevice()])

@@ -176,8 +176,7 @@ def test_speech_while_the_text_is_written(speaker):
     engine = Engine(speaker.loaded, EngineOptions(rows=1, capacity=CAPACITY, speech=True))
     offline = engine.submit(Request(prompt, settings, SPOKEN))
     want = drain(engine)[offline][-1].reply
-    at_once = dataclasses.replace(SPOKEN, head_start=0.0)
-    number = engine.submit(Request(prompt, settings, at_once, stream=True))
+    number = engine.submit(Request(prompt, settings, SPOKEN, stream=True))
     events = drain(engine)[number]
     reply = events[-1].reply
     assert (reply.token_ids, reply.codes) == (want.token_ids, want.codes)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import queue
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 
 from omni_jax import config as C
 from omni_jax.errors import InputError
-from omni_jax.events import AudioEvent
+from omni_jax.events import AudioEvent, DoneEvent, ErrorEvent, Reply, TextEvent
 from omni_jax.infer.analysis import live
 from omni_jax.infer.bench import batch, windowed
 from omni_jax.infer.bench import live as bench
@@ -21,7 +23,7 @@ from omni_jax.model import bigvgan
 from omni_jax.model.token2wav import SAMPLE_RATE, CodeError
 from omni_jax.model.voice import Voice
 from omni_jax.runtime import engine as E
-from omni_jax.runtime.head_start import LONGEST, MARGIN, RECENT, HeadStart
+from omni_jax.runtime.head_start import LONGEST, MARGIN, RECENT, HeadStart, Pacer
 from omni_jax.runtime.talker_stage import TalkerStage
 from omni_jax.runtime.turn import Request
 from omni_jax.runtime.vocoder_stream import VocoderStream
@@ -141,31 +143,33 @@ def engine(monkeypatch):
     return make
 
 
-def time_reply(engine, tokens=40, codes=500, ids=live.TAIL_TOKENS, late=None, head_start=None):
-    """A streamed reply; `late` is submitted when its first audio is there."""
-    speech = SpeechSettings(max_codes=codes, watchdog=None, head_start=head_start)
+def time_reply(engine, tokens=40, codes=500, ids=live.TAIL_TOKENS, late=None):
+    """A streamed reply, and the wait that it says; `late` is submitted when its first audio is there."""
+    speech = SpeechSettings(max_codes=codes, watchdog=None)
     number = engine.submit(Request(prompt(*range(1, ids + 1)), GenerationSettings(max_new_tokens=tokens), speech, True))
-    pieces = []
+    pieces, waits = [], []
     for request, _, event in engine.run():
         if request == number and isinstance(event, AudioEvent):
             pieces.append((event.seconds, len(event.samples) / SAMPLE_RATE))
+            waits.append(event.head_start)
             if late is not None:
                 engine.submit(late)
                 late = None
-    return ReplyTiming(0, 0, pieces[0][0], tuple(pieces))
+    assert not any(waits[1:])
+    return ReplyTiming(0, 0, pieces[0][0], tuple(pieces), waits[0])
 
 
 @pytest.mark.parametrize("target", [t.name for t in live.TARGETS])
 def test_the_plan_counts_what_the_engine_does(engine, target):
     """From the end of a turn to the first PCM: the same steps, windows and pieces, one after the other."""
     made = engine(target)
-    first = time_reply(made, head_start=0.0).first_pcm
+    first = time_reply(made).first_pcm
     towers = live.seconds(live.block_in(made.model.count, 1))
     assert first == pytest.approx(live.seconds(live.first_pcm(made.model.count, 1)) - towers)
 
 
 LONG = Request(prompt(*range(1, 16385)), GenerationSettings(max_new_tokens=2))
-# Seconds that the first piece, 80 ms, has to be held back so that a player never runs dry: the second one needs 12 more
+# Seconds that a player has to wait with the first piece, 80 ms, so that it never runs dry: the second one needs 12 more
 # codes. Others keep up from the first sample on.
 WAIT = {"v5e": 0.105, "v5e-8": 0.018}
 
@@ -173,34 +177,88 @@ WAIT = {"v5e": 0.105, "v5e-8": 0.018}
 @pytest.mark.parametrize("late", [None, LONG], ids=["alone", "while 16k tokens are read"])
 @pytest.mark.parametrize("target", [t.name for t in live.TARGETS])
 def test_nobody_runs_dry(engine, target, late):
-    """From the first reply on, also while a long prompt is admitted; and it costs no more than it must."""
+    """No gap is longer than what was delivered and the wait that the engine says, also while a long prompt is admitted;
+    and that wait is no longer than it must be."""
     made = engine(target, 2)
-    at_once = time_reply(made, head_start=0.0)
-    assert min(at_once.in_hand) >= -WAIT.get(target, 0)
-    for heard in (time_reply(engine(target, 2)), time_reply(made, late=late)):
-        assert sum(s for _, s in heard.pieces) == pytest.approx(10)
-        assert heard.real_time_factor < 1
-        assert min(heard.in_hand) >= 0
-        assert min(heard.in_hand[3:]) > 0.5
-    # Of a prompt that was read before, only the last token is read.
-    assert heard.first_pcm <= at_once.first_pcm + WAIT.get(target, 0) + MARGIN
+    first, heard = time_reply(made, late=late), time_reply(made)
+    for reply in (first, heard):
+        assert sum(s for _, s in reply.pieces) == pytest.approx(10)
+        assert reply.real_time_factor < 1
+        assert min(reply.in_hand) >= -WAIT.get(target, 0)
+        assert min(reply.in_hand[3:]) > 0.5
+    needed = max(0.0, -min(first.in_hand))
+    assert first.head_start is None
+    assert heard.head_start == pytest.approx(needed + MARGIN if needed else 0)
+    assert min(heard.in_hand) + heard.head_start >= 0
 
 
 def test_a_head_start_is_what_recent_replies_needed():
-    """Not the longest of those that no wait could help; none where these are most."""
+    """Not the longest of those that no wait could help; none where these are most; of as many speakers."""
     found = HeadStart()
-    assert found.seconds is None
-    found.learn(0.0)
-    assert found.seconds == 0
+    assert found.seconds(1) is None
+    found.learn(1, 0.0)
+    assert found.seconds(1) == 0
     for needed in (0.3, 0.1, LONGEST + 0.1):
-        found.learn(needed)
-    assert found.seconds == pytest.approx(0.3 + MARGIN)
+        found.learn(1, needed)
+    assert found.seconds(1) == pytest.approx(0.3 + MARGIN)
     for _ in range(RECENT - 1):
-        found.learn(2.0)
-    assert found.seconds == 0
+        found.learn(1, 2.0)
+    assert found.seconds(1) == 0
+    assert found.seconds(2) is None
     for _ in range(RECENT):
-        found.learn(0.2)
-    assert found.seconds == pytest.approx(0.2 + MARGIN)
+        found.learn(2, 0.2)
+    assert found.seconds(3) == pytest.approx(0.2 + MARGIN)
+    assert (found.seconds(1), found.seconds(4)) == (0, None)
+
+
+def audio(number, head_start=0.0):
+    return AudioEvent(np.full(480, number, np.float32), (number,), number, head_start=head_start)
+
+
+def done(reason="eos"):
+    return DoneEvent(Reply("", (), 1, reason))
+
+
+def test_first_audio_is_handed_out_after_its_wait():
+    """In its order, overtaken by text; no later than the reply's end."""
+    pacer, came = Pacer(), queue.SimpleQueue()
+
+    def take(number, event):
+        pacer.take(lambda n, e: came.put((n, e)), number, event)
+
+    def found():
+        return [came.get_nowait() for _ in range(came.qsize())]
+
+    text, ended, first, second = TextEvent("a", (1,)), done(), audio(1, 0.05), audio(2)
+    for event in (first, text, second):
+        take(7, event)
+    assert found() == [(7, text)]
+    assert [came.get(timeout=5) for _ in range(2)] == [(7, first), (7, second)]
+    take(7, ended)
+    assert found() == [(7, ended)]
+    for event in (long := audio(1, 60.0), ended):
+        take(8, event)
+    assert found() == [(8, long), (8, ended)]
+    assert pacer.is_idle
+
+
+def test_first_audio_waits_for_the_next_where_nothing_is_known():
+    pacer, came = Pacer(), []
+    first, second = audio(1, None), audio(2)
+    pacer.take(lambda *e: came.append(e), 1, first)
+    assert not came
+    pacer.take(lambda *e: came.append(e), 1, second)
+    assert came == [(1, first), (1, second)]
+
+
+@pytest.mark.parametrize("end", [done("interrupted"), ErrorEvent(InputError("no"))])
+def test_nothing_is_handed_out_of_what_was_ended(end):
+    pacer, came = Pacer(), []
+    for event in (audio(1, 0.01), end):
+        pacer.take(lambda *e: came.append(e), 1, event)
+    time.sleep(0.05)
+    assert came == [(1, end)]
+    assert pacer.is_idle
 
 
 def test_continuous_batching_needs_fewer_steps():
