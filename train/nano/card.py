@@ -20,7 +20,7 @@ from omni_jax.files import replacing
 from omni_jax.processing.audio import load_audio
 from omni_jax.processing.codec import load_codec
 from omni_jax.progress import progress_bar
-from omni_jax.settings import SpeechSettings
+from omni_jax.settings import KVCacheDtype, Quantize, SpeechSettings
 from omni_jax.train.nano import conversations, pictures, scores, voices
 from omni_jax.train.nano.conversations import Job, lines
 
@@ -28,6 +28,7 @@ MARKS = ("<!-- card -->", "<!-- /card -->")
 BATCH = 16
 LONGEST = 40  # tokens of an answer
 WHISPER = ", Whisper base"
+AS_PUBLISHED = SpeechSettings()
 APART = 1_000_000  # between the numbers of two seeds' conversations
 
 
@@ -156,12 +157,13 @@ def _sounds(data: pathlib.Path, count: int, seed: int) -> Iterator[dict[str, Any
 
 def speaks(
     model: omni_jax.Omni, folder: pathlib.Path, data: pathlib.Path, count: int, seed: int,
-    recognisers: Mapping[str, scores.Recogniser],
+    recognisers: Mapping[str, scores.Recogniser], speech: SpeechSettings = AS_PUBLISHED,
 ) -> Measured:  # fmt: skip
     """Rows of speech: words that recognisers get wrong in the originals, in their codes' sound, in what is said.
 
     Args:
       count: sentences, each by the voice that it was recorded with.
+      speech: how; its voice and seed are the sentences'.
       recognisers: by what stands behind the task's name in their rows.
     """
     codec, said = load_codec(folder), dict[str, list[tuple[str, str]]]()
@@ -170,7 +172,7 @@ def speaks(
     with progress_bar("speech", len(some), sys.stderr.isatty()) as advance:
         for number, r in enumerate(some):
             text, voice = r["text"], r["voice"]
-            settings = SpeechSettings(voice=voice, seed=seed * APART + number)
+            settings = dataclasses.replace(speech, voice=voice, seed=seed * APART + number)
             original = load_audio(str(data / r["audio"]), voices.RATE)
             codes = codec.encode(original)
             (made,) = model.vocoder([codes], [settings])
@@ -248,8 +250,14 @@ def main(
     sentences: int = 200,
     seeds: tuple[int, ...] = (0, 1, 2),
     card: pathlib.Path | None = None,
+    quantize: Quantize | None = None,
+    kv_cache: KVCacheDtype | None = None,
+    speech: SpeechSettings = AS_PUBLISHED,
 ) -> None:
     """Measure what nano can do on held-out data, and print a table.
+
+    The last options measure what cheaper ways of running it cost: int8 weights and cache, speech in windows, fewer
+    evaluations of the DiT.
 
     Args:
       model: Checkpoint folder.
@@ -260,14 +268,17 @@ def main(
       sentences: That are spoken.
       seeds: The first is the one that counts.
       card: README.md of the model, into which the table goes as well.
+      quantize: Weights as int8, as in generate.
+      kv_cache: Keys and values as int8, as in generate.
+      speech: How it speaks.
     """
     recognisers = {"": scores.closed(), WHISPER: scores.open_vocabulary()} if sentences else {}
-    loaded = omni_jax.load(model, dtype="float32", parts=omni_jax.PARTS)
+    loaded = omni_jax.load(model, dtype="float32", parts=omni_jax.PARTS, quantize=quantize, kv_cache=kv_cache)
     measured = []
     for seed in seeds:
         measured.append(thinks(loaded, data, packages, count, seed))
         if sentences:
-            measured[-1] |= speaks(loaded, model, data, sentences, seed, recognisers)
+            measured[-1] |= speaks(loaded, model, data, sentences, seed, recognisers, speech)
     made = rows(measured)
     with replacing(out) as file:
         file.write(json.dumps([dataclasses.asdict(r) for r in made], indent=1).encode())
