@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import sys
 import tempfile
 
 import pytest
@@ -42,6 +43,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, the others in their order."""
     ranks = {pathlib.Path(__file__).parent / file: rank for rank, file in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
+@pytest.fixture(autouse=True)
+def no_traces():
+    """What a command keeps is not read by the tests after it, which may have exchanged what was traced."""
+    yield
+    if "omni_jax.programs" in sys.modules:
+        from omni_jax import programs
+
+        programs.keep_traces(None)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ MAX_LINES = 500
 # What may import what: a part of omni_jax imports its own level's own part and the levels before it.
 LEVELS = (
     {"errors", "files", "progress", "config", "settings", "events", "buckets", "packing", "nano"},  # nano: files alone
-    {"parallel", "processing"},
+    {"parallel", "processing", "programs"},
     {"model"},
     {"checkpoint"},
     {"runtime"},

@@ -29,7 +29,7 @@ def load_replica(
     """
     if generation.logprobs is not None:
         raise InputError("--logprobs is what a request asks for; leave it out")
-    use_compilation_cache(options.compilation_cache)
+    use_compilation_cache(options.compilation_cache, traces=True)
     loaded = _load(model, progress)
     if "talker" in loaded.params:
         loaded.check_speech([speech])

@@ -64,7 +64,7 @@ def batch(
         kv_cache=model.kv_cache, speech_dtype=model.speech_dtype, activations=model.activations, progress=not as_json,
         bar=sys.stderr.isatty(),
     )  # fmt: skip
-    use_compilation_cache()
+    use_compilation_cache(traces=True)
     if str(source) == "-":
         if job.join is not None:
             raise InputError("standard input belongs to one host; with --join, give a file that all hosts see")

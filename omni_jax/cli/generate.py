@@ -140,7 +140,7 @@ def load_model(model: ModelSettings, speaks: bool, progress: bool) -> Any:
     from omni_jax import api
     from omni_jax.runtime.compilation import use_compilation_cache
 
-    use_compilation_cache()
+    use_compilation_cache(traces=True)
     return api.load(
         model.model, parts=api.PARTS if speaks else ("thinker",), dtype=model.dtype, mesh=model.mesh,
         speech_mesh=model.speech_mesh, adapter=model.adapter, quantize=model.quantize, kv_cache=model.kv_cache,

@@ -99,7 +99,7 @@ def vocode(
     from omni_jax.runtime import speech
     from omni_jax.runtime.compilation import use_compilation_cache
 
-    use_compilation_cache()
+    use_compilation_cache(traces=True)
     vocoder_of = speech.Vocoder.from_folder(model.model, mesh=model.mesh, dtype=speech_dtype)
     wave = vocoder_of([row], [settings], start)[0]
     if out.suffix == ".npy":

@@ -22,7 +22,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Float32
 
-from omni_jax import buckets
+from omni_jax import buckets, programs
 from omni_jax.config import AudioConfig
 from omni_jax.model import parameters
 from omni_jax.model.attention import full_attention
@@ -181,7 +181,11 @@ def audio_shapes(cfg: AudioConfig, chunks: int, dtype: Any = jnp.float32) -> tup
 def audio_program(cfg: AudioConfig) -> Run:
     """The jitted tower: `run(params, mel, lengths) -> [C, M, O]`; one object for equal configurations."""
     tower = AudioTower(cfg)
-    return jax.jit(lambda params, *inputs: tower.apply({"params": params}, *inputs))
+
+    def run(params: Params, mel: jax.Array, lengths: jax.Array) -> Any:
+        return tower.apply({"params": params}, mel, lengths)
+
+    return programs.jit(run, key=cfg)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from jax.experimental.layout import Layout as MemoryLayout
 from jax.experimental.layout import with_layout_constraint
 from jaxtyping import Array, Int, Int32
 
+from omni_jax import programs
 from omni_jax.config import DecoderConfig
 from omni_jax.model.quantize import QuantizedArray
 from omni_jax.parallel import on_mesh
@@ -226,4 +227,4 @@ def grow(cache: KVCache, capacity: int) -> KVCache:
 
 
 # A program of its own: on CPU one that also reads the cache would copy it before writing to it.
-write_rows = jax.jit(append_rows, donate_argnums=0, static_argnames="first")
+write_rows = programs.jit(append_rows, donate_argnames="cache", static_argnames="first")

@@ -14,12 +14,11 @@ the Thinker's vectors, D hidden, V codec vocabulary.
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from omni_jax import programs
 from omni_jax.config import TalkerConfig
 from omni_jax.model import declare, parameters
 from omni_jax.model.layers import Params, dense, embedding_lookup
@@ -34,7 +33,7 @@ def init(cfg: TalkerConfig, key: jax.Array) -> Params:
     return declare.init(parameters.talker(cfg), key)
 
 
-@jax.jit
+@programs.jit
 def prompt_vectors(
     embeddings: Float[Array, "B T E"], hidden: Float[Array, "B T E"], media_index: Int32[Array, "B T"] | None
 ) -> Float[Array, "B T E"]:
@@ -45,7 +44,7 @@ def prompt_vectors(
     return embeddings + hidden
 
 
-@jax.jit
+@programs.jit
 def reply_vectors(table: Params, ids: Int32[Array, "*N"], hidden: Float[Array, "*N E"]) -> Float[Array, "*N E"]:
     """What the Talker hears of a reply.
 
@@ -58,13 +57,13 @@ def reply_vectors(table: Params, ids: Int32[Array, "*N"], hidden: Float[Array, "
     return replicate(vectors + hidden.astype(vectors.dtype))
 
 
-@jax.jit
+@programs.jit
 def table_rows(table: Params, ids: Int32[Array, " n"]) -> Float[Array, "n E"]:
     """The vectors of ids: what the Talker needs of the Thinker's table for voices and marks."""
     return replicate(table[ids])
 
 
-@partial(jax.jit, static_argnames="cfg")
+@programs.jit(static_argnames="cfg")
 def opening_vectors(
     cfg: TalkerConfig, params: Params, voices: Float[Array, "R E"], reply: Float[Array, "B N E"],
     rows: Int32[Array, " R"],

@@ -12,7 +12,6 @@ B rows, N codes, L mel frames, M frames of a reference mel.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
 
+from omni_jax import programs
 from omni_jax.buckets import bucket
 from omni_jax.config import DiTConfig, Token2WavConfig
 from omni_jax.errors import InputError
@@ -86,7 +86,7 @@ def padded_codes(cfg: DiTConfig, count: int) -> int:
     return blocks * cfg.block_size // cfg.repeats
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "flow"))
+@programs.jit(static_argnames=("cfg", "flow"))
 def sample_mel(
     params: Params,
     cfg: DiTConfig,
@@ -126,7 +126,7 @@ def sample_mel(
         return constrain(ode.integrate(velocity, noise, points, modulations, tableau), "batch", "length", None)
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
+@programs.jit(static_argnames="cfg")
 def vocode_mel(
     params: Params, cfg: Any, mel: Float[Array, "B L mel_dim"], lengths: Int[Array, " B"]
 ) -> Float32[Array, "B S"]:
@@ -135,7 +135,7 @@ def vocode_mel(
         return replicate(bigvgan.vocode(params, cfg, mel, lengths))
 
 
-@functools.partial(jax.jit, static_argnames=("frames", "mel_dim"))
+@programs.jit(static_argnames=("frames", "mel_dim"))
 def draw_noise(keys: UInt32[Array, "B 2"], frames: int, mel_dim: int) -> Float32[Array, "B {frames} {mel_dim}"]:
     """Standard normal noise [B, frames, mel_dim] from raw keys [B, 2] uint32.
 

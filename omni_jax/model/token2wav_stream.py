@@ -14,12 +14,12 @@ Q frames a block, H heads, C head size, D hidden size.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from omni_jax import programs
 from omni_jax.config import DiTConfig
 from omni_jax.model import dit, ode
 from omni_jax.model.dit import KeysValues
@@ -53,7 +53,7 @@ def _guidance_rows(flow: Flow) -> int:
     return 2 if flow.guidance else 1
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "flow", "slots", "dtype"))
+@programs.jit(static_argnames=("cfg", "flow", "slots", "dtype"))
 def init_states(cfg: DiTConfig, flow: Flow, slots: int, dtype: Any = jnp.float32) -> KeysValues:
     """Empty states of `slots` streams: [S, E, K, G, B, Q, H, C], of `dit.product_dtype`."""
     steps, evaluations = flow.time_points - 1, len(ode.solver(flow.solver).nodes)
@@ -72,14 +72,14 @@ def state_bytes(cfg: DiTConfig, flow: Flow, dtype: Any = jnp.float32) -> int:
     return sum(a.size * a.dtype.itemsize for a in states)
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
+@programs.jit(static_argnames="cfg")
 def encode_voices(params: Params, cfg: DiTConfig, spk: Any, mel: Any, mel_lengths: Any) -> tuple[jax.Array, jax.Array]:
     """`dit.voice_vectors`, compiled."""
     with jax.default_matmul_precision("highest"):
         return replicate(dit.voice_vectors(params, cfg, spk, mel, mel_lengths))
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "flow"))
+@programs.jit(static_argnames=("cfg", "flow"))
 def flow_modulations(params: Params, cfg: DiTConfig, flow: Flow) -> tuple[jax.Array, jax.Array]:
     """`dit.modulations` of all evaluations, [S, E, ...]: they depend on the flow alone, so streams compute them once.
 
@@ -91,7 +91,7 @@ def flow_modulations(params: Params, cfg: DiTConfig, flow: Flow) -> tuple[jax.Ar
         return jax.tree.map(lambda m: m.reshape(*times.shape, *m.shape[1:]), flat)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "flow", "final"), donate_argnames="states")
+@programs.jit(static_argnames=("cfg", "flow", "final"), donate_argnames="states")
 def draw_window(
     params: Params,
     cfg: DiTConfig,

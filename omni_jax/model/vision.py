@@ -25,7 +25,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
-from omni_jax import buckets
+from omni_jax import buckets, programs
 from omni_jax.config import VisionConfig
 from omni_jax.model import parameters
 from omni_jax.model.attention import full_attention
@@ -242,7 +242,11 @@ def vision_shapes(cfg: VisionConfig, frames: int, windows: int, dtype: Any = jnp
 def vision_program(cfg: VisionConfig) -> Run:
     """The jitted tower: `run(params, pixels, positions, valid) -> [F, M, O]`; one object for equal configurations."""
     tower = VisionTower(cfg)
-    return jax.jit(lambda params, *inputs: tower.apply({"params": params}, *inputs))
+
+    def run(params: Params, pixels: jax.Array, positions: jax.Array, valid: jax.Array) -> Any:
+        return tower.apply({"params": params}, pixels, positions, valid)
+
+    return programs.jit(run, key=cfg)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ room for, V vocabulary, D hidden, E size of the Thinker's vectors, M media vecto
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -28,6 +27,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from omni_jax import programs
 from omni_jax.model import kv_cache, talker, thinker
 from omni_jax.model.decoder import forward, steps_on_host
 from omni_jax.model.kv_cache import KVCache, append_rows, init_cache, write_rows
@@ -135,7 +135,7 @@ def make_slots(
     return _make_slots(program, rows, capacity, jnp.dtype(cache_dtype), reply, dtype, unroll, marks)
 
 
-@partial(jax.jit, static_argnums=range(7))
+@programs.jit(static_argnames=("program", "rows", "capacity", "cache_dtype", "reply", "dtype", "unroll"))
 def _make_slots(
     program: DecoderProgram, rows: int, capacity: int, cache_dtype: Any, reply: int, dtype: Any, unroll: bool,
     marks: Float[Array, "2 E"] | None,
@@ -198,7 +198,7 @@ def extend(
     return dataclasses.replace(rest, cache=cache), x, hidden
 
 
-@partial(jax.jit, static_argnames=("program", "first"), donate_argnames="slots")
+@programs.jit(static_argnames=("program", "first"), donate_argnames="slots")
 def extend_program(
     program: DecoderProgram, params: Params, slots: Slots, tokens: Tokens, *, first: bool
 ) -> tuple[Slots, Float[Array, "R T D"] | None, Float[Array, "R T D"] | None]:
@@ -229,7 +229,7 @@ def _read_tokens(
     return new, dataclasses.replace(slots, seen=seen), x, hidden
 
 
-_read_tokens_alone = jax.jit(_read_tokens, static_argnames=("program", "first"), donate_argnames="slots")
+_read_tokens_alone = programs.jit(_read_tokens, static_argnames=("program", "first"), donate_argnames="slots")
 
 
 # --- drawing
@@ -255,7 +255,7 @@ def _draw(
     return replicate(out), slots
 
 
-@partial(jax.jit, static_argnames="program", donate_argnames="slots")
+@programs.jit(static_argnames="program", donate_argnames="slots")
 def begin(
     program: DecoderProgram, params: Params, slots: Slots, mask: RowMask, sampling: Sampling, next_position: RowInts
 ) -> tuple[Slots, StepOutput]:
@@ -315,7 +315,7 @@ def _read_step(
     return new, live.astype(jnp.int32), slots, out, more
 
 
-_read_step_alone = jax.jit(_read_step, static_argnames="program", donate_argnames="slots")
+_read_step_alone = programs.jit(_read_step, static_argnames="program", donate_argnames="slots")
 
 
 def decode_step(program: DecoderProgram, params: Params, slots: Slots, active: RowMask) -> tuple[Slots, StepOutput]:
@@ -363,7 +363,7 @@ def _stacked(outputs: list[StepOutput]) -> StepOutput:
     return jax.tree.map(stack, *outputs)
 
 
-@partial(jax.jit, static_argnames="program", donate_argnames="slots")
+@programs.jit(static_argnames="program", donate_argnames="slots")
 def step_program(
     program: DecoderProgram, params: Params, slots: Slots, active: RowMask, n: Int32[Array, ""]
 ) -> tuple[Slots, StepOutput, Int32[Array, ""]]:
@@ -401,7 +401,7 @@ def step_program(
 # --- what the Talker hears
 
 
-@partial(jax.jit, donate_argnames="slots")
+@programs.jit(donate_argnames="slots")
 def append_reply(
     slots: Slots, vectors: Float[Array, "n S E"], source: RowInts, first: RowInts, counts: RowInts
 ) -> Slots:
@@ -422,7 +422,7 @@ def append_reply(
     return _hearing(slots, vectors=heard, available=reply.available + counts)
 
 
-@partial(jax.jit, donate_argnames="slots")
+@programs.jit(donate_argnames="slots")
 def end_reply(slots: Slots, mask: RowMask, lengths: RowInts) -> Slots:
     """The reply of the rows in `mask` is complete with its first `lengths` vectors: the text-end mark is next,
     and text-pad marks follow."""
@@ -434,13 +434,13 @@ def end_reply(slots: Slots, mask: RowMask, lengths: RowInts) -> Slots:
     return _hearing(slots, vectors=heard, available=available, ended=reply.ended | mask)
 
 
-@partial(jax.jit, static_argnames="width")
+@programs.jit(static_argnames="width")
 def reply_stretch(vectors: Float[Array, "B N E"], at: Int32[Array, " 2"], width: int) -> Float[Array, "1 {width} E"]:
     """Vectors of a reply as a prompt has them; `at`: a row, and the first one. Beyond N the last one is repeated."""
     return replicate(vectors[at[0], jnp.minimum(at[1] + jnp.arange(width), vectors.shape[1] - 1)][None])
 
 
-@partial(jax.jit, donate_argnames="slots")
+@programs.jit(donate_argnames="slots")
 def reset_reply(slots: Slots, mask: RowMask) -> Slots:
     """The rows in `mask` have heard nothing: another reply begins."""
     reply = slots.reply
@@ -455,7 +455,7 @@ def _hearing(slots: Slots, **changes: jax.Array) -> Slots:
 # --- rows
 
 
-@partial(jax.jit, donate_argnames="lengths")
+@programs.jit(donate_argnames="lengths")
 def _set_length(lengths: jax.Array, row: jax.Array, length: jax.Array) -> jax.Array:
     return replicate(lengths.at[row].set(length))
 
@@ -466,7 +466,7 @@ def truncate(slots: Slots, row: int, length: int) -> Slots:
     return dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, lengths=lengths))
 
 
-@partial(jax.jit, donate_argnames="cache")
+@programs.jit(donate_argnames="cache")
 def _copy_row(cache: KVCache, source: jax.Array, target: jax.Array, length: jax.Array) -> KVCache:
     return kv_cache.pinned(kv_cache.copy_row(cache, source, target, length))
 
@@ -477,7 +477,7 @@ def copy_row(slots: Slots, source: int, target: int, length: int) -> Slots:
     return dataclasses.replace(slots, cache=cache)
 
 
-@partial(jax.jit, donate_argnames="seen")
+@programs.jit(donate_argnames="seen")
 def _set_seen(seen: jax.Array, row: jax.Array, ids: jax.Array, count: jax.Array) -> jax.Array:
     ids = jnp.where(jnp.arange(len(ids)) < count, ids, seen.shape[1])
     seen = seen.at[row].set(jnp.zeros(seen.shape[1], bool).at[ids].set(True, mode="drop"))
@@ -490,7 +490,7 @@ def set_seen(slots: Slots, row: int, ids: Int[AnyArray, " T"], count: int) -> Sl
     return dataclasses.replace(slots, seen=_set_seen(slots.seen, np.int32(row), ids, np.int32(count)))
 
 
-@partial(jax.jit, static_argnames=("capacity", "reply"))
+@programs.jit(static_argnames=("capacity", "reply"))
 def grow(slots: Slots, *, capacity: int, reply: int = 0) -> Slots:
     """The same slots with room for `capacity` tokens a row, and for `reply` vectors."""
     slots = dataclasses.replace(slots, cache=kv_cache.grow(slots.cache, capacity))
