@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,19 +11,22 @@ import jax
 _EVENT = "/jax/core/compile/backend_compile_duration"
 
 
+@dataclasses.dataclass(eq=False)
 class Count:
-    """How many programs were compiled since `count_compiles` was entered."""
+    """How many programs were compiled since `count_compiles` was entered, and which."""
 
     value: int = 0
+    names: list[str] = dataclasses.field(default_factory=list)
 
 
 _active: list[Count] = []
 
 
-def _listen(event: str, _seconds: float, **_kwargs: object) -> None:
+def _listen(event: str, _seconds: float, **more: object) -> None:
     if event == _EVENT:
         for count in _active:
             count.value += 1
+            count.names.append(str(more.get("fun_name", "")))
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)
@@ -41,6 +45,7 @@ def count_compiles() -> Iterator[Count]:
         assert count.value == 1, "JAX no longer tells of compilations"
         for each in _active:
             each.value -= 1
+            each.names.pop()
         yield count
     finally:
         _active.remove(count)
