@@ -34,6 +34,7 @@ from omni_jax.train.nano import (
     records,
     release,
     resident,
+    voices,
     words,
 )
 from omni_jax.train.nano import model as recipe
@@ -100,6 +101,17 @@ def test_conversations_are_the_same_again_and_answer_what_is_asked(kind, drawn, 
         assert set(r["messages"][-1]["content"].split()) <= set(words.VOCABULARY)
         items = [i for m in r["messages"] if isinstance(m["content"], list) for i in m["content"] if "image" in i]
         assert all((tmp_path / i["image"]).is_file() for i in items)
+
+
+def test_a_clip_that_is_there_already_changes_nothing_that_follows(monkeypatch, tmp_path):
+    """Else other questions would be asked about it the second time."""
+    monkeypatch.setattr(voices, "speak", lambda *_: np.full(6000, 0.1, np.float32))
+    made = []
+    for _ in range(2):
+        rng = np.random.default_rng(0)
+        made.append((clips.make(tmp_path / "clip.mp4", voices.OWN["Ethan"], rng), rng.random()))
+    assert (tmp_path / "clip.mp4").stat().st_size > 0
+    assert made[0] == made[1]
 
 
 def test_every_run_trains_its_part(monkeypatch):

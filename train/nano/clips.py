@@ -112,7 +112,8 @@ def make(path: pathlib.Path, speaker: voices.Speaker, rng: np.random.Generator) 
     colour, shape, direction = (str(rng.choice(of)) for of in (COLOURS, SHAPES, DIRECTIONS))
     moves, says = int(rng.integers(1, seconds - 1)), int(rng.integers(last + 1))
     clip = Clip(colour, shape, direction, moves, text, says, seconds)
+    drawing = np.random.default_rng(int(rng.integers(1 << 62)))  # of its own: what follows is the same without it
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, _frames(clip, rng), _sound(clip, speech, begin, rng))
+        _write(path, _frames(clip, drawing), _sound(clip, speech, begin, drawing))
     return clip
