@@ -1,9 +1,9 @@
 """Compiled programs whose traces are kept on disk: `jax.jit` for what a new process would otherwise trace again.
 
-JAX's persistent cache spares another process the compiler, but not the tracing of each program, which is most of the
-time that it then takes to begin. With `keep_traces` a program's lowered form (StableHLO, by `jax.export`) is written
-beside the compiled ones, and read in place of tracing where everything that tracing depends on is the same: this
-package's source, jax, the device, the function, its static arguments, and the shapes and dtypes of the others.
+JAX's persistent cache spares another process the compiler, but not the tracing of each program, which is up to half of
+the time that it then takes to begin. With `keep_traces` a program's lowered form (StableHLO, by `jax.export`) is
+written beside the compiled ones, and read in place of tracing where all that tracing depends on is the same: this
+package's source, jax and flax, the device, the function, its static arguments, and the shapes and dtypes of the others.
 
 Only processes with one device keep traces: shardings are not part of what is compared.
 """
@@ -21,11 +21,11 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
+import flax
 import jax
 from jax import export
 from jax.stages import Wrapped
 
-from omni_jax.errors import InputError
 from omni_jax.files import replacing
 
 LOG = logging.getLogger(__name__)
@@ -101,7 +101,8 @@ def _from_disk(
     if kept is None:
         try:
             kept = _made(function, fixed, tree, leaves)
-        except (ValueError, NotImplementedError):  # jax.export does not take everything that jax.jit does
+        except (ValueError, NotImplementedError):
+            # jax.export raises these for what it has no stable form of. What the function itself raises comes again.
             return function(**arrays, **fixed)
         _write(file, *kept)
     form, exported = kept
@@ -120,9 +121,8 @@ def _source() -> str:
 def _setting() -> tuple[Any, ...]:
     """What else tracing depends on."""
     device = jax.devices()[0]
-    return (
-        _source(), jax.__version__, device.platform, device.device_kind, *(getattr(jax.config, n) for n in _CONFIG)
-    )  # fmt: skip
+    config = [getattr(jax.config, name) for name in _CONFIG]
+    return _source(), jax.__version__, flax.__version__, device.platform, device.device_kind, config
 
 
 def _made(
@@ -167,7 +167,7 @@ def _write(file: pathlib.Path, form: Any, exported: export.Exported) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as out:
             out.write(json.dumps(form).encode() + b"\n" + exported.serialize())
-    except (OSError, InputError) as e:
+    except (OSError, ValueError) as e:  # of the disk, or of jax.export
         LOG.warning("a trace cannot be kept: %s", e)
 
 

@@ -446,19 +446,19 @@ class Engine:
     def _play(self, turn: Turn, piece: Pcm) -> None:
         now, times = self.clock(), turn.times
         if len(piece.samples):
-            first = times.first_audio is None
-            if first:
+            wait: float | None = 0.0
+            if times.first_audio is None:
                 turn.playing_from, times.first_audio = self._now, now
+                turn.speakers = sum(t.request.stream and t.speech is not None for t in self._serving)
+                wait = self._head_start_of(turn)
             turn.add_audio(piece.samples, now)
             if turn.request.stream:
-                wait = self._head_start_of(turn) if first else 0.0
                 self._emit(turn, AudioEvent(piece.samples, piece.codes, turn.drawn, now - times.submitted, wait))
         turn.audio_done = turn.audio_done or piece.last
 
     def _head_start_of(self, turn: Turn) -> float | None:
         assert turn.request.speech is not None
         chosen = turn.request.speech.head_start
-        turn.speakers = sum(t.request.stream and t.speech is not None for t in self._serving)
         return self._head_start.seconds(turn.speakers) if chosen is None else chosen
 
     # Ends

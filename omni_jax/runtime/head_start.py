@@ -43,7 +43,7 @@ class HeadStart:
         helped = [s for s in recent if s <= LONGEST]
         if 2 * len(helped) < len(recent) or not max(helped):
             return 0.0
-        return max(helped) + MARGIN
+        return min(max(helped) + MARGIN, LONGEST)
 
 
 class Pacer:
@@ -53,11 +53,6 @@ class Pacer:
         self._lock = threading.Lock()
         self._held: dict[int, list[tuple[Sink, Event]]] = {}  # by request, in order
         self._timed: set[int] = set()  # of these, those whose wait ends by itself; the others' ends with the next piece
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing is held back."""
-        return not self._held
 
     def take(self, sink: Sink, number: int, event: Event) -> None:
         """The next event of a request."""

@@ -239,7 +239,7 @@ def test_first_audio_is_handed_out_after_its_wait():
     for event in (long := audio(1, 60.0), ended):
         take(8, event)
     assert found() == [(8, long), (8, ended)]
-    assert pacer.is_idle
+    assert not pacer._held
 
 
 def test_first_audio_waits_for_the_next_where_nothing_is_known():
@@ -258,7 +258,7 @@ def test_nothing_is_handed_out_of_what_was_ended(end):
         pacer.take(lambda *e: came.append(e), 1, event)
     time.sleep(0.05)
     assert came == [(1, end)]
-    assert pacer.is_idle
+    assert not pacer._held
 
 
 def test_continuous_batching_needs_fewer_steps():
