@@ -29,6 +29,7 @@ Activations = Literal["int8"]
 # Names of `ode.SOLVERS`; that module imports jax, and this one must not.
 VocoderMode = Literal["exact", "windowed"]
 OutputMode = Literal["auto", "text", "speech", "both"]
+WhenFull = Literal["drop", "transcribe", "refuse"]
 OdeSolver = Literal["rk38", "midpoint", "euler"]
 
 # How many alternatives a reply can carry per token; the decode loop always keeps this many, so that asking compiles

@@ -24,6 +24,7 @@ from omni_jax.settings import (
     ModelSettings,
     OutputMode,
     SpeechSettings,
+    WhenFull,
     check,
     option,
 )
@@ -46,6 +47,10 @@ class ChatOptions:
     system: str | None = option(None, "System message. Default: the one that speech needs, else the chat template's.")
     context: int | None = option(
         None, "Tokens of the conversation that are kept; older media and turns are given up. Default: 8192.", (64, None)
+    )
+    when_full: WhenFull = option(
+        "drop",
+        "What becomes of older media and turns. transcribe: what is said in media stays as text. refuse: an error.",
     )
     no_watchdog: bool = option(False, "Do not cut off speech that loops, falls silent or outgrows its text.")
 
@@ -323,7 +328,7 @@ def chat(
         speaks = "talker" in loaded.params
         return loaded.session(
             generation, speech=wanted, turns=detector() if detector else None, driver=driver,
-            output="auto" if speaks else "text", system=options.system,
+            output="auto" if speaks else "text", system=options.system, when_full=options.when_full,
         )  # fmt: skip
 
     player: players.Player | None = players.open_loudspeaker() if options.speech_dir is None and wanted else None

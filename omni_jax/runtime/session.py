@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import queue
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -24,17 +24,14 @@ from omni_jax.processing.video_sampling import FPS
 from omni_jax.processing.voice_activity import RATE, TurnDetector
 from omni_jax.runtime.driver import EngineDriver
 from omni_jax.runtime.reply import first_tokens
+from omni_jax.runtime.trimming import WORDS_SHARE, make_room, plain, question
 from omni_jax.runtime.turn import Request
-from omni_jax.settings import GenerationSettings, MediaSettings, OutputMode, SpeechSettings, output_of
+from omni_jax.settings import GenerationSettings, MediaSettings, OutputMode, SpeechSettings, WhenFull, output_of
 
 # Seconds of audio that are kept from before a turn is found to have begun.
 BEFORE_TURN = 0.3
 # Seconds by which frames may come later than the audio of the same time; then the last one stands for them.
 FRAME_LAG = 0.5
-# What stands for a medium that had to make room.
-GONE = "({kind} of an earlier turn)"
-# What stands for one that came in live, where a conversation is written down.
-LIVE = "({kind} that came in live)"
 
 
 class SessionError(InputError):
@@ -51,6 +48,7 @@ class SessionOptions:
       fps: frames of video that are taken a second.
       max_pixels: most pixels of a frame; None for the published limit.
       when_full: what happens when the context is full: "drop" gives up the oldest media and then the oldest turns,
+        "transcribe" first has the model write down what is said in each of these media, which stays as text, and
         "refuse" raises SessionError.
       unspoken: see `Request`.
     """
@@ -59,7 +57,7 @@ class SessionOptions:
     system: str | None = None
     fps: float = FPS
     max_pixels: int | None = None
-    when_full: Literal["drop", "refuse"] = "drop"
+    when_full: WhenFull = "drop"
     unspoken: tuple[int, ...] = ()
 
 
@@ -160,7 +158,7 @@ class Session:
     def to_json(self) -> list[dict[str, Any]]:
         """The conversation so far as plain messages, which `Omni.generate` takes. Media stand as they were given to
         `send_item`; of what came in live there is only a note."""
-        return [{**m, "content": _plain(m["content"])} for m in self.messages]
+        return [{**m, "content": plain(m["content"])} for m in self.messages]
 
     def send_audio(self, samples: Any, rate: float) -> None:
         """Adds a block of audio of any length to the turn.
@@ -345,18 +343,24 @@ class Session:
             dropped += 1
 
     def _drop(self) -> bool:
-        """Gives up the oldest medium, or where there is none, the oldest turn; whether there was anything."""
-        for message in self.messages:
-            if isinstance(message["content"], list):
-                for i, part in enumerate(message["content"]):
-                    if part["type"] != "text":
-                        message["content"][i] = {"type": "text", "text": GONE.format(kind=part["type"])}
-                        return True
-        first = 1 if self.messages and self.messages[0]["role"] == "system" else 0
-        if len(self.messages) - first < 2:
-            return False
-        del self.messages[first : first + 2]
-        return True
+        """Gives up what is oldest; whether there was anything."""
+        return make_room(self.messages, self._transcribe if self.options.when_full == "transcribe" else None)
+
+    def _transcribe(self, medium: Medium) -> str:
+        """The words of a medium, read and asked for on the conversation's own row, which is read again from this medium
+        on anyway; none where that fails."""
+        prompt = self._processor(question(medium), speech=self._speaks)
+        room = min(len(prompt.ids) // WORDS_SHARE, self._driver.engine.options.limit - len(prompt.ids))
+        if room < 1:
+            return ""
+        request = Request(
+            prompt, GenerationSettings(max_new_tokens=room), conversation=self._name, talker_reads=self._speaks
+        )
+        answer: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._driver.submit(request, lambda _, event: answer.put(event))
+        while not isinstance(event := self._driver.wait(answer), DoneEvent | ErrorEvent):
+            continue
+        return event.reply.text.strip() if isinstance(event, DoneEvent) else ""
 
     # Replies
 
@@ -475,22 +479,6 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _plain(content: Any) -> Any:
-    """A message's content without arrays."""
-    if isinstance(content, str):
-        return content
-    return [_plain_part(part) for part in content]
-
-
-def _plain_part(part: Mapping[str, Any]) -> dict[str, Any]:
-    medium = part.get(part["type"])
-    if not isinstance(medium, Medium):
-        return dict(part)
-    if medium.item is not None:
-        return dict(medium.item)
-    return {"type": "text", "text": LIVE.format(kind=part["type"])}
 
 
 def _at(block: Float32[np.ndarray, " N"], rate: int) -> Float32[np.ndarray, " M"]:

@@ -18,6 +18,7 @@ from omni_jax.processing.live import LiveAudio, LiveVideo, Resampler
 from omni_jax.processing.media import MediaError
 from omni_jax.processing.voice_activity import RATE, EnergyDetector, TurnDetector, TurnRules
 from omni_jax.runtime.session import SessionError
+from omni_jax.runtime.trimming import WORDS_SHARE, question
 from omni_jax.settings import GenerationSettings, SpeechSettings
 from tests.compile_counter import count_compiles
 
@@ -276,6 +277,32 @@ def test_what_a_session_refuses(model, driver):
         session.commit()
     for other in (*others, session):
         other.close()
+    assert driver.engine.is_idle
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_what_was_said_stays_as_text(model, threaded):
+    """Where media have to make room: it is what the model writes when it is asked about that medium alone."""
+    driver = model.driver(1, capacity=1024)
+    if threaded:
+        driver.start()
+    session = model.session(GenerationSettings(max_new_tokens=4), driver=driver, when_full="transcribe")
+    dropped, media = 0, []
+    while not dropped:
+        session.send_audio(tone(9.0, seed=len(media)), RATE)
+        session.end_medium()
+        media.append(session.parts[0]["audio"])
+        session.commit()
+        dropped += sum(e.dropped for e in session.events() if isinstance(e, TrimEvent))
+    asked = [m["content"][0] for m in session.messages if m["role"] == "user"]
+    assert [part.get("audio") for part in asked] == [None] * dropped + media[dropped:]
+    for part, medium in zip(asked[:dropped], media, strict=False):
+        longest = len(model.prepare(question(medium)).ids) // WORDS_SHARE
+        words = model.generate(question(medium), max_new_tokens=longest).text.strip()
+        assert words
+        assert part == {"type": "text", "text": f"(audio of an earlier turn, in which was said: {words})"}
+    session.close()
+    driver.stop()
     assert driver.engine.is_idle
 
 
