@@ -15,6 +15,7 @@ from omni_jax.infer.serve.errors import ApiError, of_input
 from omni_jax.infer.serve.replica import Replica
 from omni_jax.processing.audio import TimeRange, load_audio
 from omni_jax.processing.voice_activity import RATE, TurnDetector, TurnRules
+from omni_jax.runtime.trimming import QUESTION
 from omni_jax.runtime.turn import Request
 from omni_jax.settings import change
 
@@ -107,7 +108,7 @@ def question(options: Mapping[str, Any]) -> str:
     """What the model is asked beside the recording."""
     language = f" {options['language']}" if options.get("language") else ""
     hint = f" These words may occur: {options['prompt']}" if options.get("prompt") else ""
-    return f"Transcribe the{language} audio into text.{hint}"
+    return QUESTION.format(language=language) + hint
 
 
 async def transcribe(replica: Replica, medium: Any, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

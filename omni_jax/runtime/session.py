@@ -360,7 +360,10 @@ class Session:
         self._driver.submit(request, lambda _, event: answer.put(event))
         while not isinstance(event := self._driver.wait(answer), DoneEvent | ErrorEvent):
             continue
-        return event.reply.text.strip() if isinstance(event, DoneEvent) else ""
+        if isinstance(event, ErrorEvent):
+            return ""
+        words = event.reply.text.strip()
+        return f"{words} …" if words and event.reply.finish_reason == "length" else words
 
     # Replies
 

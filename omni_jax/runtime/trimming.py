@@ -13,8 +13,8 @@ GONE = "({kind} of an earlier turn)"
 SAID = "({kind} of an earlier turn, in which was said: {words})"
 # What stands for one that came in live, where a conversation is written down.
 LIVE = "({kind} that came in live)"
-# What the model is asked for the words; the published model was trained to answer it.
-QUESTION = "Transcribe the audio into text."
+# What the model is asked for the words; the language begins with a space, or is left out.
+QUESTION = "Transcribe the{language} audio into text."
 # A second of audio is 25 tokens, and of speech seldom more than 7: what is written on and on is not the words.
 WORDS_SHARE = 3
 
@@ -52,7 +52,8 @@ def question(medium: Medium) -> list[dict[str, Any]]:
     """A conversation that asks for the words of a medium's audio; of a video its pictures are left out."""
     assert isinstance(medium.segment, P.Audio | P.AudioVideo)
     heard = Medium(P.Audio(medium.segment.tokens), audio=medium.audio)
-    return [{"role": "user", "content": [{"type": "audio", "audio": heard}, {"type": "text", "text": QUESTION}]}]
+    asked = QUESTION.format(language="")
+    return [{"role": "user", "content": [{"type": "audio", "audio": heard}, {"type": "text", "text": asked}]}]
 
 
 def plain(content: Any) -> Any:
