@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pathlib
 import sys
@@ -53,6 +54,26 @@ def no_traces():
         from omni_jax import programs
 
         programs.keep_traces(None)
+
+
+# Linux lets a process have so many mappings (65,530 by default), and each compiled program takes some ten. A worker
+# that runs most of the suite comes near; beyond, XLA ends in a segmentation fault.
+MAPPINGS = 20_000
+KEEPS_PROGRAMS = "serve"  # whose files share a server that is warmed up once, after which nothing may compile
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings(request):
+    """Gives up compiled programs after a file that leaves many; the disk still has them."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if request.path.parent.name == KEEPS_PROGRAMS or not maps.exists() or "jax" not in sys.modules:
+        return
+    if maps.read_bytes().count(b"\n") > MAPPINGS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

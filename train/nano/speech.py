@@ -10,7 +10,7 @@ import hashlib
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -19,6 +19,7 @@ import soundfile
 import soxr
 
 from omni_jax.files import replacing
+from omni_jax.processing.codec import FILE as CODEC_FILE
 from omni_jax.processing.codec import Codec, cepstra, load_codec, speech_mel
 from omni_jax.progress import progress_bar
 from omni_jax.train.nano import voices, words
@@ -165,7 +166,7 @@ def learn_codec(folder: pathlib.Path) -> Codec:
     """k-means over the cepstra of the own voices' training recordings, written beside them."""
     from sklearn.cluster import MiniBatchKMeans
 
-    if (folder / "codec.safetensors").exists():
+    if (folder / CODEC_FILE).exists():
         return load_codec(folder)
     plain = Codec(np.zeros((1, 1), np.float32))
     mels = [np.load(f).astype(np.float32) for f in sorted((folder / "own").glob("train-*.npy"))]
@@ -176,16 +177,30 @@ def learn_codec(folder: pathlib.Path) -> Codec:
     return codec
 
 
-def make(folder: pathlib.Path, processes: int = 2) -> None:
-    """Makes all recordings and their JSONL files: `own-`, `spoken-`, `short-`, `asked-` and `other-` of each set."""
+def make(
+    folder: pathlib.Path, processes: int = 2, splits: Collection[str] = words.SPLITS, codec: Codec | None = None
+) -> None:
+    """Makes all recordings and their JSONL files: `own-`, `spoken-`, `short-`, `asked-` and `other-` of each set.
+
+    Args:
+      splits: which sets.
+      codec: whose codes the recordings have, where the folder has none; by default one that is learned from them.
+    """
     voices.check_tools()
     folder.mkdir(parents=True, exist_ok=True)
     both = list(voices.OWN)
-    _records(folder, "own", own, _jobs(folder, OWN_SENTENCES, SEED, lambda *_: both), processes)
-    learn_codec(folder)
-    _records(folder, "spoken", spoken, _jobs(folder, SPOKEN_SENTENCES, SEED + 1, lambda *_: both), processes)
-    _records(folder, "short", short, _short_jobs(folder), processes)
-    _records(folder, "asked", asked, _asked_jobs(folder), processes)
+
+    def records(use: str, work: Any, sets: Iterator[tuple[str, list[Any]]]) -> None:
+        _records(folder, use, work, ((split, jobs) for split, jobs in sets if split in splits), processes)
+
+    records("own", own, _jobs(folder, OWN_SENTENCES, SEED, lambda *_: both))
+    if codec is None:
+        learn_codec(folder)
+    elif not (folder / CODEC_FILE).exists():
+        codec.save(folder)
+    records("spoken", spoken, _jobs(folder, SPOKEN_SENTENCES, SEED + 1, lambda *_: both))
+    records("short", short, _short_jobs(folder))
+    records("asked", asked, _asked_jobs(folder))
 
     def names(split: str, number: int) -> list[str]:
         known = [s.name for s in voices.HEARD]
@@ -193,4 +208,4 @@ def make(folder: pathlib.Path, processes: int = 2) -> None:
             return [known[number % len(known)]]
         return [known[number % len(known)], voices.UNHEARD[number % len(voices.UNHEARD)].name]
 
-    _records(folder, "other", other, _jobs(folder, OTHER_SENTENCES, SEED + 2, names), processes)
+    records("other", other, _jobs(folder, OTHER_SENTENCES, SEED + 2, names))

@@ -67,9 +67,18 @@ class Soak:
             talk.send("conversation.item.create", item={
                 "type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hello"}]})  # fmt: skip
             talk.send("response.create")
-            if dice.random() < 0.5:
-                talk.until("response.done")
+            if dice.random() < 0.5 and not self.answered(talk):
+                self.done["refused"] += 1
+                return
         self.done["talked"] += 1
+
+    @staticmethod
+    def answered(talk):
+        """Whether the turn ends in a response; others may have all rows by then, which the session is told."""
+        while (event := talk.next())["type"] not in ("response.done", "error"):
+            continue
+        assert event["type"] != "error" or event["error"]["code"] == "overloaded", event
+        return event["type"] == "response.done"
 
     def run(self, what, seed):
         dice = random.Random(seed)
