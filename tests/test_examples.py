@@ -42,7 +42,7 @@ def test_finetune(checkpoint, tmp_path):
 
 def test_teach_a_thing(tmp_path, capsys):
     """nano learns a word that it has never written, and keeps what it knew."""
-    before, after, others = script("teach_a_thing")(tmp_path)
+    before, after, others = script("teach_a_thing")(tmp_path, steps=50)
     assert before == 0
     assert after >= 0.9
     assert others == ["three", "cloud"]

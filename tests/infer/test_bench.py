@@ -12,7 +12,7 @@ import pytest
 from omni_jax import config as C
 from omni_jax.errors import InputError
 from omni_jax.infer.analysis.depth import truncate_layers
-from omni_jax.infer.bench import footprint, reference, text
+from omni_jax.infer.bench import footprint, reference, speech, text
 from omni_jax.model.layers import unstack
 
 
@@ -28,7 +28,8 @@ def test_both_sides_share_their_weights():
     np.testing.assert_array_equal(np.asarray(ours).astype(np.float32), theirs.float().numpy())
 
 
-def test_every_stage_runs(capsys):
+def test_every_stage_runs(monkeypatch, capsys):
+    monkeypatch.setattr(speech, "DIT_FRAMES", (48, 96))  # of the reference, the long one takes most of the time
     text.main((*text.STAGES, "talker", "dit", "vocoder"), "tiny", 1, 2, as_json=True)
     out = json.loads(capsys.readouterr().out)
     assert [r["stage"] for r in out["rows"]] == [
@@ -72,6 +73,7 @@ def test_footprint_of_speech(monkeypatch, capsys):
     """Tiny shapes, both sides in processes of their own."""
     monkeypatch.setattr(footprint, "SPEECH_SECONDS", (1, 2))
     monkeypatch.setattr(footprint, "PEAK_SECONDS", 1)
+    monkeypatch.setattr(footprint, "RUNS", 1)
     footprint.main(None, "tiny", None, ["speech"], as_json=True)
     found = json.loads(capsys.readouterr().out)["speech"]
     assert found["growth"] == found["evaluation_long_s"] / found["evaluation_short_s"]
