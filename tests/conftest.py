@@ -32,7 +32,8 @@ shapes.install()
 # The files that take a minute or more, the longest ones first: begun last, one of them would run while the other
 # workers wait. pytest-xdist keeps this order with --no-loadscope-reorder.
 LONGEST = (
-    "infer/test_hosts.py", "parallel/test_mesh_equal.py", "test_examples.py", "test_nano.py", "infer/serve/test_realtime.py", "infer/serve/test_process.py",
+    "infer/test_hosts.py", "parallel/test_mesh_equal.py", "test_examples.py", "test_nano.py",
+    "infer/serve/test_realtime.py", "infer/serve/test_process.py",
     "infer/test_plan.py", "runtime/test_speech.py", "model/test_kernels.py", "runtime/test_warmup.py",
     "train/test_loop.py", "infer/test_bench.py", "runtime/test_generation.py", "train/test_losses.py",
     "train/test_tasks.py", "infer/test_aot.py", "train/test_hosts.py", "train/test_mesh.py", "cli/test_docs.py",
